@@ -1,0 +1,56 @@
+"""Deadlines for calls that can block: a countdown, and a way to stop waiting for a call that cannot be stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["Deadline", "call_within"]
+
+Value = TypeVar("Value")
+
+
+class Deadline:
+    """A point in time, ``timeout_s`` from now; None never comes."""
+
+    __slots__ = ("_end_s", "timeout_s")
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def left_s(self) -> float | None:
+        """Seconds left, never below 0; None where there is no deadline."""
+        return None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self._end_s is not None and time.monotonic() >= self._end_s
+
+
+def call_within(timeout_s: float, call: Callable[[], Value]) -> Value:
+    """Run ``call`` in a thread of its own and return its result, or raise what it raised.
+
+    Raises TimeoutError after ``timeout_s``; the call itself goes on, as a system call that sleeps uninterruptibly
+    cannot be ended from user space, and its result is dropped.
+    """
+    result: list[Value] = []
+    error: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as caught:  # noqa: BLE001  # every kind of it goes to the caller's thread
+            error.append(caught)
+
+    thread = threading.Thread(target=run, name="vdpabridge-call", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TimeoutError
+    if error:
+        raise error[0]
+    return result[0]

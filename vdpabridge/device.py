@@ -1,0 +1,449 @@
+"""The waist: the one interface to a virtio device that somebody else's guest is using.
+
+Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it and know no driver. Addresses are
+the guest's own (what a transport calls IOVA or user address is the driver's affair).
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Self
+
+from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
+from .errors import DeviceFailed, MissingCapability
+from .transitions import ALTERNATIVES, Capability, Operation, RunState, permit
+
+__all__ = [
+    "Capability",
+    "Device",
+    "DirtyLog",
+    "Identity",
+    "InflightRegion",
+    "MemoryRegion",
+    "Operation",
+    "PackedBase",
+    "QueueBase",
+    "QueueRecord",
+    "QueueSetup",
+    "RunState",
+    "SplitBase",
+    "StateDirection",
+    "StatePhase",
+    "decode_base",
+]
+
+
+class StateDirection(IntEnum):
+    """Which way device state goes; the numbers are vhost-user's."""
+
+    SAVE = 0
+    """From the device to the caller."""
+    LOAD = 1
+    """From the caller to the device."""
+
+
+class StatePhase(IntEnum):
+    """At which point of a migration state is transferred; the numbers are vhost-user's."""
+
+    STOPPED = 0
+    """The guest and the device are stopped. The only phase there is today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a device is; fixed for its life."""
+
+    device_id: int | None
+    """Virtio device id; None where neither transport nor caller knows."""
+    queue_count: int
+    queue_size_max: int
+    config_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRegion:
+    """Guest memory: ``size_bytes`` of file ``fd`` from ``offset``, seen by the guest at ``guest_address``."""
+
+    guest_address: int
+    size_bytes: int
+    fd: int
+    """Borrowed for the duration of a call; a driver that needs it longer keeps a mapping or a duplicate."""
+    offset: int = 0
+    writable: bool = True
+    address_space: int = 0
+    """For devices whose queues can see different memory; 0 where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSetup:
+    """Where a virtqueue lies in guest memory. ``size`` counts descriptors."""
+
+    size: int
+    desc_address: int
+    avail_address: int
+    used_address: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyLog:
+    """A bitmap, one bit for each 4 KiB page of guest memory that the device wrote. ``fd`` is borrowed."""
+
+    fd: int
+    size_bytes: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InflightRegion:
+    """Shared memory in which a device records the requests it has taken but not answered; calls say who owns ``fd``."""
+
+    fd: int
+    size_bytes: int
+    offset: int
+    queue_count: int
+    queue_size: int
+
+
+@dataclass(slots=True)
+class QueueRecord:
+    """What a queue was told since the last reset; kept so that it can be told again. Its eventfds are duplicates."""
+
+    setup: QueueSetup | None = None
+    base: QueueBase | None = None
+    enabled: bool = False
+    eventfds: dict[Operation, int] = field(default_factory=dict)
+    """SET_KICK, SET_CALL or SET_ERR -> descriptor, owned by the device."""
+
+
+class Device(ABC):
+    """A virtio device under control.
+
+    Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
+    operation that fails leaves the run state as it was, unless the device itself failed.
+
+    ``timeout_s`` bounds every call that can block; None waits for ever. An instance belongs to one thread at a time.
+    The device is held until `close`, which resets it; use it as a context manager.
+    """
+
+    def __init__(self, name: str, *, timeout_s: float | None = None) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        self.accepted_features = 0
+        self.queues: dict[int, QueueRecord] = {}
+        self.regions: list[MemoryRegion] = []
+        """What is mapped. Their ``fd`` was borrowed and may be closed by now."""
+        self.config_call: int | None = None
+        """A duplicate of the eventfd for configuration changes, owned by the device."""
+        self.failure = ""
+        self._state = RunState.RESET
+
+    # --- what it is ---
+
+    @property
+    def state(self) -> RunState:
+        """The run state."""
+        return self._state
+
+    @property
+    @abstractmethod
+    def identity(self) -> Identity:
+        """Device id, queue count and sizes."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Set[Capability]:
+        """What the device can do, from its feature bits."""
+
+    @property
+    @abstractmethod
+    def offered_features(self) -> int:
+        """Virtio features the device offers a guest; bits that only the transport needs are taken out."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor that stands for the device; borrowed."""
+
+    # --- negotiation and configuration space ---
+
+    def accept_features(self, features: int) -> None:
+        """Accept ``features``. Raises `FeatureError` for bits that are not offered or that the device refuses."""
+        after = self._permit(Operation.ACCEPT_FEATURES)
+        self._accept_features(features)
+        self.accepted_features = features
+        self._state = after
+
+    def read_config(self, offset: int = 0, size_bytes: int | None = None) -> bytes:
+        """Bytes of the configuration space; to its end by default. Raises ValueError outside of it."""
+        self._permit(Operation.READ_CONFIG)
+        whole = self.identity.config_size_bytes
+        size = whole - offset if size_bytes is None else size_bytes
+        self._check_config_range(offset, size)
+        return self._read_config(offset, size)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write into the configuration space. A device ignores what is read-only without saying so."""
+        self._permit(Operation.WRITE_CONFIG)
+        self._check_config_range(offset, len(data))
+        self._write_config(offset, data)
+
+    def set_config_call(self, eventfd: int | None) -> None:
+        """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
+        self._permit(Operation.SET_CONFIG_CALL)
+        self._set_config_call(eventfd)
+        if self.config_call is not None:
+            os.close(self.config_call)
+        self.config_call = None if eventfd is None else os.dup(eventfd)
+
+    # --- memory ---
+
+    def map(self, regions: Sequence[MemoryRegion]) -> None:
+        """Show ``regions`` to the device, all or none."""
+        self._permit(Operation.MAP)
+        self._map(regions)
+        self.regions.extend(regions)
+
+    def unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
+        self._permit(Operation.UNMAP)
+        keys = [_region_key(region) for region in regions]
+        mapped = {_region_key(region): region for region in self.regions}
+        for key in keys:
+            if key not in mapped:
+                raise ValueError(
+                    f"{self.name}: nothing of {key[1]} bytes is mapped at {key[0]:#x} in address space {key[2]}"
+                )
+        self._unmap([mapped[key] for key in keys])
+        self.regions = [region for region in self.regions if _region_key(region) not in keys]
+
+    # --- queues ---
+
+    def set_queue(self, index: int, setup: QueueSetup) -> None:
+        """Give queue ``index`` its size and addresses."""
+        self._permit_queue(Operation.SET_QUEUE, index)
+        self._set_queue(index, setup)
+        self._record(index).setup = setup
+
+    def set_base(self, index: int, base: QueueBase) -> None:
+        """Have queue ``index`` go on at ``base``."""
+        self._permit_queue(Operation.SET_BASE, index)
+        self._set_base(index, base)
+        self._record(index).base = base
+
+    def get_base(self, index: int) -> QueueBase:
+        """Where queue ``index`` stands. Defined only for a device that is not running."""
+        self._permit_queue(Operation.GET_BASE, index)
+        return self._get_base(index)
+
+    def set_kick(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` listen to ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_KICK, index, eventfd)
+
+    def set_call(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` signal used buffers on ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_CALL, index, eventfd)
+
+    def set_err(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` signal errors on ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_ERR, index, eventfd)
+
+    def enable_queue(self, index: int, enabled: bool = True) -> None:
+        """Let queue ``index`` be processed while the device runs, or not."""
+        self._permit_queue(Operation.ENABLE_QUEUE, index)
+        self._enable_queue(index, enabled)
+        self._record(index).enabled = enabled
+
+    # --- run control ---
+
+    def start(self) -> None:
+        """Process enabled queues. Buffers that were made available before are found without another kick."""
+        after = self._permit(Operation.START)
+        self._start()
+        self._state = after
+
+    def suspend(self) -> None:
+        """Stop, and remember everything. On return nothing is in flight and nothing more happens. Idempotent."""
+        after = self._permit(Operation.SUSPEND)
+        self._suspend()
+        self._state = after
+
+    def resume(self) -> None:
+        """Go on after `suspend`, kicks of the meantime included."""
+        after = self._permit(Operation.RESUME)
+        self._resume()
+        self._state = after
+
+    def reset(self) -> None:
+        """Forget features, queues and eventfds, and the device's own state. Mapped memory stays mapped."""
+        after = self._permit(Operation.RESET)
+        self._reset()
+        self._forget()
+        self._state = after
+
+    # --- device state ---
+
+    def set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        """Begin a transfer of the device's internal state through ``fd``, a pipe or anything that reads like one.
+
+        Takes ``fd``, also where it raises. Returns None where the transfer goes through ``fd``, or a descriptor of
+        the device's own choice, owned by the caller, to be used instead of the caller's end. The writer closes its
+        end when all is written; then call `check_state`.
+        """
+        try:
+            self._permit(Operation.SET_STATE_FD)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._set_state_fd(direction, phase, fd)
+
+    def check_state(self) -> None:
+        """Wait for the end of a transfer. Raises where it failed: only success here means that state arrived whole."""
+        self._permit(Operation.CHECK_STATE)
+        self._check_state()
+
+    # --- dirty log and in-flight requests ---
+
+    def set_dirty_log(self, log: DirtyLog | None) -> None:
+        """Record the pages that the device writes from now on in ``log``; None ends that."""
+        self._permit(Operation.SET_DIRTY_LOG)
+        self._set_dirty_log(log)
+
+    def get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
+        """A region of the device's for ``queue_count`` queues of ``queue_size``; the caller owns its descriptor."""
+        self._permit(Operation.GET_INFLIGHT)
+        return self._get_inflight(queue_count, queue_size)
+
+    def set_inflight(self, region: InflightRegion) -> None:
+        """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed."""
+        self._permit(Operation.SET_INFLIGHT)
+        self._set_inflight(region)
+
+    # --- life cycle ---
+
+    def close(self) -> None:
+        """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
+        self._forget()
+        self.regions = []
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self._state.value}>"
+
+    # --- for drivers ---
+
+    def _permit(self, operation: Operation) -> RunState:
+        return permit(self.name, operation, self._state, self.capabilities)
+
+    def _permit_queue(self, operation: Operation, index: int) -> None:
+        self._permit(operation)
+        if not 0 <= index < self.identity.queue_count:
+            raise ValueError(
+                f"{self.name}: no queue {index}: the device has {self.identity.queue_count}, numbered from 0"
+            )
+
+    def _fail(self, why: str) -> DeviceFailed:
+        """Note that the device gave up; returns the error for the driver to raise."""
+        self._state = RunState.FAILED
+        self.failure = why
+        return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    def _record(self, index: int) -> QueueRecord:
+        return self.queues.setdefault(index, QueueRecord())
+
+    def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        self._permit_queue(operation, index)
+        self._bind_eventfd(operation, index, eventfd)
+        eventfds = self._record(index).eventfds
+        if (old := eventfds.pop(operation, None)) is not None:
+            os.close(old)
+        if eventfd is not None:
+            eventfds[operation] = os.dup(eventfd)
+
+    def _forget(self) -> None:
+        for record in self.queues.values():
+            for eventfd in record.eventfds.values():
+                os.close(eventfd)
+        if self.config_call is not None:
+            os.close(self.config_call)
+            self.config_call = None
+        self.queues = {}
+        self.accepted_features = 0
+        self.failure = ""
+
+    def _check_config_range(self, offset: int, size: int) -> None:
+        whole = self.identity.config_size_bytes
+        if offset < 0 or size <= 0 or offset + size > whole:
+            raise ValueError(
+                f"{self.name}: {size} bytes at {offset} are outside the configuration space of {whole} bytes"
+            )
+
+    def _lacks(self, operation: Operation, capability: Capability) -> MissingCapability:
+        return MissingCapability(self.name, operation.value, capability.value, ALTERNATIVES[capability])
+
+    @abstractmethod
+    def _accept_features(self, features: int) -> None: ...
+    @abstractmethod
+    def _read_config(self, offset: int, size: int) -> bytes: ...
+    @abstractmethod
+    def _map(self, regions: Sequence[MemoryRegion]) -> None: ...
+    @abstractmethod
+    def _unmap(self, regions: Sequence[MemoryRegion]) -> None: ...
+    @abstractmethod
+    def _set_queue(self, index: int, setup: QueueSetup) -> None: ...
+    @abstractmethod
+    def _set_base(self, index: int, base: QueueBase) -> None: ...
+    @abstractmethod
+    def _get_base(self, index: int) -> QueueBase: ...
+    @abstractmethod
+    def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None: ...
+    @abstractmethod
+    def _enable_queue(self, index: int, enabled: bool) -> None: ...
+    @abstractmethod
+    def _start(self) -> None: ...
+    @abstractmethod
+    def _reset(self) -> None: ...
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    # A driver that claims the capability overrides the hook.
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        raise self._lacks(Operation.WRITE_CONFIG, Capability.CONFIG_WRITE)
+
+    def _set_config_call(self, eventfd: int | None) -> None:
+        raise self._lacks(Operation.SET_CONFIG_CALL, Capability.CONFIG_CALL)
+
+    def _suspend(self) -> None:
+        raise self._lacks(Operation.SUSPEND, Capability.SUSPEND)
+
+    def _resume(self) -> None:
+        raise self._lacks(Operation.RESUME, Capability.RESUME)
+
+    def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        os.close(fd)
+        raise self._lacks(Operation.SET_STATE_FD, Capability.DEVICE_STATE)
+
+    def _check_state(self) -> None:
+        raise self._lacks(Operation.CHECK_STATE, Capability.DEVICE_STATE)
+
+    def _set_dirty_log(self, log: DirtyLog | None) -> None:
+        raise self._lacks(Operation.SET_DIRTY_LOG, Capability.DIRTY_LOG)
+
+    def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
+        raise self._lacks(Operation.GET_INFLIGHT, Capability.INFLIGHT)
+
+    def _set_inflight(self, region: InflightRegion) -> None:
+        raise self._lacks(Operation.SET_INFLIGHT, Capability.INFLIGHT)
+
+
+def _region_key(region: MemoryRegion) -> tuple[int, int, int]:
+    return region.guest_address, region.size_bytes, region.address_space

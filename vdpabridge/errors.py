@@ -1,0 +1,108 @@
+"""Every error that this package raises on purpose. Each carries its facts as attributes and reads as one line."""
+
+from __future__ import annotations
+
+import errno as errno_names
+import os
+
+__all__ = [
+    "DeadlineExceeded",
+    "DeviceFailed",
+    "FeatureError",
+    "KernelError",
+    "MissingCapability",
+    "OwnershipError",
+    "StateError",
+    "VdpaBridgeError",
+    "errno_name",
+]
+
+#: Kernel-internal ENOTSUPP, which reaches user space untranslated: no libc has a name for it.
+ENOTSUPP = 524
+
+
+def errno_name(code: int) -> str:
+    """``EBUSY`` for 16, and so on; ``ENOTSUPP`` for the kernel's untranslated 524."""
+    return "ENOTSUPP" if code == ENOTSUPP else errno_names.errorcode.get(code, f"errno {code}")
+
+
+class VdpaBridgeError(Exception):
+    """The root of the tree: ``device: what: why (hint)``, each part an attribute."""
+
+    def __init__(self, what: str, *, device: str = "", why: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.device = device
+        self.what = what
+        self.why = why
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = ": ".join(part for part in (self.device, self.what, self.why) if part)
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class StateError(VdpaBridgeError):
+    """An operation that the device's run state does not permit; nothing was done. See `transitions.RULES`."""
+
+    def __init__(self, device: str, operation: str, state: str, legal_states: tuple[str, ...]) -> None:
+        legal = " or ".join(legal_states)
+        super().__init__(
+            operation, device=device, why=f"not while the device is {state}", hint=f"only while it is {legal}"
+        )
+        self.operation = operation
+        self.state = state
+        self.legal_states = legal_states
+
+
+class MissingCapability(VdpaBridgeError):
+    """The device does not offer what the operation needs; nothing was done."""
+
+    def __init__(self, device: str, operation: str, capability: str, alternative: str) -> None:
+        super().__init__(operation, device=device, why=f"the device does not offer {capability}", hint=alternative)
+        self.operation = operation
+        self.capability = capability
+
+
+class FeatureError(VdpaBridgeError):
+    """Feature bits that were not offered, or that the device refused."""
+
+    def __init__(self, device: str, why: str, features: int) -> None:
+        super().__init__("accept features", device=device, why=why)
+        self.features = features
+
+
+class DeviceFailed(VdpaBridgeError):
+    """The device itself gave up (NEEDS_RESET, FAILED, or it vanished). Only a reset or a close is left."""
+
+
+class OwnershipError(VdpaBridgeError):
+    """The process that calls is not the one that owns the device."""
+
+
+class DeadlineExceeded(VdpaBridgeError, TimeoutError):
+    """An operation did not end within ``timeout_s``."""
+
+    def __init__(self, what: str, timeout_s: float, *, device: str = "", why: str = "", hint: str = "") -> None:
+        super().__init__(what, device=device, why=why or f"no answer within {timeout_s:g} s", hint=hint)
+        self.timeout_s = timeout_s
+
+
+class KernelError(VdpaBridgeError, OSError):
+    """The kernel refused a request. ``errno`` is the kernel's own.
+
+    ``request`` is the name of the ioctl or system call, ``queue`` the virtqueue it was about, or None.
+    """
+
+    def __init__(
+        self, code: int, request: str, *, device: str, why: str = "", hint: str = "", queue: int | None = None
+    ) -> None:
+        what = request if queue is None else f"{request} queue {queue}"
+        OSError.__init__(self, code, os.strerror(code))
+        name = errno_name(code)
+        VdpaBridgeError.__init__(self, what, device=device, why=f"{name}: {why or os.strerror(code)}", hint=hint)
+        self.errno = code
+        self.strerror = os.strerror(code)
+        self.request = request
+        self.queue = queue
+
+    __str__ = VdpaBridgeError.__str__
