@@ -1,0 +1,29 @@
+"""Writes ``_libc.py``: ``python3 -m vdpabridge._libc_build``.
+
+cffi's out-of-line ABI mode needs no compiler and no parser at run time: importing the result costs about a
+millisecond. It gives what the standard library hides: the address of a mapping, and a memory barrier.
+"""
+
+from pathlib import Path
+
+import cffi
+
+__all__ = ["write"]
+
+DECLARATIONS = """
+void *mmap(void *address, size_t length, int protection, int flags, int fd, int64_t offset);
+int munmap(void *address, size_t length);
+long syscall(long number, ...);
+"""
+
+
+def write(path: Path) -> None:
+    """Write the module to ``path``."""
+    builder = cffi.FFI()
+    builder.cdef(DECLARATIONS)
+    builder.set_source("vdpabridge._libc", None)
+    builder.emit_python_code(str(path))
+
+
+if __name__ == "__main__":
+    write(Path(__file__).with_name("_libc.py"))

@@ -1,0 +1,134 @@
+"""Guest memory: a memfd that this process, the device and (elsewhere) a guest all map.
+
+A device behind vhost-vdpa needs memory that is shared and has a file behind it; ordinary Python memory has neither.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from functools import cache
+from typing import Any, Self
+
+from .device import MemoryRegion
+
+__all__ = ["GuestMemory", "SharedMapping", "store_barrier"]
+
+
+@cache
+def _libc() -> tuple[Any, Any]:
+    from ._libc import ffi  # here because most commands need no memory
+
+    return ffi, ffi.dlopen(None)
+
+
+class SharedMapping:
+    """``size_bytes`` of file ``fd`` from ``offset``, mapped shared. ``fd`` is borrowed; the mapping outlives it.
+
+    `address` is where it lies in this process; `view` reads and writes it. Raises OSError as mmap(2) does. Do not use
+    `view`, or a slice of it, after `close`.
+    """
+
+    def __init__(
+        self, fd: int, size_bytes: int, offset: int = 0, *, protection: int = mmap.PROT_READ | mmap.PROT_WRITE
+    ) -> None:
+        ffi, libc = _libc()
+        pointer = libc.mmap(ffi.NULL, size_bytes, protection, mmap.MAP_SHARED, fd, offset)
+        if int(ffi.cast("intptr_t", pointer)) == -1:
+            raise OSError(ffi.errno, f"mmap of {size_bytes} bytes at {offset}: {os.strerror(ffi.errno)}")
+        self.size_bytes = size_bytes
+        self.address = int(ffi.cast("uintptr_t", pointer))
+        self.view = memoryview(ffi.buffer(pointer, size_bytes))
+        self._pointer = pointer
+
+    def close(self) -> None:
+        """Unmap. Idempotent."""
+        if self._pointer is not None:
+            self.view.release()
+            _, libc = _libc()
+            libc.munmap(self._pointer, self.size_bytes)
+            self._pointer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if self._pointer is None else f"at {self.address:#x}"
+        return f"<SharedMapping {where}: {self.size_bytes} bytes>"
+
+
+class GuestMemory:
+    """Memory of a guest that does not exist: one region at ``guest_address``, given out from its start.
+
+    Owns its memfd. All addresses are the guest's.
+    """
+
+    def __init__(self, size_bytes: int, guest_address: int = 0x1000_0000) -> None:
+        self._fd = os.memfd_create("vdpabridge-guest", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size_bytes)
+        self._mapping = SharedMapping(self._fd, size_bytes)
+        self.guest_address = guest_address
+        self.size_bytes = size_bytes
+        self.view = self._mapping.view
+        self._next = 0
+
+    @property
+    def region(self) -> MemoryRegion:
+        """All of it, to be mapped into a device."""
+        return MemoryRegion(self.guest_address, self.size_bytes, self._fd)
+
+    @property
+    def mapping(self) -> SharedMapping:
+        """Where this process sees it; borrowed."""
+        return self._mapping
+
+    def allocate(self, size_bytes: int, align_bytes: int = 64) -> int:
+        """The guest address of ``size_bytes`` fresh zero bytes. Raises MemoryError when all is given out."""
+        start = -(-self._next // align_bytes) * align_bytes
+        if start + size_bytes > self.size_bytes:
+            raise MemoryError(f"guest memory of {self.size_bytes} bytes is full: {size_bytes} more do not fit")
+        self._next = start + size_bytes
+        return self.guest_address + start
+
+    def slice(self, guest_address: int, size_bytes: int) -> memoryview:
+        """A writable view of ``size_bytes`` at ``guest_address``. Raises ValueError outside of the memory."""
+        start = guest_address - self.guest_address
+        if start < 0 or start + size_bytes > self.size_bytes:
+            raise ValueError(f"{size_bytes} bytes at {guest_address:#x} are not in {self!r}")
+        return self.view[start : start + size_bytes]
+
+    def fileno(self) -> int:
+        """The memfd; borrowed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent. A device that has the memory mapped keeps it alive."""
+        if self._fd >= 0:
+            self._mapping.close()
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<GuestMemory {self.guest_address:#x}: {self.size_bytes} bytes>"
+
+
+_MEMBARRIER_GLOBAL_EXPEDITED = 2
+#: System call number of membarrier(2) on machines that reorder stores; x86 does not and needs nothing.
+_MEMBARRIER_NUMBER = {"aarch64": 283, "riscv64": 283, "loongarch64": 283, "s390x": 356}.get(os.uname().machine)
+
+
+def store_barrier() -> None:
+    """Let no later store or load of this thread overtake an earlier one, as seen by a device (VIRTIO 1.4, 2.7.13)."""
+    if _MEMBARRIER_NUMBER is not None:
+        _, libc = _libc()
+        ffi, _ = _libc()
+        libc.syscall(_MEMBARRIER_NUMBER, ffi.cast("int", _MEMBARRIER_GLOBAL_EXPEDITED), ffi.cast("int", 0))
