@@ -1,0 +1,1 @@
+"""What implements `vdpabridge.device.Device`: one module or folder for each transport."""

@@ -1,0 +1,403 @@
+"""`VhostVdpa`: the device interface over ``/dev/vhost-vdpa-N``."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence, Set
+from typing import Self
+
+from ...abi.vhost import (
+    BACKEND_FEATURE_NAMES,
+    VHOST_BACKEND_F_DESC_ASID,
+    VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
+    VHOST_BACKEND_F_IOTLB_ASID,
+    VHOST_BACKEND_F_IOTLB_PERSIST,
+    VHOST_BACKEND_F_RESUME,
+    VHOST_BACKEND_F_SUSPEND,
+    VHOST_FILE_UNBIND,
+    VHOST_VDPA_CONFIG,
+    VHOST_VDPA_IOVA_RANGE,
+    VHOST_VRING_ADDR,
+    VHOST_VRING_FILE,
+    VHOST_VRING_STATE,
+)
+from ...abi.vhost import (
+    VhostIoctl as Ioctl,
+)
+from ...abi.virtio import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_RING_PACKED,
+    status_names,
+)
+from ...deadline import Deadline
+from ...device import (
+    Capability,
+    Device,
+    Identity,
+    MemoryRegion,
+    Operation,
+    QueueBase,
+    QueueSetup,
+    RunState,
+    decode_base,
+)
+from ...errors import DeadlineExceeded, FeatureError, KernelError, OwnershipError, StateError
+from ...memory import SharedMapping
+from .iotlb import Iotlb, MappingError
+from .node import Node
+from .system import LINUX, System
+
+__all__ = ["VhostVdpa"]
+
+_ACCESS_PLATFORM = 1 << VIRTIO_F_ACCESS_PLATFORM
+_KNOWN_BACKEND_FEATURES = sum(1 << bit for bit in BACKEND_FEATURE_NAMES)
+_READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
+_NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
+_LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
+_BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
+#: How long the device may take to show status 0 after a reset, where the caller set no ``timeout_s``.
+_RESET_S = 5.0
+
+#: The size that, from IOVA 0, covers all: 0 for "everything" is refused from 7.3 on.
+_EVERYTHING_BYTES = (1 << 64) - 1
+
+_EVENTFD_REQUESTS = {
+    Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
+    Operation.SET_CALL: Ioctl.VHOST_SET_VRING_CALL,
+    Operation.SET_ERR: Ioctl.VHOST_SET_VRING_ERR,
+}
+_CAPABILITY_BITS = {
+    Capability.SUSPEND: VHOST_BACKEND_F_SUSPEND,
+    Capability.RESUME: VHOST_BACKEND_F_RESUME,
+    Capability.ENABLE_WHILE_RUNNING: VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
+}
+
+
+class VhostVdpa(Device):
+    """A device behind vhost-vdpa, owned by this process until `close`.
+
+    Opening and closing reset the device. It belongs to the process that opened it: not to a forked child, and no
+    longer to this one after execve. One thread at a time.
+    """
+
+    def __init__(self, node: Node, *, backend_features: int | None = None, timeout_s: float | None = None) -> None:
+        """Take ``node`` over, closing it where this raises. Prefer `open`.
+
+        ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
+        """
+        super().__init__(node.path, timeout_s=timeout_s)
+        self._node = node
+        self._mappings: dict[tuple[int, int], SharedMapping] = {}
+        try:
+            self._call(Ioctl.VHOST_SET_OWNER)
+            self.backend_features = self._accept_backend_features(backend_features)
+            self._identity = self._identify()
+            self.group_count: int = self._get(Ioctl.VHOST_VDPA_GET_GROUP_NUM, "=I")
+            self.address_space_count: int = self._get(Ioctl.VHOST_VDPA_GET_AS_NUM, "=I")
+            iova_range = VHOST_VDPA_IOVA_RANGE.buffer(0, 0)
+            self._call(Ioctl.VHOST_VDPA_GET_IOVA_RANGE, iova_range)
+            first, last = VHOST_VDPA_IOVA_RANGE.unpack(iova_range)
+            self.iotlb = Iotlb(node, (first, last), self.address_space_count, self.backend_features)
+        except BaseException:
+            node.close()
+            raise
+        self._capabilities = frozenset(
+            {Capability.CONFIG_WRITE, Capability.CONFIG_CALL}
+            | {capability for capability, bit in _CAPABILITY_BITS.items() if self.backend_features >> bit & 1}
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        backend_features: int | None = None,
+        timeout_s: float | None = None,
+        system: System = LINUX,
+    ) -> Self:
+        """Open ``path`` (``/dev/vhost-vdpa-0``) and become the device's owner. Raises `NodeError`, `KernelError`."""
+        return cls(Node.open(path, system), backend_features=backend_features, timeout_s=timeout_s)
+
+    # --- what it is ---
+
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
+    def capabilities(self) -> Set[Capability]:
+        return self._capabilities
+
+    @property
+    def offered_features(self) -> int:
+        """Without ACCESS_PLATFORM: to vhost-vdpa addresses are IOVAs always, to a guest that is of no concern."""
+        features: int = self._get(Ioctl.VHOST_GET_FEATURES, "=Q")
+        return features & ~_ACCESS_PLATFORM
+
+    @property
+    def status(self) -> int:
+        """The device's status byte as it is now."""
+        status: int = self._get(Ioctl.VHOST_VDPA_GET_STATUS, "=B")
+        return status
+
+    def fileno(self) -> int:
+        return self._node.fileno()
+
+    # --- vhost-vdpa's own: queue groups, sizes, doorbells ---
+
+    def queue_group(self, index: int) -> int:
+        """The group of queue ``index``; the queues of a group share an address space."""
+        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
+
+    def queue_descriptor_group(self, index: int) -> int:
+        """The group of queue ``index``'s rings, where they can be in another than its buffers (DESC_ASID)."""
+        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
+
+    def queue_size_max(self, index: int) -> int:
+        """The most descriptors queue ``index`` can have; most devices answer for all queues at once (`Identity`)."""
+        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
+
+    def set_group_address_space(self, group: int, address_space: int) -> None:
+        """Let the queues of ``group`` see what is mapped in ``address_space``. A reset undoes this."""
+        if self.state not in (RunState.RESET, RunState.CONFIGURED):
+            # kernels before 7.2 let it through to a running device
+            raise StateError(self.name, "assign a queue group", self.state.value, ("reset", "configured"))
+        self._call(Ioctl.VHOST_VDPA_SET_GROUP_ASID, VHOST_VRING_STATE.buffer(group, address_space))
+
+    def map_doorbell(self, index: int) -> SharedMapping:
+        """The doorbell page of queue ``index``, write-only, owned by the caller.
+
+        Raises `KernelError`: ENOTSUPP (524) where the device has no doorbell (the simulator, VDUSE, snet, eni) or its
+        doorbell area is not one page. The device stays open until the mapping is closed.
+        """
+        page = mmap.PAGESIZE
+        try:
+            return SharedMapping(self.fileno(), page, index * page, protection=mmap.PROT_WRITE)
+        except OSError as error:
+            why = "no doorbell page for this queue"
+            raise KernelError(
+                error.errno or 0, "mmap doorbell", device=self.name, why=why, hint="kick by eventfd", queue=index
+            ) from None
+
+    # --- negotiation ---
+
+    def _accept_backend_features(self, wanted: int | None) -> int:
+        # a parent may report bits that SET then refuses, so what is not known here is never acknowledged
+        offered: int = self._get(Ioctl.VHOST_GET_BACKEND_FEATURES, "=Q")
+        features: int = offered & _KNOWN_BACKEND_FEATURES & (_KNOWN_BACKEND_FEATURES if wanted is None else wanted)
+        if not features >> VHOST_BACKEND_F_IOTLB_ASID & 1:
+            features &= ~(1 << VHOST_BACKEND_F_DESC_ASID)
+        self._call(Ioctl.VHOST_SET_BACKEND_FEATURES, bytearray(struct.pack("=Q", features)))
+        return features
+
+    def _identify(self) -> Identity:
+        return Identity(
+            device_id=self._get(Ioctl.VHOST_VDPA_GET_DEVICE_ID, "=I"),
+            queue_count=self._get(Ioctl.VHOST_VDPA_GET_VQS_COUNT, "=I"),
+            queue_size_max=self._get(Ioctl.VHOST_VDPA_GET_VRING_NUM, "=H"),
+            config_size_bytes=self._get(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE, "=I"),
+        )
+
+    def _accept_features(self, features: int) -> None:
+        offered: int = self._get(Ioctl.VHOST_GET_FEATURES, "=Q")
+        if unknown := features & ~offered:
+            # vdpa_sim drops such bits without a word
+            raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
+        try:
+            self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
+            self._write_status(_READY)
+            acknowledged = features | (offered & _ACCESS_PLATFORM)
+            self._call(Ioctl.VHOST_SET_FEATURES, bytearray(struct.pack("=Q", acknowledged)))
+            self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([_NEGOTIATED]))
+            if not self.status & VIRTIO_CONFIG_S_FEATURES_OK:
+                raise FeatureError(self.name, f"the device refused {features:#x}: it did not set FEATURES_OK", features)
+        except (FeatureError, KernelError):
+            self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
+            raise
+
+    def _write_status(self, status: int) -> None:
+        """Write the status byte and see that the device took it: the request itself always succeeds."""
+        self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([status]))
+        seen = self.status
+        if seen & _BROKEN or seen & status != status:
+            raise self._fail(f"status is {status_names(seen)} after writing {status_names(status)}")
+
+    # --- configuration space ---
+
+    def _read_config(self, offset: int, size: int) -> bytes:
+        buffer = VHOST_VDPA_CONFIG.buffer(offset, size) + bytearray(size)
+        self._call(Ioctl.VHOST_VDPA_GET_CONFIG, buffer)
+        return bytes(buffer[VHOST_VDPA_CONFIG.size_bytes :])
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        self._call(Ioctl.VHOST_VDPA_SET_CONFIG, VHOST_VDPA_CONFIG.buffer(offset, len(data)) + bytearray(data))
+
+    def _set_config_call(self, eventfd: int | None) -> None:
+        fd = VHOST_FILE_UNBIND if eventfd is None else eventfd
+        self._call(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, bytearray(struct.pack("=i", fd)))
+
+    # --- memory ---
+
+    def _map(self, regions: Sequence[MemoryRegion]) -> None:
+        done: list[MemoryRegion] = []
+        try:
+            for space in sorted({region.address_space for region in regions}):
+                with self.iotlb.batch(space):
+                    for region in (region for region in regions if region.address_space == space):
+                        self._map_one(region)
+                        done.append(region)
+        except BaseException:
+            self._unmap(done)
+            raise
+
+    def _map_one(self, region: MemoryRegion) -> None:
+        size = os.fstat(region.fd).st_size
+        if region.offset + region.size_bytes > size:
+            what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
+            raise MappingError(what, device=self.name, why=f"the file behind it has only {size} bytes")
+        mapping = SharedMapping(region.fd, region.size_bytes, region.offset, protection=_protection(region))
+        try:
+            self.iotlb.update(
+                *(region.guest_address, region.size_bytes, mapping.address),
+                writable=region.writable,
+                address_space=region.address_space,
+            )
+        except BaseException:
+            mapping.close()
+            raise
+        self._mappings[region.address_space, region.guest_address] = mapping
+
+    def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        for space in sorted({region.address_space for region in regions}):
+            with self.iotlb.batch(space):
+                for region in (region for region in regions if region.address_space == space):
+                    self.iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
+        # only now: until a batch ends the device still uses what it covers
+        for region in regions:
+            self._mappings.pop((region.address_space, region.guest_address)).close()
+
+    def _map_again(self) -> None:
+        """Show the device everything once more, after a reset that made it forget but not vhost."""
+        for region in self.regions:
+            mapping = self._mappings[region.address_space, region.guest_address]
+            self.iotlb.invalidate(region.guest_address, region.size_bytes, address_space=region.address_space)
+            self.iotlb.update(
+                *(region.guest_address, region.size_bytes, mapping.address),
+                writable=region.writable,
+                address_space=region.address_space,
+            )
+
+    # --- queues ---
+
+    def _set_queue(self, index: int, setup: QueueSetup) -> None:
+        self._call(Ioctl.VHOST_SET_VRING_NUM, VHOST_VRING_STATE.buffer(index, setup.size), index)
+        addresses = (setup.desc_address, setup.used_address, setup.avail_address)
+        self._call(Ioctl.VHOST_SET_VRING_ADDR, VHOST_VRING_ADDR.buffer(index, 0, *addresses, 0), index)
+
+    def _set_base(self, index: int, base: QueueBase) -> None:
+        self._call(Ioctl.VHOST_SET_VRING_BASE, VHOST_VRING_STATE.buffer(index, base.encode()), index)
+
+    def _get_base(self, index: int) -> QueueBase:
+        word = self._get_of_queue(Ioctl.VHOST_GET_VRING_BASE, index)
+        return decode_base(word, packed=bool(self.accepted_features >> VIRTIO_F_RING_PACKED & 1))
+
+    def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        fd = VHOST_FILE_UNBIND if eventfd is None else eventfd
+        self._call(_EVENTFD_REQUESTS[operation], VHOST_VRING_FILE.buffer(index, fd), index)
+
+    def _enable_queue(self, index: int, enabled: bool) -> None:
+        self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, enabled), index)
+        if enabled and self.state is RunState.RUNNING:
+            self._kick(index)
+
+    def _kick(self, index: int) -> None:
+        """Write the queue's own kick eventfd: a kick from before it was enabled and started is lost."""
+        if (eventfd := self.queues[index].eventfds.get(Operation.SET_KICK)) is not None:
+            os.eventfd_write(eventfd, 1)
+
+    def _kick_enabled(self) -> None:
+        for index, record in self.queues.items():
+            if record.enabled:
+                self._kick(index)
+
+    # --- run control ---
+
+    def _start(self) -> None:
+        self._write_status(_LIVE)
+        self._kick_enabled()
+
+    def _suspend(self) -> None:
+        # before DRIVER_OK the request answers 0 and does nothing; a device that gave up has lost it
+        if self.status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
+            raise self._fail(f"status is {status_names(self.status)} in the middle of running")
+        self._call(Ioctl.VHOST_VDPA_SUSPEND)
+
+    def _resume(self) -> None:
+        # by this request only: rewriting the status byte un-suspends vdpa_sim behind vhost's back
+        self._call(Ioctl.VHOST_VDPA_RESUME)
+        self._kick_enabled()
+
+    def _reset(self) -> None:
+        self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
+        self._await_reset()
+        # vhost keeps listening to eventfds through a reset; the device forgets its half of them
+        for index, record in self.queues.items():
+            for operation in record.eventfds:
+                self._bind_eventfd(operation, index, None)
+        if self.config_call is not None:
+            self._set_config_call(None)
+        if not self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
+            self._map_again()
+
+    def _await_reset(self) -> None:
+        deadline = Deadline(_RESET_S if self.timeout_s is None else self.timeout_s)
+        while self.status != 0:
+            if deadline.passed:
+                seen = status_names(self.status)
+                raise DeadlineExceeded(
+                    "reset", deadline.timeout_s or 0, device=self.name, why=f"status is still {seen}"
+                )
+            time.sleep(0.001)
+
+    def _close(self) -> None:
+        if self._node.fileno() >= 0:
+            # the node's close drops vhost's mappings but does not tell VDUSE's daemon, which would keep the memory. A
+            # forked child, and whoever closes a dead device, has nothing to tell
+            with contextlib.suppress(KernelError, OwnershipError):
+                for space in {space for space, _ in self.iotlb.entries}:
+                    self.iotlb.invalidate(0, _EVERYTHING_BYTES, address_space=space)
+            self._node.close()
+        for mapping in self._mappings.values():
+            mapping.close()
+        self._mappings = {}
+
+    # --- requests ---
+
+    def _call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
+        self._node.call(request, argument, queue=queue, timeout_s=self.timeout_s)
+
+    def _get(self, request: Ioctl, code: str) -> int:
+        buffer = bytearray(struct.calcsize(code))
+        self._call(request, buffer)
+        value: int = struct.unpack(code, buffer)[0]
+        return value
+
+    def _get_of_queue(self, request: Ioctl, index: int) -> int:
+        buffer = VHOST_VRING_STATE.buffer(index, 0)
+        self._call(request, buffer, index)
+        value: int = VHOST_VRING_STATE.unpack(buffer)[1]
+        return value
+
+
+def _protection(region: MemoryRegion) -> int:
+    return mmap.PROT_READ | mmap.PROT_WRITE if region.writable else mmap.PROT_READ

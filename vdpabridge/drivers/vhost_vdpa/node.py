@@ -1,0 +1,137 @@
+"""An open vhost-vdpa node: requests to it, with EINTR, deadlines, ownership and readable errors taken care of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ...abi.vhost import VhostIoctl as Ioctl
+from ...deadline import Deadline, call_within
+from ...errors import DeadlineExceeded, KernelError, OwnershipError
+from ...holders import holders
+from .explain import explain
+from .system import LINUX, System
+
+__all__ = ["Node", "NodeError"]
+
+#: Requests that the kernel answers to any process; all others want the owner's (drivers/vhost/vdpa.c, vhost.c).
+_FREE_FOR_ALL = frozenset(
+    {
+        *(Ioctl.VHOST_VDPA_GET_DEVICE_ID, Ioctl.VHOST_VDPA_GET_STATUS, Ioctl.VHOST_VDPA_SET_STATUS),
+        *(Ioctl.VHOST_VDPA_GET_CONFIG, Ioctl.VHOST_VDPA_SET_CONFIG, Ioctl.VHOST_VDPA_GET_CONFIG_SIZE),
+        *(Ioctl.VHOST_GET_FEATURES, Ioctl.VHOST_SET_FEATURES, Ioctl.VHOST_SET_OWNER),
+        *(Ioctl.VHOST_GET_BACKEND_FEATURES, Ioctl.VHOST_SET_BACKEND_FEATURES),
+        *(Ioctl.VHOST_VDPA_GET_VRING_NUM, Ioctl.VHOST_VDPA_GET_VQS_COUNT, Ioctl.VHOST_VDPA_GET_GROUP_NUM),
+        *(Ioctl.VHOST_VDPA_GET_AS_NUM, Ioctl.VHOST_VDPA_GET_IOVA_RANGE, Ioctl.VHOST_VDPA_SET_CONFIG_CALL),
+        *(Ioctl.VHOST_VDPA_SUSPEND, Ioctl.VHOST_VDPA_RESUME),
+    }
+)
+
+
+class NodeError(KernelError):
+    """A node that cannot be opened, or is none of vhost-vdpa's."""
+
+
+class Node:
+    """An open vhost-vdpa node. Owns its descriptor.
+
+    ``timeout_s`` bounds every request. A request that is still in the kernel then goes on there: the node says so from
+    then on instead of queueing behind it.
+    """
+
+    def __init__(self, fd: int, path: str, system: System = LINUX) -> None:
+        self.path = path
+        self._fd = fd
+        self._system = system
+        self._owner_pid = os.getpid()
+        self._stuck = ""
+
+    @classmethod
+    def open(cls, path: str, system: System = LINUX) -> Node:
+        """Open the node at ``path``, which resets the device. Raises `NodeError`."""
+        if system is LINUX:
+            _check_is_vhost_vdpa(path)
+        try:
+            return cls(system.open(path), path, system)
+        except OSError as error:
+            raise _node_error(path, error.errno or 0) from None
+
+    def fileno(self) -> int:
+        """The descriptor; borrowed. -1 when closed."""
+        return self._fd
+
+    def call(
+        self, request: Ioctl, argument: bytearray | int = 0, *, queue: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Make one ioctl; a buffer is changed in place. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`."""
+        if self._owner_pid != os.getpid() and request not in _FREE_FOR_ALL:
+            self._refuse_fork(request.name)
+        if self._stuck:
+            raise DeadlineExceeded(request.name, 0, device=self.path, why=f"{self._stuck} is still in the kernel")
+        deadline = Deadline(timeout_s)
+        while True:
+            try:
+                if timeout_s is None:
+                    self._system.ioctl(self._fd, request, argument)
+                else:
+                    call_within(deadline.left_s() or 0.0, lambda: self._system.ioctl(self._fd, request, argument))
+                return
+            except InterruptedError:
+                # Python 3.11's fcntl.ioctl does not retry; a request that a signal interrupted has not begun
+                continue
+            except TimeoutError:
+                self._stuck = request.name
+                hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
+                raise DeadlineExceeded(request.name, timeout_s or 0, device=self.path, hint=hint) from None
+            except OSError as error:
+                code = error.errno or 0
+                why, hint = explain(request, code)
+                raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
+
+    def write(self, message: bytes) -> None:
+        """Write one IOTLB message. Raises OSError as the kernel does, `OwnershipError` in a forked child."""
+        if self._owner_pid != os.getpid():
+            self._refuse_fork("IOTLB message")
+        while True:
+            try:
+                # a success answers 72, whatever the message's length: there are no short writes here
+                self._system.write(self._fd, message)
+                return
+            except InterruptedError:
+                continue
+
+    def close(self) -> None:
+        """Close. The last descriptor's close resets the device. Idempotent."""
+        if self._fd >= 0:
+            self._system.close(self._fd)
+            self._fd = -1
+
+    def _refuse_fork(self, what: str) -> None:
+        why = f"the device belongs to process {self._owner_pid}, whose fork this is"
+        raise OwnershipError(
+            what, device=self.path, why=why, hint="open the device after fork, in the process that uses it"
+        )
+
+
+def _check_is_vhost_vdpa(path: str) -> None:
+    """Look before opening: opening some other device's node can do things (arm a watchdog, rewind a tape)."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _node_error(path, error.errno or 0) from None
+    if not stat.S_ISCHR(status.st_mode):
+        raise _node_error(path, errno.ENOTTY)
+    link = f"/sys/dev/char/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if os.path.isdir("/sys/dev/char"):
+        if not os.path.islink(link):
+            raise _node_error(path, errno.ENXIO)
+        if not os.path.basename(os.readlink(link)).startswith("vhost-vdpa-"):
+            raise _node_error(path, errno.ENOTTY)
+
+
+def _node_error(path: str, code: int) -> NodeError:
+    why, hint = explain("open", code)
+    if code == errno.EBUSY and (who := holders(path)):
+        why = "held by " + ", ".join(map(str, who))
+    return NodeError(code, "open", device=path, why=why, hint=hint)

@@ -1,0 +1,58 @@
+"""Which processes hold a device node open."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["Holder", "holders"]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process with the node open."""
+
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.command} (pid {self.pid})"
+
+
+def holders(path: str) -> list[Holder]:
+    """The processes that have ``path`` open, as far as this user may look; all of them for root.
+
+    A descriptor in flight between processes (SCM_RIGHTS) and a mapping of a closed descriptor are not seen.
+    """
+    try:
+        wanted = os.stat(path).st_rdev
+    except OSError:
+        return []
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and _has_open(entry, wanted):
+            found.append(Holder(int(entry), _command(entry)))
+    return sorted(found, key=lambda holder: holder.pid)
+
+
+def _has_open(pid: str, device: int) -> bool:
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except OSError:  # gone, or somebody else's
+        return False
+    for descriptor in descriptors:
+        link = f"/proc/{pid}/fd/{descriptor}"
+        try:
+            if os.readlink(link).startswith("/dev/") and os.stat(link).st_rdev == device:
+                return True
+        except OSError:  # closed meanwhile
+            continue
+    return False
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+            return comm.read().strip()
+    except OSError:
+        return "a process that just ended"
