@@ -1,0 +1,113 @@
+"""The virtio-level state of a stopped device: what it negotiated and where its queues stand.
+
+With the guest's memory, which the rings lie in, this is all that a device without internal state needs to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..device import Device, QueueBase, QueueSetup
+from ..errors import FeatureError, VdpaBridgeError
+from ..transitions import Operation
+
+__all__ = ["DeviceSnapshot", "QueueEventfds", "QueueSnapshot", "SnapshotError", "capture", "eventfds_of", "restore"]
+
+
+class SnapshotError(VdpaBridgeError):
+    """A snapshot that does not fit the device; the device was not touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSnapshot:
+    """A queue: where it lies, where it stands, and whether it was enabled."""
+
+    setup: QueueSetup
+    base: QueueBase
+    enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSnapshot:
+    """A device between two places."""
+
+    device_id: int | None
+    features: int
+    """What the guest had accepted."""
+    queues: Mapping[int, QueueSnapshot]
+    config: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEventfds:
+    """A queue's eventfds in the process that restores; borrowed. None for one that is not used."""
+
+    kick: int | None = None
+    call: int | None = None
+    err: int | None = None
+
+
+def capture(device: Device) -> DeviceSnapshot:
+    """The snapshot of a suspended (or merely configured) device, which is not changed by it."""
+    queues = {
+        index: QueueSnapshot(record.setup, device.get_base(index), record.enabled)
+        for index, record in sorted(device.queues.items())
+        if record.setup is not None
+    }
+    config = device.read_config() if device.identity.config_size_bytes else b""
+    return DeviceSnapshot(device.identity.device_id, device.accepted_features, queues, config)
+
+
+def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
+    """Bring a reset ``device`` to where ``snapshot`` was taken, short of `Device.start`.
+
+    ``eventfds`` are those of this process, by queue. The guest's memory is the caller's to map. Raises `SnapshotError`
+    or `FeatureError` before the device is touched where they do not fit; where a step fails, the device is reset.
+    """
+    _check(device, snapshot)
+    try:
+        device.accept_features(snapshot.features)
+        for index, queue in snapshot.queues.items():
+            device.set_queue(index, queue.setup)
+            device.set_base(index, queue.base)
+            wires = eventfds.get(index, QueueEventfds())
+            device.set_call(index, wires.call)
+            device.set_err(index, wires.err)
+            device.set_kick(index, wires.kick)
+            device.enable_queue(index, queue.enabled)
+    except BaseException:
+        device.reset()
+        raise
+
+
+def eventfds_of(device: Device) -> dict[int, QueueEventfds]:
+    """The eventfds that ``device`` was given, borrowed from it: they are closed when it is reset."""
+    return {
+        index: QueueEventfds(
+            record.eventfds.get(Operation.SET_KICK),
+            record.eventfds.get(Operation.SET_CALL),
+            record.eventfds.get(Operation.SET_ERR),
+        )
+        for index, record in device.queues.items()
+    }
+
+
+def _check(device: Device, snapshot: DeviceSnapshot) -> None:
+    identity = device.identity
+    if None not in (identity.device_id, snapshot.device_id) and identity.device_id != snapshot.device_id:
+        _refuse(device, f"the snapshot is of device id {snapshot.device_id}, this is {identity.device_id}")
+    if missing := snapshot.features & ~device.offered_features:
+        raise FeatureError(device.name, f"the snapshot needs bits {missing:#x}, which are not offered", missing)
+    for index, queue in snapshot.queues.items():
+        if index >= identity.queue_count:
+            _refuse(device, f"the snapshot has queue {index}, and the device has {identity.queue_count}")
+        if queue.setup.size > identity.queue_size_max:
+            _refuse(
+                device,
+                f"queue {index} has {queue.setup.size} descriptors, the device has at most {identity.queue_size_max}",
+            )
+
+
+def _refuse(device: Device, why: str) -> None:
+    raise SnapshotError("restore", device=device.name, why=why, hint="restore it on a device of the same kind")
