@@ -1,0 +1,148 @@
+"""Devices on the vDPA bus, by sysfs: names, drivers, nodes, binding.
+
+Source: drivers/vdpa/vdpa.c and drivers/vhost/vdpa.c; Documentation/ABI/testing/sysfs-bus-vdpa, which has two names
+wrong: the file is ``drivers_probe`` and the driver ``vhost_vdpa``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import VdpaBridgeError
+from ..holders import holders
+from .errors import BusError, DeviceBusy, NoSuchDevice
+
+__all__ = ["DRIVERS", "Bus", "BusDevice"]
+
+#: The drivers of the bus: the device's user is a process, or this kernel itself.
+DRIVERS = ("vhost_vdpa", "virtio_vdpa")
+
+_NO_BUS = "'modprobe vdpa' loads it, and the module of the device's parent (vdpa_sim_blk, mlx5_vdpa, vduse ...)"
+
+
+@dataclass(frozen=True, slots=True)
+class BusDevice:
+    """A device as sysfs shows it."""
+
+    name: str
+    driver: str | None
+    """The driver it is bound to."""
+    node: str | None
+    """``/dev/vhost-vdpa-N`` while it is bound to vhost_vdpa."""
+
+
+class Bus:
+    """The vDPA bus. ``sys`` and ``dev`` are where sysfs and the nodes are."""
+
+    def __init__(self, sys: str = "/sys", dev: str = "/dev") -> None:
+        self._bus = Path(sys) / "bus" / "vdpa"
+        self._char = Path(sys) / "dev" / "char"
+        self._dev = dev
+
+    def devices(self) -> list[BusDevice]:
+        """All devices, by name. Raises `NoSuchDevice` where the kernel has no vDPA bus."""
+        try:
+            names = os.listdir(self._bus / "devices")
+        except FileNotFoundError:
+            raise NoSuchDevice("vDPA bus", why="this kernel has none loaded", hint=_NO_BUS) from None
+        return [self._describe(name) for name in sorted(names)]
+
+    def device(self, name_or_node: str) -> BusDevice:
+        """The device called ``name_or_node``, or whose node that path is (or leads to). Raises `NoSuchDevice`."""
+        name = self._name_of(name_or_node) if "/" in name_or_node else name_or_node
+        if not (self._bus / "devices" / name).exists():
+            self.devices()  # says so where there is no bus
+            raise NoSuchDevice("no such device", device=name, hint="'vdpabridge list' shows the devices")
+        return self._describe(name)
+
+    def node(self, name: str) -> str:
+        """The node of device ``name``. Raises `NoSuchDevice` where it has none, not being bound to vhost_vdpa."""
+        device = self.device(name)
+        if device.node is None:
+            why = f"no node: its driver is {device.driver or 'none'}"
+            raise NoSuchDevice(
+                "vhost-vdpa", device=name, why=why, hint=f"'vdpabridge bind {name} vhost_vdpa' makes one"
+            )
+        return device.node
+
+    def bind(self, name: str, driver: str, *, force: bool = False) -> BusDevice:
+        """Hand device ``name`` to ``driver``, away from the one that has it.
+
+        Raises `DeviceBusy` where a process holds its node, unless ``force``d; `BusError` where the kernel refuses.
+        """
+        what = f"bind to {driver}"
+        device = self.device(name)
+        if device.driver == driver:
+            return device
+        if not (self._bus / "drivers" / driver).exists():
+            known = ", ".join(DRIVERS)
+            why = "this kernel has no such driver loaded"
+            raise VdpaBridgeError(
+                what, device=name, why=why, hint=f"the bus's drivers are {known}: 'modprobe {driver}'"
+            )
+        self.check_idle(name, what, force=force)
+        self._write(name, f"devices/{name}/driver_override", driver, what)
+        if device.driver:
+            self._write(name, f"drivers/{device.driver}/unbind", name, what)
+        self._write(name, "drivers_probe", name, what)
+        bound = self._describe(name)
+        if bound.driver != driver:
+            why = f"the driver did not take it; it has {bound.driver or 'no driver'} now"
+            raise VdpaBridgeError(what, device=name, why=why, hint="the kernel log may say why")
+        return bound
+
+    def check_idle(self, name: str, what: str, *, force: bool = False) -> None:
+        """Raise `DeviceBusy` where a process holds the node of device ``name``, unless ``force``d.
+
+        The kernel waits in vhost_vdpa_remove, uninterruptibly, until the node is closed; a deletion waits with the
+        lock of all vDPA netlink requests held.
+        """
+        node = self._describe(name).node
+        if node is None or force:
+            return
+        if who := holders(node):
+            raise DeviceBusy(name, what, node, who)
+        try:
+            # the only sure sign, also for descriptors that are in flight or mapped. It resets the device, idle as it is
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise DeviceBusy(name, what, node, []) from None
+
+    def _describe(self, name: str) -> BusDevice:
+        folder = self._bus / "devices" / name
+        try:
+            driver = os.path.basename(os.readlink(folder / "driver"))
+        except OSError:
+            driver = None
+        try:
+            nodes = [entry for entry in os.listdir(folder) if entry.startswith("vhost-vdpa-")]
+        except OSError:  # removed meanwhile
+            nodes = []
+        return BusDevice(name, driver, f"{self._dev}/{nodes[0]}" if nodes else None)
+
+    def _name_of(self, path: str) -> str:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise NoSuchDevice("no such node", device=path, why=os.strerror(error.errno or 0)) from None
+        link = self._char / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        if stat.S_ISCHR(status.st_mode) and link.exists():
+            target = link.resolve()
+            if target.name.startswith("vhost-vdpa-"):
+                return target.parent.name
+        raise NoSuchDevice("not a vhost-vdpa node", device=path, hint="'vdpabridge list' shows the nodes")
+
+    def _write(self, name: str, file: str, text: str, what: str) -> None:
+        path = self._bus / file
+        try:
+            with open(path, "w", encoding="ascii") as attribute:
+                attribute.write(text)
+        except OSError as error:
+            hint = "be root" if error.errno in (errno.EACCES, errno.EPERM) else "the kernel log may say why"
+            why = f"{os.strerror(error.errno or 0)} ({path})"
+            raise BusError(error.errno or 0, what, device=name, why=why, hint=hint) from None

@@ -1,0 +1,124 @@
+"""What each subcommand does: ask the packages beside, print."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..bus.bus import Bus, BusDevice
+from .output import print_json, print_records, print_table
+
+__all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
+
+
+def list(words: argparse.Namespace) -> None:  # the subcommand's name
+    """``vdpabridge list``: sysfs only."""
+    devices = Bus().devices()
+    if words.json:
+        print_json("dev", {device.name: _place(device) for device in devices}, pretty=words.pretty)
+    else:
+        rows = [(device.name, device.driver or "-", device.node or "-") for device in devices]
+        print_table(("NAME", "DRIVER", "NODE"), rows)
+
+
+def show(words: argparse.Namespace) -> None:
+    """``vdpabridge show``: netlink, sysfs, and who has the node open. Nothing is opened: that would reset a device."""
+    if words.mgmtdev:
+        section, records = "mgmtdev", _management_devices()
+    else:
+        section, records = "dev", _devices(words.device)
+    if words.json:
+        print_json(section, records, pretty=words.pretty)
+    else:
+        print_records(records)
+
+
+def add(words: argparse.Namespace) -> None:
+    """``vdpabridge add``."""
+    from ..bus.netlink import VdpaNetlink
+
+    bus = Bus()
+    with VdpaNetlink() as netlink:
+        netlink.add(words.device, words.mgmtdev, mac=words.mac, mtu=words.mtu)
+    if words.driver:
+        bus.bind(words.device, words.driver)
+    _print_place(bus.device(words.device), words)
+
+
+def delete(words: argparse.Namespace) -> None:
+    """``vdpabridge del``."""
+    from ..bus.netlink import VdpaNetlink
+
+    bus = Bus()
+    name = bus.device(words.device).name
+    bus.check_idle(name, "delete", force=words.force)
+    with VdpaNetlink() as netlink:
+        netlink.delete(name)
+
+
+def bind(words: argparse.Namespace) -> None:
+    """``vdpabridge bind``."""
+    bus = Bus()
+    device = bus.bind(bus.device(words.device).name, words.driver, force=words.force)
+    _print_place(device, words)
+
+
+def udev_rules(words: argparse.Namespace) -> None:
+    """``vdpabridge udev-rules``."""
+    from ..udev_files import helper, rules
+
+    print(helper() if words.helper else rules(), end="")
+
+
+def _place(device: BusDevice) -> dict[str, object]:
+    return {"driver": device.driver, "path": device.node}
+
+
+def _print_place(device: BusDevice, words: argparse.Namespace) -> None:
+    if words.json:
+        print_json("dev", {device.name: _place(device)}, pretty=words.pretty)
+    else:
+        print_records({device.name: _place(device)})
+
+
+def _devices(wanted: str | None) -> dict[str, dict[str, object]]:
+    from ..abi.virtio import device_name
+    from ..bus.netlink import VdpaNetlink
+    from ..holders import holders
+
+    bus = Bus()
+    places = [bus.device(wanted)] if wanted else bus.devices()
+    with VdpaNetlink() as netlink:
+        known = {device.name: device for device in netlink.devices()}
+    records: dict[str, dict[str, object]] = {}
+    for place in places:
+        record: dict[str, object] = {}
+        if device := known.get(place.name):
+            record |= {
+                "type": device_name(device.device_id),
+                "mgmtdev": device.management_device,
+                "vendor_id": device.vendor_id,
+                "max_vqs": device.max_queues,
+                "max_vq_size": device.max_queue_size,
+                "device_id": device.device_id,
+            }
+        record |= _place(place)
+        if place.node and (who := holders(place.node)):
+            record["held_by"] = [str(holder) for holder in who]
+        records[place.name] = record
+    return records
+
+
+def _management_devices() -> dict[str, dict[str, object]]:
+    from ..abi.features import feature_names
+    from ..abi.virtio import CLASS_NAMES
+    from ..bus.netlink import VdpaNetlink
+
+    with VdpaNetlink() as netlink:
+        return {
+            parent.handle: {
+                "supported_classes": [CLASS_NAMES.get(device_id, f"id-{device_id}") for device_id in parent.classes],
+                "max_supported_vqs": parent.max_queues,
+                "dev_features": feature_names(parent.features, parent.classes[0] if len(parent.classes) == 1 else None),
+            }
+            for parent in netlink.management_devices()
+        }

@@ -1,0 +1,38 @@
+"""Printing: JSON in iproute2's shape, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = ["print_json", "print_records", "print_table"]
+
+Record = Mapping[str, object]
+
+
+def print_json(section: str, records: Mapping[str, Record], *, pretty: bool) -> None:
+    """``{"section": {"name": {…}}}``, with a null for what is not known left out."""
+    import json
+
+    known = {
+        name: {key: value for key, value in record.items() if value is not None} for name, record in records.items()
+    }
+    print(json.dumps({section: known}, indent=4 if pretty else None, separators=None if pretty else (",", ":")))
+
+
+def print_records(records: Mapping[str, Record]) -> None:
+    """One line a record: ``name: key value key value``; a list is joined by spaces."""
+    for name, record in records.items():
+        words = [f"{key} {_text(value)}" for key, value in record.items() if value not in (None, [], "")]
+        print(f"{name}: {' '.join(words)}")
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be."""
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
