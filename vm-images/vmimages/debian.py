@@ -1,0 +1,82 @@
+"""Debian's archive as this machine is set up to reach it, for suites this machine does not itself run.
+
+apt is asked which site it uses; a private apt root then reads other suites from that same site. No site is named
+here, and the machine's own apt configuration is not touched.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from . import cache as store
+from .host import HostError, command, step
+
+__all__ = ["archive_sources", "download", "newest_package"]
+
+#: The suites that hold what is built here: 6.1 is in bookworm, 6.12 in trixie, the newest kernel in testing.
+SUITES = ("bookworm", "trixie", "testing")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+@cache
+def archive_sources(*suites: str) -> str:
+    """One-line-style apt sources for ``suites`` (and their security updates), on the sites this machine uses."""
+    listing = command(["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)", "Created-By: Packages"])
+    sites = {
+        label: site for origin, label, site in (line.split("|") for line in listing.splitlines()) if origin == "Debian"
+    }
+    if "Debian" not in sites:
+        raise HostError("apt on this machine knows no Debian archive: run 'apt-get update', or use a Debian machine")
+    signed = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+    lines = [f"deb {signed}{sites['Debian']} {suite} main" for suite in suites]
+    if "Debian-Security" in sites:
+        lines += [
+            f"deb {signed}{sites['Debian-Security']} {suite}-security main" for suite in suites if suite != "testing"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _apt_options() -> tuple[str, ...]:
+    root = store.cache_root() / "apt"
+    for folder in ("etc/apt/preferences.d", "state/lists/partial", "cache/archives/partial"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "etc/apt/sources.list").write_text(archive_sources(*SUITES))
+    options = (
+        *(
+            "-o",
+            f"Dir::Etc={root}/etc/apt",
+            "-o",
+            f"Dir::State::lists={root}/state/lists",
+            "-o",
+            f"Dir::Cache={root}/cache",
+        ),
+        # testing's Release file can be past its date; it is still signed
+        *("-o", "Acquire::Check-Valid-Until=false", "-o", "APT::Sandbox::User="),
+    )
+    with step("reading Debian's package lists"):
+        command(["apt-get", *options, "update", "-qq"])
+    return options
+
+
+def newest_package(pattern: str) -> str:
+    """The package whose name matches ``pattern``, with the highest number in the pattern's one group."""
+    names = command(["apt-cache", *_apt_options(), "pkgnames"]).split()
+    found = [(tuple(map(int, match[1].split("."))), name) for name in names if (match := re.fullmatch(pattern, name))]
+    if not found:
+        raise HostError(f"Debian's lists have no package like {pattern}")
+    return max(found)[1]
+
+
+def download(package: str, into: Path) -> tuple[Path, str]:
+    """Fetch ``package`` and unpack it under ``into``; return the folder and the package's version."""
+    with step(f"downloading {package}"):
+        into.mkdir(parents=True, exist_ok=True)
+        command(["apt-get", *_apt_options(), "download", "-qq", package], cwd=into)
+        archive = next(into.glob(f"{package}_*.deb"))
+        command(["dpkg-deb", "-x", archive, into])
+        version = command(["dpkg-deb", "-f", archive, "Version"]).strip()
+        archive.unlink()
+    return into, version

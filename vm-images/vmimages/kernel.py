@@ -1,0 +1,106 @@
+"""Kernels for the test machine: a bzImage from Debian's source package, a source tree, or a ready image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import cached, content_key
+from .debian import download, newest_package
+from .host import BUILD_KERNEL, HostError, command, need, step
+
+__all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "kernel"]
+
+FRAGMENT = Path(__file__).parent.parent / "kernel" / "config"
+
+#: Names that ``--kernel`` takes -> pattern of the Debian source package; the group orders several matches.
+KERNELS = {
+    "6.12": r"linux-source-(6\.12)",
+    "6.1": r"linux-source-(6\.1)",
+    "newest": r"linux-source-(\d+\.\d+)",
+}
+DEFAULT_KERNEL = "6.12"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A bootable kernel."""
+
+    image: Path
+    """The bzImage."""
+    headers: Path | None
+    """Root of its exported user-space headers (has ``include/linux``), where it was built here."""
+    name: str
+    """What the user called it."""
+
+
+def kernel(what: str) -> Kernel:
+    """The kernel ``what``: a name of `KERNELS` (built on first use), a kernel source tree, or a bzImage.
+
+    Raises `HostError` where ``what`` is none of these or does not build.
+    """
+    path = Path(what)
+    if what in KERNELS:
+        key = content_key(KERNELS[what], FRAGMENT, Path(__file__))
+        entry = cached("kernel", f"{what}-{key}", lambda work: _from_debian(what, work))
+        return Kernel(entry / "bzImage", entry / "headers", what)
+    if (path / "Kbuild").exists() and (path / "Makefile").exists():
+        return _from_tree(path.resolve())
+    if path.is_file():
+        return Kernel(path.resolve(), None, what)
+    raise HostError(f"{what}: not a kernel name ({', '.join(KERNELS)}), not a kernel source tree and not a bzImage")
+
+
+def _from_debian(name: str, work: Path) -> dict[str, str]:
+    need(BUILD_KERNEL)
+    package = newest_package(KERNELS[name])
+    source = work / "source"
+    try:
+        _, version = download(package, source)
+        with step(f"unpacking {package}"):
+            command(["tar", "-xf", source / "usr/src" / f"{package}.tar.xz", "-C", source])
+        with step(f"building kernel {name} ({version})"):
+            _build(source / package, work / "build")
+        shutil.copy(work / "build/arch/x86/boot/bzImage", work / "bzImage")
+        shutil.copy(work / "build/.config", work / "config")
+        command(
+            ["make", "-s", f"O={work}/build", "headers_install", f"INSTALL_HDR_PATH={work}/headers"],
+            cwd=source / package,
+        )
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(work / "build", ignore_errors=True)
+    return {"package": package, "version": version}
+
+
+def _from_tree(tree: Path) -> Kernel:
+    """Build somebody's own tree outside of it. The build folder is kept, so the next build is incremental."""
+    need(BUILD_KERNEL)
+    from .cache import cache_root
+
+    build = cache_root() / "tree" / content_key(str(tree), FRAGMENT)
+    build.mkdir(parents=True, exist_ok=True)
+    with step(f"building {tree}"):
+        _build(tree, build)
+        command(["make", "-s", f"O={build}", "headers_install", f"INSTALL_HDR_PATH={build}/headers"], cwd=tree)
+    return Kernel(build / "arch/x86/boot/bzImage", build / "headers", str(tree))
+
+
+def _build(tree: Path, build: Path) -> None:
+    build.mkdir(parents=True, exist_ok=True)
+    make = ["make", "-s", f"O={build}"]
+    command([*make, "tinyconfig"], cwd=tree)
+    command(["./scripts/kconfig/merge_config.sh", "-m", "-O", build, build / ".config", FRAGMENT], cwd=tree)
+    command([*make, "olddefconfig"], cwd=tree)
+    _check_config((build / ".config").read_text())
+    command([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
+
+
+def _check_config(config: str) -> None:
+    """Kconfig drops what has an unmet dependency without a word; a test kernel without vdpa_sim helps nobody."""
+    wanted = [line for line in FRAGMENT.read_text().splitlines() if line.endswith("=y")]
+    got = set(config.splitlines())
+    if dropped := [line for line in wanted if line not in got]:
+        raise HostError(f"this kernel cannot have {', '.join(dropped)}: a dependency is missing from {FRAGMENT.name}")

@@ -1,0 +1,58 @@
+"""What the guest is handed: the checkout, the agent that runs the command, and modules that Debian stable lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shlex
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .host import HostError
+
+__all__ = ["write_payload"]
+
+GUEST = Path(__file__).parent.parent / "guest"
+#: What of the checkout the guest sees, below /run/payload/tree, which is also where the command runs.
+TREE = ("pyproject.toml", "vdpabridge", "tests", "udev", "vm-images")
+#: Pure Python modules that the root file system's Debian release has no package of: taken from this interpreter.
+MODULES = ("ioctl_opt",)
+ENVIRONMENT = {
+    "PYTHONPATH": "/run/payload/tree:/run/payload/modules",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "VDPABRIDGE_IN_VM": "1",
+}
+
+
+def write_payload(tar: Path, repository: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Write the tar that the guest's first process unpacks and starts."""
+    exports = ENVIRONMENT | dict(environment)
+    script = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items())
+    script += f"exec {shlex.join(command)}\n"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(GUEST, "guest")
+        for name in TREE:
+            if (repository / name).exists():
+                archive.add(repository / name, f"tree/{name}", filter=_without_caches)
+        for module in MODULES:
+            path = _module_path(module)
+            archive.add(path, f"modules/{path.name}", filter=_without_caches)
+        info = tarfile.TarInfo("command")
+        info.size = len(script.encode())
+        archive.addfile(info, io.BytesIO(script.encode()))
+
+
+def _without_caches(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    name = os.path.basename(info.name)
+    return None if name == "__pycache__" or (name.startswith(".") and info.isdir()) else info
+
+
+def _module_path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise HostError(f"the guest needs the Python module {module}, and {sys.executable} has none")
+    origin = Path(spec.origin)
+    return origin.parent if origin.name == "__init__.py" else origin

@@ -1,0 +1,84 @@
+"""The test machine's root file system: Debian stable as one ext4 image."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .cache import cached, content_key
+from .debian import archive_sources
+from .host import BUILD_ROOT, as_root, command, need, step
+
+__all__ = ["PACKAGES", "SUITE", "rootfs"]
+
+SUITE = "trixie"
+INIT = Path(__file__).parent.parent / "guest" / "init"
+PACKAGES = (
+    *("python3", "python3-pytest", "python3-hypothesis", "python3-pyroute2", "python3-cffi"),
+    *("udev", "iproute2", "kmod", "procps", "strace", "e2fsprogs"),
+    *("qemu-system-x86", "qemu-utils", "qemu-block-extra", "virtiofsd", "fio"),
+)
+SPARE_BYTES = 512 << 20
+
+
+def rootfs() -> Path:
+    """The image; built on first use."""
+    key = content_key(SUITE, "\n".join(PACKAGES), INIT, Path(__file__))
+    return cached("rootfs", key, _build) / "root.ext4"
+
+
+def _build(work: Path) -> dict[str, str]:
+    need(BUILD_ROOT)
+    image = work / "root.ext4"
+    with (
+        tempfile.TemporaryDirectory(prefix="rootfs-", dir=work) as scratch,
+        step(f"making the {SUITE} root file system"),
+    ):
+        sources = Path(scratch) / "sources.list"
+        sources.write_text(archive_sources(SUITE))
+        tree = Path(scratch) / "tree"
+        # mke2fs runs inside mmdebstrap's view of the tree, where files have their owners, after apt's leavings are gone
+        command(
+            [
+                *as_root(),
+                "mmdebstrap",
+                "--quiet",
+                "--variant=minbase",
+                "--format=directory",
+                "--include=" + ",".join(PACKAGES),
+                # documentation and the compiled-in locales are half of what is left
+                *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"),
+                *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/lib/firmware/*"),
+                f"--customize-hook=copy-in {INIT} /",
+                '--customize-hook=chroot "$1" python3 -m compileall -q /usr/lib/python3 /usr/lib/python3.13 || true',
+                SUITE,
+                tree,
+                sources,
+            ]
+        )
+        used = int(command([*as_root(), "du", "-sx", "--block-size=1", tree]).split()[0])
+        blocks = (used * 11 // 10 + SPARE_BYTES) // 4096
+        options = "lazy_itable_init=1,root_owner=0:0,nodiscard"
+        command(
+            [
+                *as_root(),
+                "mke2fs",
+                "-q",
+                "-t",
+                "ext4",
+                "-b",
+                "4096",
+                "-O",
+                "^has_journal",
+                "-E",
+                options,
+                "-d",
+                tree,
+                image,
+                str(blocks),
+            ]
+        )
+        command([*as_root(), "rm", "-rf", tree])
+        command([*as_root(), "chown", f"{os.getuid()}:{os.getgid()}", image])
+    return {"suite": SUITE, "packages": " ".join(PACKAGES)}

@@ -1,0 +1,129 @@
+"""Boot the test machine, run one command in it, stream its output, and tell how it ended."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from .host import RUN, need
+from .kernel import Kernel
+from .outcome import Outcome, Result, judge
+from .payload import write_payload
+from .qemu import Machine, accelerator
+from .rootfs import rootfs
+
+__all__ = ["Outcome", "Result", "run"]
+
+
+def run(
+    kernel: Kernel,
+    command: Sequence[str],
+    *,
+    repository: Path,
+    time_limit_s: float = 600,
+    memory_mib: int = 1024,
+    kernel_arguments: str = "",
+    environment: Mapping[str, str] | None = None,
+    output: BinaryIO | None = None,
+) -> Result:
+    """Run ``command`` as root in a fresh machine, with ``repository`` as its working directory.
+
+    Output (standard output and error together) is copied to ``output``, by default this process's standard output,
+    as it comes. The guest is thrown away afterwards. Interrupting the call ends the machine too.
+
+    Raises `HostError` where QEMU or an image is missing and cannot be made.
+    """
+    need(RUN)
+    root = rootfs()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdpabridge-vm-")))
+        write_payload(scratch / "payload.tar", repository, command, environment or {})
+        machine = Machine(
+            kernel=kernel.image,
+            root=root,
+            payload=scratch / "payload.tar",
+            console=scratch / "console",
+            output_socket=scratch / "output",
+            status_socket=scratch / "status",
+            memory_mib=memory_mib,
+            kernel_arguments=kernel_arguments,
+        )
+        ports = stack.enter_context(_Ports(machine, output or sys.stdout.buffer))
+        qemu = stack.enter_context(
+            subprocess.Popen(
+                machine.command(accelerator(kernel.image)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process, which then ends the machine
+            )
+        )
+        stack.callback(qemu.kill)
+        begin_s = time.monotonic()
+        _attend(qemu, ports, begin_s + time_limit_s)
+        elapsed_s = time.monotonic() - begin_s
+        said = (
+            qemu.stdout.read().decode(errors="replace").strip() if qemu.returncode is not None and qemu.stdout else ""
+        )
+        log = machine.console.read_text(errors="replace") if machine.console.exists() else ""
+        return judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s)
+
+
+def _attend(qemu: subprocess.Popen[bytes], ports: _Ports, end_s: float) -> None:
+    """Copy output until the machine ends or time is up."""
+    while (left_s := end_s - time.monotonic()) > 0:
+        ended = qemu.poll() is not None
+        ports.copy(0.0 if ended else min(left_s, 0.25))
+        if ended:
+            return
+
+
+class _Ports:
+    """The two sockets that QEMU connects the guest's ports to: output is copied to ``sink``, status is kept."""
+
+    def __init__(self, machine: Machine, sink: BinaryIO) -> None:
+        self.status = b""
+        self._sink = sink
+        self._selector = selectors.DefaultSelector()
+        self._sockets: list[socket.socket] = []
+        for path, port in ((machine.output_socket, "output"), (machine.status_socket, "status")):
+            listener = socket.socket(socket.AF_UNIX)
+            self._sockets.append(listener)
+            listener.bind(str(path))
+            listener.listen(1)
+            self._selector.register(listener, selectors.EVENT_READ, (listener, port))
+
+    def copy(self, timeout_s: float) -> None:
+        """Take in what there is; wait ``timeout_s`` for something where there is nothing."""
+        while events := self._selector.select(timeout_s):
+            timeout_s = 0.0
+            for key, _ in events:
+                listener, port = key.data
+                if listener is not None:
+                    connection, _address = listener.accept()
+                    self._sockets.append(connection)
+                    self._selector.register(connection, selectors.EVENT_READ, (None, port))
+                elif not (chunk := os.read(key.fd, 65536)):
+                    self._selector.unregister(key.fileobj)
+                elif port == "output":
+                    self._sink.write(chunk)
+                    self._sink.flush()
+                else:
+                    self.status += chunk
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for each in self._sockets:
+            each.close()
