@@ -165,7 +165,8 @@ class KnownDisk:
     driver: BlockDriver
     generations: dict[int, int] = field(default_factory=dict)
     """Block -> number of writes that the device has confirmed."""
-    _busy: set[int] = field(default_factory=set)
+    busy: set[int] = field(default_factory=set)
+    """Blocks that have a request in flight."""
     writes_confirmed: int = 0
     reads_verified: int = 0
 
@@ -184,7 +185,7 @@ class KnownDisk:
         """Take finished requests in: remember writes, check reads. Raises `BlockError` for wrong data."""
         for request in requests:
             block, generation = request.tag
-            self._busy.discard(block)
+            self.busy.discard(block)
             if request.kind == VIRTIO_BLK_T_OUT:
                 self.generations[block] = generation
                 self.writes_confirmed += 1
@@ -208,6 +209,6 @@ class KnownDisk:
         return count
 
     def _claim(self, block: int) -> None:
-        if block in self._busy:
+        if block in self.busy:
             raise ValueError(f"block {block} has a request in flight")
-        self._busy.add(block)
+        self.busy.add(block)

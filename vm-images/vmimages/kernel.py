@@ -13,6 +13,8 @@ from .host import BUILD_KERNEL, HostError, command, need, step
 
 __all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "kernel"]
 
+#: To be changed with the steps below, where what comes out of them changes.
+RECIPE = "1"
 FRAGMENT = Path(__file__).parent.parent / "kernel" / "config"
 
 #: Names that ``--kernel`` takes -> pattern of the Debian source package; the group orders several matches.
@@ -43,7 +45,7 @@ def kernel(what: str) -> Kernel:
     """
     path = Path(what)
     if what in KERNELS:
-        key = content_key(KERNELS[what], FRAGMENT, Path(__file__))
+        key = content_key(KERNELS[what], FRAGMENT, RECIPE)
         entry = cached("kernel", f"{what}-{key}", lambda work: _from_debian(what, work))
         return Kernel(entry / "bzImage", entry / "headers", what)
     if (path / "Kbuild").exists() and (path / "Makefile").exists():

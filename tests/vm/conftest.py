@@ -1,0 +1,77 @@
+"""Simulated devices on a real kernel. They are made once and shared: opening one resets it."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from vdpabridge.bus import Bus
+from vdpabridge.bus.netlink import VdpaNetlink
+from vdpabridge.drivers.vhost_vdpa import VhostVdpa
+from vdpabridge.memory import GuestMemory
+from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.workload.block import BlockDriver, KnownDisk
+
+from ..support.transitions import Bench
+
+VERSION_1 = 1 << 32
+MEMORY_BYTES = 4 << 20
+
+
+def make_device(name, parent):
+    """The node of device ``name``, made where it is missing and bound to vhost_vdpa."""
+    bus = Bus()
+    if name not in {device.name for device in bus.devices()}:
+        with VdpaNetlink() as netlink:
+            netlink.add(name, parent)
+    node = bus.bind(name, "vhost_vdpa").node
+    assert node is not None
+    return node
+
+
+@pytest.fixture(scope="session")
+def block_node():
+    """The node of the simulated disk that most tests use."""
+    return make_device("blk0", "vdpasim_blk")
+
+
+@pytest.fixture(scope="session")
+def second_block_node():
+    """The node of another, with the same RAM disk behind it from 6.12 on."""
+    return make_device("blk1", "vdpasim_blk")
+
+
+@pytest.fixture(scope="session")
+def net_node():
+    """The node of a simulated network card."""
+    return make_device("net0", "vdpasim_net")
+
+
+@contextmanager
+def block_bench(node, queue_size=256):
+    """An opened device at ``node`` with mapped memory and a ring, in run state RESET."""
+    with GuestMemory(MEMORY_BYTES) as memory, SplitQueue(memory, queue_size) as queue, VhostVdpa.open(node) as device:
+        device.map([memory.region])
+        yield Bench(device, memory, queue, VERSION_1)
+
+
+@contextmanager
+def running_disk(node, queue_size=256):
+    """(bench, disk): the same, running, with a `KnownDisk` on it."""
+    with block_bench(node, queue_size) as bench:
+        disk = KnownDisk(BlockDriver(bench.memory, bench.queue))
+        bench.device.accept_features(bench.features)
+        bench.queue.attach(bench.device, 0)
+        bench.device.start()
+        yield bench, disk
+
+
+@pytest.fixture
+def bench(block_node):
+    with block_bench(block_node) as made:
+        yield made
+
+
+@pytest.fixture
+def running(block_node):
+    with running_disk(block_node) as made:
+        yield made
