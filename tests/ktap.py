@@ -3,7 +3,10 @@
 Source: Documentation/dev-tools/ktap.rst. Exit codes are kselftest's: 0 pass, 1 fail, 4 nothing but skips.
 """
 
+import io
+
 import pytest
+from _pytest._io import TerminalWriter
 
 PASS, FAIL, SKIP = 0, 1, 4
 
@@ -44,7 +47,7 @@ class KtapReporter:
             self._say(f"not ok {self._number} {name}")
         elif skipped:
             self.totals["skip"] += 1
-            self._say(f"ok {self._number} {name} # SKIP {skipped[0].longrepr[2]}")
+            self._say(f"ok {self._number} {name} # SKIP {skipped[0].longrepr[2].removeprefix('Skipped: ')}")
         else:
             self.totals["pass"] += 1
             self._say(f"ok {self._number} {name}" + (f" # {duration_s:.1f} s" if duration_s > 1 else ""))
@@ -64,7 +67,7 @@ class KtapReporter:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    # pytest's own reporter goes, but not its writer, which knows the real standard output
+    # pytest's own reporter stays, since others ask it for its writer, but it writes to nowhere
     terminal = config.pluginmanager.getplugin("terminalreporter")
-    config.pluginmanager.unregister(terminal)
     config.pluginmanager.register(KtapReporter(terminal._tw), "ktap")
+    terminal._tw = TerminalWriter(io.StringIO())

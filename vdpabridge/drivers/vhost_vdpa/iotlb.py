@@ -90,6 +90,7 @@ class Iotlb:
 
         The kernel ignores a failure of the device to take the batch in; there is no way to learn of it.
         """
+        self._check_space(address_space)
         if not self._can_batch:
             yield
             return
@@ -113,8 +114,7 @@ class Iotlb:
     def _check(self, iova: int, size: int, address: int, address_space: int) -> None:
         first, last = self.iova_range
         page = resource.getpagesize()
-        if not 0 <= address_space < self.address_space_count or (address_space and not self._has_asid):
-            self._refuse(iova, size, f"no address space {address_space}: the device has {self.address_space_count}")
+        self._check_space(address_space)
         if size <= 0 or iova < first or iova + size - 1 > last:
             self._refuse(iova, size, f"outside the device's IOVA range {first:#x} to {last:#x}")
         if iova % page != address % page:
@@ -129,6 +129,12 @@ class Iotlb:
                 size,
                 f"{private:#x} is private or unmapped memory: only shared, file-backed memory can be mapped (memfd)",
             )
+
+    def _check_space(self, address_space: int) -> None:
+        # a device with one space, or that was not told to heed the field, would take it for space 0
+        if not 0 <= address_space < (self.address_space_count if self._has_asid else 1):
+            why = f"no address space {address_space}: the device has {self.address_space_count}, numbered from 0"
+            raise MappingError("map memory", device=self._node.path, why=why)
 
     def _refuse(self, iova: int, size: int, why: str) -> None:
         raise MappingError(f"map {size} bytes at {iova:#x}", device=self._node.path, why=why)

@@ -1,0 +1,82 @@
+"""A process that goes through suspend and restore up to a named step, says so, and waits to be killed.
+
+``python3 -m tests.support.victim STEP NODE NODE``
+"""
+
+import sys
+import time
+
+from vdpabridge.drivers.vhost_vdpa import VhostVdpa
+from vdpabridge.memory import GuestMemory
+from vdpabridge.state.snapshot import QueueEventfds, capture, restore
+from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.workload.block import BlockDriver, KnownDisk
+
+STEPS = (
+    "opened",
+    "mapped",
+    "configured",
+    "attached",
+    "started",
+    "busy",
+    "suspended",
+    "pending",
+    "captured",
+    "second opened",
+    "second mapped",
+    "second restored",
+    "second started",
+    "in a batch of mappings",
+)
+
+
+def steps(source_node, destination_node):
+    """Yields after each step, in the order of STEPS."""
+    memory = GuestMemory(4 << 20)
+    queue = SplitQueue(memory, 256)
+    disk = KnownDisk(BlockDriver(memory, queue))
+    source = VhostVdpa.open(source_node)
+    yield
+    source.map([memory.region])
+    yield
+    source.accept_features(1 << 32)
+    yield
+    queue.attach(source, 0)
+    yield
+    source.start()
+    yield
+    for block in range(80):
+        disk.write(block)
+    queue.kick()
+    yield
+    source.suspend()
+    yield
+    disk.driver.done()
+    if disk.driver.capacity > disk.driver.inflight:
+        disk.write(100)
+        queue.kick()
+    yield
+    snapshot = capture(source)
+    yield
+    destination = VhostVdpa.open(destination_node)
+    yield
+    destination.map([memory.region])
+    yield
+    restore(destination, snapshot, {0: QueueEventfds(queue.kick_fd, queue.call_fd)})
+    yield
+    destination.start()
+    yield
+    with destination.iotlb.batch():
+        yield
+
+
+def main():
+    target, source_node, destination_node = sys.argv[1:]
+    for step, _ in zip(STEPS, steps(source_node, destination_node), strict=True):
+        if step == target:
+            print("there", flush=True)
+            time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()
