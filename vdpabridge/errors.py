@@ -22,8 +22,10 @@ ENOTSUPP = 524
 
 
 def errno_name(code: int) -> str:
-    """``EBUSY`` for 16, and so on; ``ENOTSUPP`` for the kernel's untranslated 524."""
-    return "ENOTSUPP" if code == ENOTSUPP else errno_names.errorcode.get(code, f"errno {code}")
+    """``EBUSY`` for 16, and so on, as kernel sources spell it; ``ENOTSUPP`` for the kernel's untranslated 524."""
+    # 95 has two names in libc, and Python lists the other one
+    kernel_names = {ENOTSUPP: "ENOTSUPP", errno_names.EOPNOTSUPP: "EOPNOTSUPP"}
+    return kernel_names.get(code) or errno_names.errorcode.get(code, f"errno {code}")
 
 
 class VdpaBridgeError(Exception):

@@ -21,7 +21,7 @@ TREE = ("pyproject.toml", "vdpabridge", "tests", "udev", "vm-images")
 #: Pure Python modules that the root file system's Debian release has no package of: taken from this interpreter.
 MODULES = ("ioctl_opt",)
 ENVIRONMENT = {
-    "PYTHONPATH": "/run/payload/tree:/run/payload/modules",
+    "PYTHONPATH": "/run/payload/tree:/run/payload/tree/vm-images:/run/payload/modules",
     "PYTHONDONTWRITEBYTECODE": "1",
     "VDPABRIDGE_IN_VM": "1",
 }

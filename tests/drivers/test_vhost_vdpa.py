@@ -1,0 +1,274 @@
+"""The vhost-vdpa driver against a fake kernel: handshake, refusals, signals, deadlines, order of requests."""
+
+import os
+from contextlib import contextmanager
+from errno import EBUSY, EINVAL, ENOENT, ENOTTY, EPERM
+
+import pytest
+
+from vdpabridge.abi.vhost import VhostIoctl as Ioctl
+from vdpabridge.device import MemoryRegion, RunState, SplitBase
+from vdpabridge.drivers.vhost_vdpa import NodeError, VhostVdpa
+from vdpabridge.drivers.vhost_vdpa.explain import explain
+from vdpabridge.errors import ENOTSUPP, DeadlineExceeded, DeviceFailed, FeatureError, KernelError
+from vdpabridge.memory import GuestMemory
+from vdpabridge.virtqueue import SplitQueue
+
+from ..support.fake_kernel import FAILED, NEEDS_RESET, FakeKernel, Parent
+
+NODE = "/dev/vhost-vdpa-0"
+
+
+@contextmanager
+def opened(parent=None, **options):
+    kernel = FakeKernel(parent, **options)
+    with VhostVdpa.open(NODE, system=kernel) as device:
+        yield kernel, device
+
+
+def test_identity():
+    with opened() as (_, device):
+        identity = device.identity
+        assert (identity.device_id, identity.queue_count, identity.queue_size_max, identity.config_size_bytes) == (
+            2,
+            2,
+            256,
+            64,
+        )
+        assert device.offered_features == 1 << 32
+        assert repr(device) == "<VhostVdpa /dev/vhost-vdpa-0: reset>"
+
+
+def test_handshake_order():
+    with opened() as (kernel, device):
+        kernel.log.clear()
+        device.accept_features(1 << 32)
+        sets = [name for name in kernel.log if "SET" in name]
+        assert sets == ["VHOST_VDPA_SET_STATUS"] * 2 + ["VHOST_SET_FEATURES", "VHOST_VDPA_SET_STATUS"]
+        assert kernel.driver_features == 1 << 32 | 1 << 33, "ACCESS_PLATFORM is the transport's to add"
+        assert kernel.status == 0xB
+
+
+def test_a_device_that_does_not_show_features_ok():
+    """SET_STATUS answers 0 all the same."""
+    with opened(Parent(refuses_features_ok=True)) as (kernel, device):
+        with pytest.raises(FeatureError, match="did not set FEATURES_OK"):
+            device.accept_features(1 << 32)
+        assert device.state is RunState.RESET
+        assert kernel.status == 0
+
+
+@pytest.mark.parametrize("bits", [NEEDS_RESET, FAILED, 0], ids=["NEEDS_RESET", "FAILED", "no DRIVER_OK"])
+def test_a_device_that_fails_to_start(bits):
+    parent = Parent(fails_at_driver_ok=bits or 8)
+    with opened(parent) as (_, device):
+        device.accept_features(1 << 32)
+        with pytest.raises(DeviceFailed, match=r"status is .* after writing"):
+            device.start()
+        assert device.state is RunState.FAILED
+        device.reset()
+        assert device.state is RunState.RESET
+
+
+def test_a_device_that_fails_while_running():
+    with opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        kernel.status |= NEEDS_RESET
+        with pytest.raises(DeviceFailed, match="NEEDS_RESET"):
+            device.suspend()
+        assert "VHOST_VDPA_SUSPEND" not in kernel.log
+
+
+def test_suspend_is_not_asked_of_a_device_that_is_not_live():
+    """The request would answer 0 and do nothing."""
+    with opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        kernel.status = 0xB
+        with pytest.raises(DeviceFailed, match="in the middle of running"):
+            device.suspend()
+
+
+def test_status_is_never_written_while_suspended():
+    with opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        device.suspend()
+        kernel.log.clear()
+        device.resume()
+        assert "VHOST_VDPA_SET_STATUS" not in kernel.log
+
+
+@pytest.mark.parametrize("step", ["start", "resume", "enable"])
+def test_queues_are_kicked_by_the_driver(step):
+    """A kick from before ENABLE, before DRIVER_OK or while suspended may be lost."""
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (_, device):
+        device.accept_features(1 << 32)
+        queue.attach(device, 0)
+        if step == "enable":
+            device.enable_queue(0, False)
+        device.start()
+        if step != "start":
+            with pytest.raises(BlockingIOError) if step == "enable" else _nothing():
+                os.eventfd_read(queue.kick_fd)
+        if step == "resume":
+            device.suspend()
+            device.resume()
+        if step == "enable":
+            device.enable_queue(0)
+        assert os.eventfd_read(queue.kick_fd) == 1
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+def test_signals_are_retried():
+    kernel = FakeKernel(interruptions=5)
+    with GuestMemory(1 << 20) as memory, VhostVdpa.open(NODE, system=kernel) as device:
+        kernel.interruptions = 3
+        device.map([memory.region])
+        kernel.interruptions = 2
+        device.accept_features(1 << 32)
+        assert kernel.interruptions == 0
+
+
+def test_a_request_that_hangs_meets_its_deadline():
+    """The kernel cannot be stopped: the device says what it is stuck in, and queues nothing behind it."""
+    with opened(hang_on="VHOST_VDPA_SUSPEND") as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded, match=r"VHOST_VDPA_SUSPEND: no answer within 0.05 s"):
+            device.suspend()
+        with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SUSPEND is still in the kernel"):
+            device.reset()
+        kernel.release.set()
+
+
+def test_a_deadline_carries_results_and_errors_through():
+    with opened() as (_, device):
+        device.timeout_s = 5.0
+        device.accept_features(1 << 32)
+        with pytest.raises(KernelError) as caught:
+            device._call(Ioctl.VHOST_SET_FEATURES, bytearray(8))
+        assert caught.value.errno == EBUSY
+
+
+def test_a_reset_that_takes_its_time():
+    with opened(Parent(slow_reset_reads=4)) as (_, device):
+        device.accept_features(1 << 32)
+        device.reset()
+        assert device.status == 0
+
+
+def test_a_reset_that_never_ends():
+    with opened(Parent(slow_reset_reads=1 << 30)) as (_, device):
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded, match=r"status is still ACKNOWLEDGE\|DRIVER"):
+            device.reset()
+
+
+def test_a_reset_unbinds_every_eventfd():
+    """vhost keeps listening to kick eventfds through a reset."""
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        queue.attach(device, 0)
+        device.set_err(0, queue.call_fd)
+        device.set_config_call(queue.call_fd)
+        device.reset()
+        assert set(kernel.eventfds.values()) == {-1}
+        assert device.queues == {}
+
+
+def test_eventfds_are_replaced_and_taken_away():
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.set_kick(0, queue.kick_fd)
+        device.set_kick(0, queue.call_fd)
+        assert kernel.eventfds["kick", 0] == queue.call_fd
+        device.set_kick(0, None)
+        assert kernel.eventfds["kick", 0] == -1
+        device.set_config_call(queue.call_fd)
+        device.set_config_call(None)
+
+
+def test_configuration_space():
+    with opened() as (_, device):
+        assert device.read_config() == bytes(range(64))
+        assert device.read_config(60) == bytes(range(60, 64))
+        device.accept_features(1 << 32)
+        device.write_config(0, b"abc")
+
+
+def test_open_busy_and_missing():
+    kernel = FakeKernel()
+    with VhostVdpa.open(NODE, system=kernel), pytest.raises(NodeError) as caught:
+        VhostVdpa.open(NODE, system=kernel)
+    assert caught.value.errno == EBUSY
+    with pytest.raises(NodeError, match="no such node") as caught:
+        VhostVdpa.open("/dev/vhost-vdpa-7", system=kernel)
+    assert caught.value.errno == ENOENT
+
+
+def test_a_failed_open_closes_the_node():
+    kernel = FakeKernel()
+    kernel.vhost_get_backend_features = lambda _: EPERM
+    with pytest.raises(KernelError, match="not the device's owner"):
+        VhostVdpa.open(NODE, system=kernel)
+    assert kernel.fd == -1
+
+
+def test_nodes_are_looked_at_before_they_are_opened():
+    with pytest.raises(NodeError, match="not a vhost-vdpa node") as caught:
+        VhostVdpa.open("/dev/null")
+    assert caught.value.errno == ENOTTY
+    with pytest.raises(NodeError, match="no such node"):
+        VhostVdpa.open("/dev/vhost-vdpa-does-not-exist")
+
+
+def test_entry_limit_is_named():
+    with GuestMemory(1 << 20) as memory, opened(Parent(entries_max=2048)) as (_, device):
+        regions = [MemoryRegion(0x1000_0000 + 0x2000 * n, 4096, memory.fileno()) for n in range(2049)]
+        with pytest.raises(KernelError, match=r"vhost_vdpa\.max_iotlb_entries is 2048"):
+            device.map(regions)
+        assert device.regions == []
+        assert device.iotlb.entries == {}
+
+
+def test_a_failed_step_leaves_the_run_state():
+    with opened() as (_, device):
+        device.accept_features(1 << 32)
+        with pytest.raises(ValueError, match="does not fit 16 bits"):
+            device.set_base(0, SplitBase(1 << 16))
+        assert device.state is RunState.CONFIGURED
+        assert device.queues == {}
+
+
+def test_close_is_idempotent():
+    with opened() as (kernel, device):
+        device.close()
+        device.close()
+        assert kernel.fd == -1
+        assert device.fileno() == -1
+
+
+@pytest.mark.parametrize(
+    ("request_name", "code", "words"),
+    [
+        ("open", EBUSY, "another process holds the device"),
+        ("open", ENOTSUPP, "cache-coherent IOMMU"),
+        (Ioctl.VHOST_SET_VRING_NUM, EINVAL, "power of two"),
+        (Ioctl.VHOST_SET_VRING_NUM, EPERM, "owner"),
+        (Ioctl.VHOST_VDPA_RESUME, ENOTTY, "does not know the request"),
+    ],
+)
+def test_explanations(request_name, code, words):
+    assert words in explain(request_name, code)[0]
+
+
+def test_nothing_is_made_up():
+    assert explain(Ioctl.VHOST_GET_FEATURES, 77) == ("", "")
+    assert explain("open", 77) == ("", "")
