@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 __all__ = ["Holder", "holders"]
 
 
-@dataclass(frozen=True, slots=True)
 class Holder:
-    """A process with the node open."""
+    """A process with the node open: its ``pid`` and the name of its ``command``."""
 
-    pid: int
-    command: str
+    # a plain class, as `BusDevice` is: dataclasses and typing cost more than the rest of a command's start
+    __slots__ = ("command", "pid")
+
+    def __init__(self, pid: int, command: str) -> None:
+        self.pid = pid
+        self.command = command
 
     def __str__(self) -> str:
         return f"{self.command} (pid {self.pid})"

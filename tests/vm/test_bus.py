@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from vdpabridge.bus import Bus, BusError, BusEvent, BusEvents, DeviceBusy
-from vdpabridge.bus.errors import NoSuchDevice
+from vdpabridge.bus import Bus, BusError, DeviceBusy, NoSuchDevice
+from vdpabridge.bus.events import BusEvent, BusEvents
 from vdpabridge.bus.netlink import VdpaNetlink
 from vdpabridge.drivers.vhost_vdpa import NodeError, VhostVdpa
 from vdpabridge.errors import VdpaBridgeError

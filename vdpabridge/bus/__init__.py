@@ -1,7 +1,6 @@
-"""The kernel's vDPA bus: which devices there are, which driver has them, how they come and go."""
+"""The kernel's vDPA bus: which devices there are (`bus`), making them (`netlink`), how they come and go (`events`)."""
 
 from .bus import Bus, BusDevice
-from .errors import BusError, DeviceBusy
-from .events import BusEvent, BusEvents
+from .errors import BusError, DeviceBusy, NoSuchDevice
 
-__all__ = ["Bus", "BusDevice", "BusError", "BusEvent", "BusEvents", "DeviceBusy"]
+__all__ = ["Bus", "BusDevice", "BusError", "DeviceBusy", "NoSuchDevice"]

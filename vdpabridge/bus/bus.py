@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import VdpaBridgeError
 from ..holders import holders
@@ -24,29 +22,36 @@ DRIVERS = ("vhost_vdpa", "virtio_vdpa")
 _NO_BUS = "'modprobe vdpa' loads it, and the module of the device's parent (vdpa_sim_blk, mlx5_vdpa, vduse ...)"
 
 
-@dataclass(frozen=True, slots=True)
 class BusDevice:
-    """A device as sysfs shows it."""
+    """A device as sysfs shows it.
 
-    name: str
-    driver: str | None
-    """The driver it is bound to."""
-    node: str | None
-    """``/dev/vhost-vdpa-N`` while it is bound to vhost_vdpa."""
+    ``driver`` is the one it is bound to, or None; ``node`` is ``/dev/vhost-vdpa-N`` while that is vhost_vdpa.
+    """
+
+    __slots__ = ("driver", "name", "node")
+
+    def __init__(self, name: str, driver: str | None, node: str | None) -> None:
+        self.name = name
+        self.driver = driver
+        self.node = node
+
+    def __repr__(self) -> str:
+        return f"<BusDevice {self.name}: {self.driver or 'no driver'}, {self.node or 'no node'}>"
 
 
 class Bus:
     """The vDPA bus. ``sys`` and ``dev`` are where sysfs and the nodes are."""
 
     def __init__(self, sys: str = "/sys", dev: str = "/dev") -> None:
-        self._bus = Path(sys) / "bus" / "vdpa"
-        self._char = Path(sys) / "dev" / "char"
+        # plain strings: pathlib would be half of what 'vdpabridge list' costs
+        self._bus = f"{sys}/bus/vdpa"
+        self._char = f"{sys}/dev/char"
         self._dev = dev
 
     def devices(self) -> list[BusDevice]:
         """All devices, by name. Raises `NoSuchDevice` where the kernel has no vDPA bus."""
         try:
-            names = os.listdir(self._bus / "devices")
+            names = os.listdir(f"{self._bus}/devices")
         except FileNotFoundError:
             raise NoSuchDevice("vDPA bus", why="this kernel has none loaded", hint=_NO_BUS) from None
         return [self._describe(name) for name in sorted(names)]
@@ -54,7 +59,7 @@ class Bus:
     def device(self, name_or_node: str) -> BusDevice:
         """The device called ``name_or_node``, or whose node that path is (or leads to). Raises `NoSuchDevice`."""
         name = self._name_of(name_or_node) if "/" in name_or_node else name_or_node
-        if not (self._bus / "devices" / name).exists():
+        if not os.path.exists(f"{self._bus}/devices/{name}"):
             self.devices()  # says so where there is no bus
             raise NoSuchDevice("no such device", device=name, hint="'vdpabridge list' shows the devices")
         return self._describe(name)
@@ -78,7 +83,7 @@ class Bus:
         device = self.device(name)
         if device.driver == driver:
             return device
-        if not (self._bus / "drivers" / driver).exists():
+        if not os.path.exists(f"{self._bus}/drivers/{driver}"):
             known = ", ".join(DRIVERS)
             why = "this kernel has no such driver loaded"
             raise VdpaBridgeError(
@@ -114,9 +119,9 @@ class Bus:
                 raise DeviceBusy(name, what, node, []) from None
 
     def _describe(self, name: str) -> BusDevice:
-        folder = self._bus / "devices" / name
+        folder = f"{self._bus}/devices/{name}"
         try:
-            driver = os.path.basename(os.readlink(folder / "driver"))
+            driver = os.path.basename(os.readlink(f"{folder}/driver"))
         except OSError:
             driver = None
         try:
@@ -130,15 +135,14 @@ class Bus:
             status = os.stat(path)
         except OSError as error:
             raise NoSuchDevice("no such node", device=path, why=os.strerror(error.errno or 0)) from None
-        link = self._char / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        if stat.S_ISCHR(status.st_mode) and link.exists():
-            target = link.resolve()
-            if target.name.startswith("vhost-vdpa-"):
-                return target.parent.name
+        if stat.S_ISCHR(status.st_mode):
+            target = os.path.realpath(f"{self._char}/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+            if os.path.basename(target).startswith("vhost-vdpa-"):
+                return os.path.basename(os.path.dirname(target))
         raise NoSuchDevice("not a vhost-vdpa node", device=path, hint="'vdpabridge list' shows the nodes")
 
     def _write(self, name: str, file: str, text: str, what: str) -> None:
-        path = self._bus / file
+        path = f"{self._bus}/{file}"
         try:
             with open(path, "w", encoding="ascii") as attribute:
                 attribute.write(text)

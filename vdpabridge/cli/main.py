@@ -8,41 +8,35 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
+from ..errors import VdpaBridgeError
+from .exit_codes import INTERRUPTED, REFUSED, TABLE, exit_code
 
 __all__ = ["main"]
-
-#: Subcommand -> (module beside this one, function): imported when it is run.
-Command = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv``, by default the process's own arguments. Returns an exit code of `exit_codes.TABLE`."""
-    words = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    words = _parser(_command_of(arguments)).parse_args(arguments)
     try:
         from . import commands
 
-        run: Command = getattr(commands, words.run)
-        run(words)
+        getattr(commands, words.run)(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has left ('vdpabridge list | head'); without this Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return REFUSED
     except KeyboardInterrupt:
         print("vdpabridge: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from ..errors import VdpaBridgeError
-        from .exit_codes import exit_code
-
-        if not isinstance(error, VdpaBridgeError):
-            raise
+        return INTERRUPTED
+    except VdpaBridgeError as error:
         _report(error, words.json)
         return exit_code(error)
     return 0
 
 
-def _report(error: Exception, as_json: bool) -> None:
+def _report(error: VdpaBridgeError, as_json: bool) -> None:
     if not as_json:
         print(f"vdpabridge: {error}", file=sys.stderr)
         return
@@ -52,51 +46,93 @@ def _report(error: Exception, as_json: bool) -> None:
     print(json.dumps({"error": {name: fact for name, fact in facts.items() if fact}}), file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from .exit_codes import TABLE
+def _show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", nargs="?", help="a device's name or node (default: all)")
+    parser.add_argument("--mgmtdev", action="store_true", help="show the management devices instead")
 
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", help="its name")
+    text = "BUS/NAME or NAME, as 'show --mgmtdev' prints it"
+    parser.add_argument("--mgmtdev", required=True, metavar="PARENT", help=text)
+    parser.add_argument("--driver", metavar="DRIVER", help="bind it to vhost_vdpa or virtio_vdpa afterwards")
+    parser.add_argument("--mac", metavar="ADDRESS", help="net: its address")
+    parser.add_argument("--mtu", type=int, metavar="BYTES", help="net: its MTU")
+
+
+def _delete(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", help="its name or node")
+    _force(parser)
+
+
+def _bind(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", help="its name or node")
+    parser.add_argument("driver", help="vhost_vdpa (a process uses it) or virtio_vdpa (this kernel does)")
+    _force(parser)
+
+
+def _force(parser: argparse.ArgumentParser) -> None:
+    text = "do it although a process has the node open: blocks all vDPA commands on this machine until it lets go"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
+def _udev_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--helper", action="store_true", help="print the helper that the rules run")
+
+
+def _nothing(_parser: argparse.ArgumentParser) -> None: ...
+
+
+#: Command -> (function in `commands`, what it does, what adds its arguments).
+_COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "list": ("list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)", _nothing),
+    "show": ("show", "show devices in full, or the parents that can make devices; disturbs none of them", _show),
+    "add": ("add", "make a device", _add),
+    "del": ("delete", "delete a device; refused while a process has its node open", _delete),
+    "bind": ("bind", "hand a device to another driver; refused while a process has its node open", _bind),
+    "udev-rules": ("udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
+}
+
+
+def _command_of(arguments: Sequence[str]) -> str | None:
+    """The command in ``arguments``, where it is clear: then only its parser is made, which halves the time."""
+    for word in arguments:
+        if word in _COMMANDS:
+            return word
+        if word not in ("-j", "--json", "-p", "--pretty"):
+            break
+    return None
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """argparse's own would import shutil, and with it every compressor there is, to ask for the width."""
+    try:
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    except (ValueError, OSError):
+        columns = 80
+    return argparse.HelpFormatter(prog, width=columns - 2)
+
+
+def _parser(only: str | None) -> argparse.ArgumentParser:
     codes = ", ".join(f"{code} {meaning}" for code, meaning in TABLE.items())
     parser = argparse.ArgumentParser(
         prog="vdpabridge",
         description="virtio devices behind vhost-vdpa and vhost-user: one device-state interface",
         epilog=f"exit codes: {codes}",
+        formatter_class=_formatter,
     )
     parser.add_argument("-V", "--version", action="version", version=f"vdpabridge {__version__}")
-    parser.add_argument(
-        "-j", "--json", action="store_true", help="print JSON, in the shape of iproute2's vdpa; errors too"
-    )
+    text = "print JSON, in the shape of iproute2's vdpa; errors too"
+    parser.add_argument("-j", "--json", action="store_true", help=text)
     parser.add_argument("-p", "--pretty", action="store_true", help="with --json: indent it")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=name.replace("-", "_"))
+    for name, (function, text, add_arguments) in _COMMANDS.items():
+        if only not in (None, name):
+            continue
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_formatter)
+        sub.set_defaults(run=function)
         # also behind the command, as people type it; SUPPRESS keeps what was said before it
         sub.add_argument("-j", "--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         sub.add_argument("-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        return sub
-
-    command("list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)")
-    show = command("show", "show devices in full, or the parents that can make devices; disturbs none of them")
-    show.add_argument("device", nargs="?", help="a device's name or node (default: all)")
-    show.add_argument("--mgmtdev", action="store_true", help="show the management devices instead")
-    add = command("add", "make a device")
-    add.add_argument("device", help="its name")
-    add.add_argument(
-        "--mgmtdev", required=True, metavar="PARENT", help="BUS/NAME or NAME, as 'show --mgmtdev' prints it"
-    )
-    add.add_argument("--driver", metavar="DRIVER", help="bind it to vhost_vdpa or virtio_vdpa afterwards")
-    add.add_argument("--mac", metavar="ADDRESS", help="net: its address")
-    add.add_argument("--mtu", type=int, metavar="BYTES", help="net: its MTU")
-    delete = command("del", "delete a device; refused while a process has its node open")
-    delete.set_defaults(run="delete")
-    delete.add_argument("device", help="its name or node")
-    bind = command("bind", "hand a device to another driver; refused while a process has its node open")
-    bind.add_argument("device", help="its name or node")
-    bind.add_argument("driver", help="vhost_vdpa (a process uses it) or virtio_vdpa (this kernel does)")
-    for sub in (delete, bind):
-        text = "do it although a process has the node open: blocks all vDPA commands on this machine until it lets go"
-        sub.add_argument("--force", action="store_true", help=text)
-    rules = command("udev-rules", "print the udev rules for vhost-vdpa nodes, or their helper")
-    rules.add_argument("--helper", action="store_true", help="print the helper that the rules run")
+        add_arguments(sub)
     return parser
