@@ -1,0 +1,20 @@
+"""The README's example, as it stands there."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from ..support.release import RELEASE
+
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
+
+
+def test_the_example_runs(block_node):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(example, str(README), "exec"), {})
+    assert output.getvalue().splitlines() == ["SplitBase(avail_index=0)", "write of 512 bytes at sector 0"]
+    # what its comment promises for kernels without RESUME is what 6.1 has just done
+    assert RELEASE >= (6, 1)
