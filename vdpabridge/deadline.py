@@ -31,26 +31,37 @@ class Deadline:
         return self._end_s is not None and time.monotonic() >= self._end_s
 
 
-def call_within(timeout_s: float, call: Callable[[], Value]) -> Value:
+def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[Value], None] | None = None) -> Value:
     """Run ``call`` in a thread of its own and return its result, or raise what it raised.
 
     Raises TimeoutError after ``timeout_s``; the call itself goes on, as a system call that sleeps uninterruptibly
-    cannot be ended from user space, and its result is dropped.
+    cannot be ended from user space. Its result, should it still come, goes to ``discard``.
     """
     result: list[Value] = []
     error: list[BaseException] = []
+    left = threading.Event()
+    handing_over = threading.Lock()
 
     def run() -> None:
         try:
-            result.append(call())
+            value = call()
         except BaseException as caught:  # noqa: BLE001  # every kind of it goes to the caller's thread
             error.append(caught)
+            return
+        with handing_over:
+            if left.is_set():
+                if discard:
+                    discard(value)
+            else:
+                result.append(value)
 
     thread = threading.Thread(target=run, name="vdpabridge-call", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if thread.is_alive():
-        raise TimeoutError
+    with handing_over:
+        if not result and not error:
+            left.set()
+            raise TimeoutError
     if error:
         raise error[0]
     return result[0]

@@ -9,13 +9,21 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Self
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
 from .errors import DeviceFailed, MissingCapability
 from .transitions import ALTERNATIVES, Capability, Operation, RunState, permit
+from .values import (
+    DirtyLog,
+    Identity,
+    InflightRegion,
+    MemoryRegion,
+    QueueRecord,
+    QueueSetup,
+    StateDirection,
+    StatePhase,
+)
 
 __all__ = [
     "Capability",
@@ -35,88 +43,6 @@ __all__ = [
     "StatePhase",
     "decode_base",
 ]
-
-
-class StateDirection(IntEnum):
-    """Which way device state goes; the numbers are vhost-user's."""
-
-    SAVE = 0
-    """From the device to the caller."""
-    LOAD = 1
-    """From the caller to the device."""
-
-
-class StatePhase(IntEnum):
-    """At which point of a migration state is transferred; the numbers are vhost-user's."""
-
-    STOPPED = 0
-    """The guest and the device are stopped. The only phase there is today."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a device is; fixed for its life."""
-
-    device_id: int | None
-    """Virtio device id; None where neither transport nor caller knows."""
-    queue_count: int
-    queue_size_max: int
-    config_size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
-    """Guest memory: ``size_bytes`` of file ``fd`` from ``offset``, seen by the guest at ``guest_address``."""
-
-    guest_address: int
-    size_bytes: int
-    fd: int
-    """Borrowed for the duration of a call; a driver that needs it longer keeps a mapping or a duplicate."""
-    offset: int = 0
-    writable: bool = True
-    address_space: int = 0
-    """For devices whose queues can see different memory; 0 where there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class QueueSetup:
-    """Where a virtqueue lies in guest memory. ``size`` counts descriptors."""
-
-    size: int
-    desc_address: int
-    avail_address: int
-    used_address: int
-
-
-@dataclass(frozen=True, slots=True)
-class DirtyLog:
-    """A bitmap, one bit for each 4 KiB page of guest memory that the device wrote. ``fd`` is borrowed."""
-
-    fd: int
-    size_bytes: int
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class InflightRegion:
-    """Shared memory in which a device records the requests it has taken but not answered; calls say who owns ``fd``."""
-
-    fd: int
-    size_bytes: int
-    offset: int
-    queue_count: int
-    queue_size: int
-
-
-@dataclass(slots=True)
-class QueueRecord:
-    """What a queue was told since the last reset; kept so that it can be told again. Its eventfds are duplicates."""
-
-    setup: QueueSetup | None = None
-    base: QueueBase | None = None
-    enabled: bool = False
-    eventfds: dict[Operation, int] = field(default_factory=dict)
-    """SET_KICK, SET_CALL or SET_ERR -> descriptor, owned by the device."""
 
 
 class Device(ABC):
@@ -264,10 +190,16 @@ class Device(ABC):
         self._start()
         self._state = after
 
-    def suspend(self) -> None:
-        """Stop, and remember everything. On return nothing is in flight and nothing more happens. Idempotent."""
+    def suspend(self, *, drain: bool = True) -> None:
+        """Stop, and remember everything; on return nothing more happens. Idempotent.
+
+        Requests that the device has taken are finished first. With ``drain`` off they are left where they are, recorded
+        in the in-flight region (`set_inflight`), which takes a device that can (SKIP_DRAIN).
+        """
         after = self._permit(Operation.SUSPEND)
-        self._suspend()
+        if not drain and Capability.SKIP_DRAIN not in self.capabilities:
+            raise self._lacks(Operation.SUSPEND, Capability.SKIP_DRAIN)
+        self._suspend(drain=drain)
         self._state = after
 
     def resume(self) -> None:
@@ -422,7 +354,7 @@ class Device(ABC):
     def _set_config_call(self, eventfd: int | None) -> None:
         raise self._lacks(Operation.SET_CONFIG_CALL, Capability.CONFIG_CALL)
 
-    def _suspend(self) -> None:
+    def _suspend(self, *, drain: bool) -> None:
         raise self._lacks(Operation.SUSPEND, Capability.SUSPEND)
 
     def _resume(self) -> None:

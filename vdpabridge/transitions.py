@@ -39,6 +39,7 @@ class Capability(Enum):
     CONFIG_CALL = "CONFIG_CALL"
     ENABLE_WHILE_RUNNING = "ENABLE_WHILE_RUNNING"
     SETUP_WHILE_SUSPENDED = "SETUP_WHILE_SUSPENDED"
+    SKIP_DRAIN = "SKIP_DRAIN"
     DIRTY_LOG = "DIRTY_LOG"
     INFLIGHT = "INFLIGHT"
 
@@ -52,6 +53,7 @@ ALTERNATIVES: Mapping[Capability, str] = {
     Capability.CONFIG_CALL: "read the configuration space again from time to time",
     Capability.ENABLE_WHILE_RUNNING: "enable every queue before start()",
     Capability.SETUP_WHILE_SUSPENDED: "reset the device, or let vdpabridge.state.replay do so, and set it up again",
+    Capability.SKIP_DRAIN: "let suspend() finish what the device has taken, which may last",
     Capability.DIRTY_LOG: "treat all guest memory as written when the device is suspended",
     Capability.INFLIGHT: "suspend the device before its connection is given up",
 }

@@ -1,6 +1,7 @@
 """The vhost-vdpa driver against a fake kernel: handshake, refusals, signals, deadlines, order of requests."""
 
 import os
+import threading
 from contextlib import contextmanager
 from errno import EBUSY, EINVAL, ENOENT, ENOTTY, EPERM
 
@@ -146,6 +147,36 @@ def test_a_request_that_hangs_meets_its_deadline():
         with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SUSPEND is still in the kernel"):
             device.reset()
         kernel.release.set()
+
+
+def test_an_open_that_hangs_meets_its_deadline_and_leaks_nothing():
+    """Opening resets the device, which for VDUSE is a question to a daemon. The late descriptor is closed."""
+    kernel = FakeKernel()
+    opening = kernel.open
+    opened_late, closed = threading.Event(), threading.Event()
+
+    def slow_open(path):
+        opened_late.wait(10)
+        return opening(path)
+
+    closing = kernel.close
+    kernel.open, kernel.close = slow_open, lambda fd: (closing(fd), closed.set())
+    with pytest.raises(DeadlineExceeded, match=r"open: no answer within 0\.05 s"):
+        VhostVdpa.open(NODE, system=kernel, timeout_s=0.05)
+    opened_late.set()
+    assert closed.wait(5)
+    assert kernel.fd == -1
+
+
+def test_mappings_have_deadlines_too():
+    with GuestMemory(1 << 20) as memory, opened() as (kernel, device):
+        writing = kernel.write
+        release = threading.Event()
+        kernel.write = lambda fd, data: release.wait(10) and writing(fd, data)
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded, match=r"IOTLB message: no answer within 0\.05 s"):
+            device.map([memory.region])
+        release.set()
 
 
 def test_a_deadline_carries_results_and_errors_through():

@@ -70,37 +70,11 @@ VHOST_VRING_ADDR = Layout(
 )
 VHOST_WORKER_STATE = Layout("vhost_worker_state", "=", (("worker_id", "I"),))
 VHOST_VRING_WORKER = Layout("vhost_vring_worker", "=", (("index", "I"), ("worker_id", "I")))
-VHOST_IOTLB_MSG_LAYOUT = Layout(
-    "vhost_iotlb_msg", "=", (("iova", "Q"), ("size", "Q"), ("uaddr", "Q"), ("perm", "B"), ("type", "B"), ("", "6x"))
-)
-VHOST_MSG_LAYOUT = Layout(
-    "vhost_msg",
-    "=",
-    (
-        ("type", "i"),
-        ("", "4x"),
-        ("iotlb.iova", "Q"),
-        ("iotlb.size", "Q"),
-        ("iotlb.uaddr", "Q"),
-        ("iotlb.perm", "B"),
-        ("iotlb.type", "B"),
-        ("", "38x"),
-    ),
-)
-VHOST_MSG_V2_LAYOUT = Layout(
-    "vhost_msg_v2",
-    "=",
-    (
-        ("type", "I"),
-        ("asid", "I"),
-        ("iotlb.iova", "Q"),
-        ("iotlb.size", "Q"),
-        ("iotlb.uaddr", "Q"),
-        ("iotlb.perm", "B"),
-        ("iotlb.type", "B"),
-        ("", "38x"),
-    ),
-)
+_IOTLB_MEMBERS = (("iova", "Q"), ("size", "Q"), ("uaddr", "Q"), ("perm", "B"), ("type", "B"))
+_IOTLB_IN_UNION = (*((f"iotlb.{name}", code) for name, code in _IOTLB_MEMBERS), ("", "38x"))
+VHOST_IOTLB_MSG_LAYOUT = Layout("vhost_iotlb_msg", "=", (*_IOTLB_MEMBERS, ("", "6x")))
+VHOST_MSG_LAYOUT = Layout("vhost_msg", "=", (("type", "i"), ("", "4x"), *_IOTLB_IN_UNION))
+VHOST_MSG_V2_LAYOUT = Layout("vhost_msg_v2", "=", (("type", "I"), ("asid", "I"), *_IOTLB_IN_UNION))
 VHOST_FEATURES_ARRAY = Layout("vhost_features_array", "=", (("count", "Q"),))
 VHOST_MEMORY_REGION = Layout(
     "vhost_memory_region",

@@ -53,8 +53,9 @@ from ...device import (
 )
 from ...errors import DeadlineExceeded, FeatureError, KernelError, OwnershipError, StateError
 from ...memory import SharedMapping
-from .iotlb import Iotlb, MappingError
+from .iotlb import Iotlb
 from .node import Node
+from .regions import Regions
 from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
@@ -67,9 +68,6 @@ _LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
 _BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
 #: How long the device may take to show status 0 after a reset, where the caller set no ``timeout_s``.
 _RESET_S = 5.0
-
-#: The size that, from IOVA 0, covers all: 0 for "everything" is refused from 7.3 on.
-_EVERYTHING_BYTES = (1 << 64) - 1
 
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
@@ -95,9 +93,8 @@ class VhostVdpa(Device):
 
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
         """
-        super().__init__(node.path, timeout_s=timeout_s)
         self._node = node
-        self._mappings: dict[tuple[int, int], SharedMapping] = {}
+        super().__init__(node.path, timeout_s=timeout_s)
         try:
             self._call(Ioctl.VHOST_SET_OWNER)
             self.backend_features = self._accept_backend_features(backend_features)
@@ -108,6 +105,7 @@ class VhostVdpa(Device):
             self._call(Ioctl.VHOST_VDPA_GET_IOVA_RANGE, iova_range)
             first, last = VHOST_VDPA_IOVA_RANGE.unpack(iova_range)
             self.iotlb = Iotlb(node, (first, last), self.address_space_count, self.backend_features)
+            self._regions = Regions(self.name, self.iotlb)
         except BaseException:
             node.close()
             raise
@@ -126,9 +124,18 @@ class VhostVdpa(Device):
         system: System = LINUX,
     ) -> Self:
         """Open ``path`` (``/dev/vhost-vdpa-0``) and become the device's owner. Raises `NodeError`, `KernelError`."""
-        return cls(Node.open(path, system), backend_features=backend_features, timeout_s=timeout_s)
+        return cls(Node.open(path, system, timeout_s=timeout_s), backend_features=backend_features, timeout_s=timeout_s)
 
     # --- what it is ---
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Bounds every system call on the device; None waits for ever. Where it is set, each takes a thread."""
+        return self._node.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self._node.timeout_s = timeout_s
 
     @property
     def identity(self) -> Identity:
@@ -249,53 +256,10 @@ class VhostVdpa(Device):
     # --- memory ---
 
     def _map(self, regions: Sequence[MemoryRegion]) -> None:
-        done: list[MemoryRegion] = []
-        try:
-            for space in sorted({region.address_space for region in regions}):
-                with self.iotlb.batch(space):
-                    for region in (region for region in regions if region.address_space == space):
-                        self._map_one(region)
-                        done.append(region)
-        except BaseException:
-            self._unmap(done)
-            raise
-
-    def _map_one(self, region: MemoryRegion) -> None:
-        size = os.fstat(region.fd).st_size
-        if region.offset + region.size_bytes > size:
-            what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
-            raise MappingError(what, device=self.name, why=f"the file behind it has only {size} bytes")
-        mapping = SharedMapping(region.fd, region.size_bytes, region.offset, protection=_protection(region))
-        try:
-            self.iotlb.update(
-                *(region.guest_address, region.size_bytes, mapping.address),
-                writable=region.writable,
-                address_space=region.address_space,
-            )
-        except BaseException:
-            mapping.close()
-            raise
-        self._mappings[region.address_space, region.guest_address] = mapping
+        self._regions.map(regions)
 
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        for space in sorted({region.address_space for region in regions}):
-            with self.iotlb.batch(space):
-                for region in (region for region in regions if region.address_space == space):
-                    self.iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
-        # only now: until a batch ends the device still uses what it covers
-        for region in regions:
-            self._mappings.pop((region.address_space, region.guest_address)).close()
-
-    def _map_again(self) -> None:
-        """Show the device everything once more, after a reset that made it forget but not vhost."""
-        for region in self.regions:
-            mapping = self._mappings[region.address_space, region.guest_address]
-            self.iotlb.invalidate(region.guest_address, region.size_bytes, address_space=region.address_space)
-            self.iotlb.update(
-                *(region.guest_address, region.size_bytes, mapping.address),
-                writable=region.writable,
-                address_space=region.address_space,
-            )
+        self._regions.unmap(regions)
 
     # --- queues ---
 
@@ -336,7 +300,7 @@ class VhostVdpa(Device):
         self._write_status(_LIVE)
         self._kick_enabled()
 
-    def _suspend(self) -> None:
+    def _suspend(self, *, drain: bool) -> None:
         # before DRIVER_OK the request answers 0 and does nothing; a device that gave up has lost it
         if self.status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
             raise self._fail(f"status is {status_names(self.status)} in the middle of running")
@@ -357,7 +321,7 @@ class VhostVdpa(Device):
         if self.config_call is not None:
             self._set_config_call(None)
         if not self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
-            self._map_again()
+            self._regions.map_again()
 
     def _await_reset(self) -> None:
         deadline = Deadline(_RESET_S if self.timeout_s is None else self.timeout_s)
@@ -373,18 +337,17 @@ class VhostVdpa(Device):
         if self._node.fileno() >= 0:
             # the node's close drops vhost's mappings but does not tell VDUSE's daemon, which would keep the memory. A
             # forked child, and whoever closes a dead device, has nothing to tell
-            with contextlib.suppress(KernelError, OwnershipError):
-                for space in {space for space, _ in self.iotlb.entries}:
-                    self.iotlb.invalidate(0, _EVERYTHING_BYTES, address_space=space)
+            with contextlib.suppress(KernelError, OwnershipError, DeadlineExceeded):
+                self._regions.forget_everything()
+        try:
             self._node.close()
-        for mapping in self._mappings.values():
-            mapping.close()
-        self._mappings = {}
+        finally:
+            self._regions.close()
 
     # --- requests ---
 
     def _call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
-        self._node.call(request, argument, queue=queue, timeout_s=self.timeout_s)
+        self._node.call(request, argument, queue=queue)
 
     def _get(self, request: Ioctl, code: str) -> int:
         buffer = bytearray(struct.calcsize(code))
@@ -397,7 +360,3 @@ class VhostVdpa(Device):
         self._call(request, buffer, index)
         value: int = VHOST_VRING_STATE.unpack(buffer)[1]
         return value
-
-
-def _protection(region: MemoryRegion) -> int:
-    return mmap.PROT_READ | mmap.PROT_WRITE if region.writable else mmap.PROT_READ

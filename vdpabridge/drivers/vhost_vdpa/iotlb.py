@@ -24,7 +24,7 @@ from ...abi.vhost import (
     VHOST_IOTLB_UPDATE,
     VHOST_MSG_V2_LAYOUT,
 )
-from ...errors import KernelError, VdpaBridgeError
+from ...errors import DeadlineExceeded, KernelError, VdpaBridgeError
 from .node import Node
 
 __all__ = ["Iotlb", "MappingError"]
@@ -61,10 +61,7 @@ class Iotlb:
         """
         self._check(iova, size_bytes, address, address_space)
         perm = VHOST_ACCESS_RW if writable else VHOST_ACCESS_RO
-        try:
-            self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
-        except OSError as error:
-            raise self._explain(error, iova, size_bytes, address_space) from None
+        self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
         self.entries[address_space, iova] = size_bytes
 
     def invalidate(self, iova: int, size_bytes: int, *, address_space: int = 0) -> None:
@@ -77,10 +74,7 @@ class Iotlb:
         ]
         if not gone:
             return  # an address space that nothing was ever mapped in answers EFAULT
-        try:
-            self._send(VHOST_IOTLB_INVALIDATE, address_space, iova=iova, size=size_bytes)
-        except OSError as error:
-            raise self._explain(error, iova, size_bytes, address_space) from None
+        self._send(VHOST_IOTLB_INVALIDATE, address_space, iova=iova, size=size_bytes)
         for key in gone:
             del self.entries[key]
 
@@ -94,22 +88,22 @@ class Iotlb:
         if not self._can_batch:
             yield
             return
-        self._send_or_raise(VHOST_IOTLB_BATCH_BEGIN, address_space)
+        self._send(VHOST_IOTLB_BATCH_BEGIN, address_space)
         try:
             yield
         finally:
-            self._send_or_raise(VHOST_IOTLB_BATCH_END, address_space)
-
-    def _send_or_raise(self, kind: int, address_space: int) -> None:
-        try:
-            self._send(kind, address_space)
-        except OSError as error:
-            raise self._explain(error, 0, 0, address_space) from None
+            self._send(VHOST_IOTLB_BATCH_END, address_space)
 
     def _send(
         self, kind: int, address_space: int, *, iova: int = 0, size: int = 0, address: int = 0, perm: int = 0
     ) -> None:
-        self._node.write(VHOST_MSG_V2_LAYOUT.pack(VHOST_IOTLB_MSG_V2, address_space, iova, size, address, perm, kind))
+        message = VHOST_MSG_V2_LAYOUT.pack(VHOST_IOTLB_MSG_V2, address_space, iova, size, address, perm, kind)
+        try:
+            self._node.write(message)
+        except DeadlineExceeded:
+            raise
+        except OSError as error:
+            raise self._explain(error, iova, size, address_space) from None
 
     def _check(self, iova: int, size: int, address: int, address_space: int) -> None:
         first, last = self.iova_range

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from ...abi.vhost import VhostIoctl as Ioctl
 from ...deadline import Deadline, call_within
@@ -36,76 +37,93 @@ class NodeError(KernelError):
 class Node:
     """An open vhost-vdpa node. Owns its descriptor.
 
-    ``timeout_s`` bounds every request. A request that is still in the kernel then goes on there: the node says so from
-    then on instead of queueing behind it.
+    ``timeout_s`` bounds every system call; None waits for ever. One that is still in the kernel when its time is over
+    goes on there: the node says so from then on instead of queueing behind it.
     """
 
-    def __init__(self, fd: int, path: str, system: System = LINUX) -> None:
+    def __init__(self, fd: int, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> None:
         self.path = path
+        self.timeout_s = timeout_s
         self._fd = fd
         self._system = system
         self._owner_pid = os.getpid()
-        self._stuck = ""
+        self._stuck_in = ""
 
     @classmethod
-    def open(cls, path: str, system: System = LINUX) -> Node:
-        """Open the node at ``path``, which resets the device. Raises `NodeError`."""
+    def open(cls, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> Node:
+        """Open the node at ``path``, which resets the device. Raises `NodeError`, `DeadlineExceeded`."""
         if system is LINUX:
             _check_is_vhost_vdpa(path)
         try:
-            return cls(system.open(path), path, system)
+            if timeout_s is None:
+                fd = system.open(path)
+            else:
+                fd = call_within(timeout_s, lambda: system.open(path), discard=system.close)
+        except TimeoutError:
+            hint = "opening it resets it: look at the device's daemon, or the kernel log"
+            raise DeadlineExceeded("open", timeout_s or 0, device=path, hint=hint) from None
         except OSError as error:
             raise _node_error(path, error.errno or 0) from None
+        return cls(fd, path, system, timeout_s=timeout_s)
 
     def fileno(self) -> int:
         """The descriptor; borrowed. -1 when closed."""
         return self._fd
 
-    def call(
-        self, request: Ioctl, argument: bytearray | int = 0, *, queue: int | None = None, timeout_s: float | None = None
-    ) -> None:
+    def call(self, request: Ioctl, argument: bytearray | int = 0, *, queue: int | None = None) -> None:
         """Make one ioctl; a buffer is changed in place. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`."""
         if self._owner_pid != os.getpid() and request not in _FREE_FOR_ALL:
             self._refuse_fork(request.name)
-        if self._stuck:
-            raise DeadlineExceeded(request.name, 0, device=self.path, why=f"{self._stuck} is still in the kernel")
+        try:
+            self._bounded(request.name, lambda: self._system.ioctl(self._fd, request, argument))
+        except DeadlineExceeded:
+            raise
+        except OSError as error:
+            code = error.errno or 0
+            why, hint = explain(request, code)
+            raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
+
+    def write(self, message: bytes) -> None:
+        """Write one IOTLB message. Raises OSError as the kernel does, `OwnershipError`, `DeadlineExceeded`."""
+        if self._owner_pid != os.getpid():
+            self._refuse_fork("IOTLB message")
+        # a success answers 72, whatever the message's length: there are no short writes here
+        self._bounded("IOTLB message", lambda: self._system.write(self._fd, message))
+
+    def close(self) -> None:
+        """Close. The last descriptor's close resets the device. Idempotent. Raises `DeadlineExceeded`."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        if self._stuck_in or self.timeout_s is None:
+            self._system.close(fd)  # with a request still in the kernel, that one's end does the work
+        else:
+            self._bounded("close", lambda: self._system.close(fd))
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call whose time was over is still in the kernel, as far as is known."""
+        return bool(self._stuck_in)
+
+    def _bounded(self, what: str, call: Callable[[], object]) -> None:
+        if self._stuck_in:
+            raise DeadlineExceeded(what, 0, device=self.path, why=f"{self._stuck_in} is still in the kernel")
+        timeout_s = self.timeout_s
         deadline = Deadline(timeout_s)
         while True:
             try:
                 if timeout_s is None:
-                    self._system.ioctl(self._fd, request, argument)
+                    call()
                 else:
-                    call_within(deadline.left_s() or 0.0, lambda: self._system.ioctl(self._fd, request, argument))
+                    call_within(deadline.left_s() or 0.0, call)
                 return
             except InterruptedError:
                 # Python 3.11's fcntl.ioctl does not retry; a request that a signal interrupted has not begun
                 continue
             except TimeoutError:
-                self._stuck = request.name
+                self._stuck_in = what
                 hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
-                raise DeadlineExceeded(request.name, timeout_s or 0, device=self.path, hint=hint) from None
-            except OSError as error:
-                code = error.errno or 0
-                why, hint = explain(request, code)
-                raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
-
-    def write(self, message: bytes) -> None:
-        """Write one IOTLB message. Raises OSError as the kernel does, `OwnershipError` in a forked child."""
-        if self._owner_pid != os.getpid():
-            self._refuse_fork("IOTLB message")
-        while True:
-            try:
-                # a success answers 72, whatever the message's length: there are no short writes here
-                self._system.write(self._fd, message)
-                return
-            except InterruptedError:
-                continue
-
-    def close(self) -> None:
-        """Close. The last descriptor's close resets the device. Idempotent."""
-        if self._fd >= 0:
-            self._system.close(self._fd)
-            self._fd = -1
+                raise DeadlineExceeded(what, timeout_s or 0, device=self.path, hint=hint) from None
 
     def _refuse_fork(self, what: str) -> None:
         why = f"the device belongs to process {self._owner_pid}, whose fork this is"

@@ -1,0 +1,89 @@
+"""Guest memory in a vhost-vdpa device: each region mapped into this process, and from here into the IOTLB."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+from ...device import MemoryRegion
+from ...memory import SharedMapping
+from .iotlb import Iotlb, MappingError
+
+__all__ = ["Regions"]
+
+#: The size that, from IOVA 0, covers all: 0 for "everything" is refused from 7.3 on.
+_EVERYTHING_BYTES = (1 << 64) - 1
+
+
+class Regions:
+    """What is mapped through ``iotlb`` (borrowed). Owns the mappings into this process."""
+
+    def __init__(self, device: str, iotlb: Iotlb) -> None:
+        self._device = device
+        self._iotlb = iotlb
+        self._mappings: dict[tuple[int, int], tuple[SharedMapping, bool]] = {}
+        """(address space, guest address) -> mapping, whether the device may write there."""
+
+    def map(self, regions: Sequence[MemoryRegion]) -> None:
+        """Map all of ``regions`` or none. Raises `MappingError`, `KernelError`, OSError as mmap(2) does."""
+        done: list[MemoryRegion] = []
+        try:
+            for space in _spaces(regions):
+                with self._iotlb.batch(space):
+                    for region in (region for region in regions if region.address_space == space):
+                        self._map_one(region)
+                        done.append(region)
+        except BaseException:
+            self.unmap(done)
+            raise
+
+    def unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take ``regions``, which are mapped, away."""
+        for space in _spaces(regions):
+            with self._iotlb.batch(space):
+                for region in (region for region in regions if region.address_space == space):
+                    self._iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
+        # only now: until a batch ends the device still uses what it covers
+        for region in regions:
+            self._mappings.pop((region.address_space, region.guest_address))[0].close()
+
+    def map_again(self) -> None:
+        """Show the device everything once more, after a reset that made it forget but not vhost."""
+        for space in sorted({space for space, _ in self._mappings}):
+            with self._iotlb.batch(space):
+                for (its_space, address), (mapping, writable) in self._mappings.items():
+                    if its_space == space:
+                        self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
+                        where = (address, mapping.size_bytes, mapping.address)
+                        self._iotlb.update(*where, writable=writable, address_space=space)
+
+    def forget_everything(self) -> None:
+        """Take all away from the device, whatever it is."""
+        for space in {space for space, _ in self._iotlb.entries}:
+            self._iotlb.invalidate(0, _EVERYTHING_BYTES, address_space=space)
+
+    def close(self) -> None:
+        """Unmap from this process. The device must be closed, or have forgotten everything. Idempotent."""
+        for mapping, _ in self._mappings.values():
+            mapping.close()
+        self._mappings = {}
+
+    def _map_one(self, region: MemoryRegion) -> None:
+        file_bytes = os.fstat(region.fd).st_size
+        if region.offset + region.size_bytes > file_bytes:
+            what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
+            raise MappingError(what, device=self._device, why=f"the file behind it has only {file_bytes} bytes")
+        protection = mmap.PROT_READ | mmap.PROT_WRITE if region.writable else mmap.PROT_READ
+        mapping = SharedMapping(region.fd, region.size_bytes, region.offset, protection=protection)
+        try:
+            where = (region.guest_address, region.size_bytes, mapping.address)
+            self._iotlb.update(*where, writable=region.writable, address_space=region.address_space)
+        except BaseException:
+            mapping.close()
+            raise
+        self._mappings[region.address_space, region.guest_address] = (mapping, region.writable)
+
+
+def _spaces(regions: Sequence[MemoryRegion]) -> list[int]:
+    return sorted({region.address_space for region in regions})
