@@ -94,6 +94,7 @@ class VhostVdpa(Device):
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
         """
         self._node = node
+        self._call = node.call
         super().__init__(node.path, timeout_s=timeout_s)
         try:
             self._call(Ioctl.VHOST_SET_OWNER)
@@ -345,9 +346,6 @@ class VhostVdpa(Device):
             self._regions.close()
 
     # --- requests ---
-
-    def _call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
-        self._node.call(request, argument, queue=queue)
 
     def _get(self, request: Ioctl, code: str) -> int:
         buffer = bytearray(struct.calcsize(code))

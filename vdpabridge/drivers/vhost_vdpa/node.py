@@ -70,18 +70,26 @@ class Node:
         """The descriptor; borrowed. -1 when closed."""
         return self._fd
 
-    def call(self, request: Ioctl, argument: bytearray | int = 0, *, queue: int | None = None) -> None:
+    def call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
         """Make one ioctl; a buffer is changed in place. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`."""
         if self._owner_pid != os.getpid() and request not in _FREE_FOR_ALL:
             self._refuse_fork(request.name)
-        try:
-            self._bounded(request.name, lambda: self._system.ioctl(self._fd, request, argument))
-        except DeadlineExceeded:
-            raise
-        except OSError as error:
-            code = error.errno or 0
-            why, hint = explain(request, code)
-            raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
+        while True:
+            try:
+                if self.timeout_s is None and not self._stuck_in:
+                    self._system.ioctl(self._fd, request, argument)
+                else:
+                    self._bounded(request.name, lambda: self._system.ioctl(self._fd, request, argument))
+                return
+            except DeadlineExceeded:
+                raise
+            except InterruptedError:
+                # Python 3.11's fcntl.ioctl does not retry; a request that a signal interrupted has not begun
+                continue
+            except OSError as error:
+                code = error.errno or 0
+                why, hint = explain(request, code)
+                raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
 
     def write(self, message: bytes) -> None:
         """Write one IOTLB message. Raises OSError as the kernel does, `OwnershipError`, `DeadlineExceeded`."""
@@ -118,7 +126,6 @@ class Node:
                     call_within(deadline.left_s() or 0.0, call)
                 return
             except InterruptedError:
-                # Python 3.11's fcntl.ioctl does not retry; a request that a signal interrupted has not begun
                 continue
             except TimeoutError:
                 self._stuck_in = what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import Protocol
+from typing import Protocol, cast
 
 __all__ = ["LINUX", "System"]
 
@@ -12,16 +12,16 @@ __all__ = ["LINUX", "System"]
 class System(Protocol):
     """What the driver needs of a kernel. Errors are OSError; InterruptedError where a signal came first."""
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, /) -> int:
         """Open a node for reading and writing, closed on exec; the caller owns the descriptor."""
 
-    def ioctl(self, fd: int, request: int, argument: bytearray | int) -> None:
+    def ioctl(self, fd: int, request: int, argument: bytearray | int, /) -> object:
         """ioctl(2); a buffer is changed in place."""
 
-    def write(self, fd: int, data: bytes) -> int:
+    def write(self, fd: int, data: bytes, /) -> int:
         """write(2), one call."""
 
-    def close(self, fd: int) -> None:
+    def close(self, fd: int, /) -> None:
         """close(2)."""
 
 
@@ -29,15 +29,11 @@ class _Linux:
     def open(self, path: str) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def ioctl(self, fd: int, request: int, argument: bytearray | int) -> None:
-        # a buffer of up to 1024 bytes goes through a stack copy with the GIL released: larger ones would hold it
-        fcntl.ioctl(fd, request, argument)
-
-    def write(self, fd: int, data: bytes) -> int:
-        return os.write(fd, data)
-
-    def close(self, fd: int) -> None:
-        os.close(fd)
+    # the functions themselves: a wrapper would cost as much as the system call. ioctl copies a buffer of up to 1024
+    # bytes and lets other threads run meanwhile; with a larger one it would not
+    ioctl = staticmethod(fcntl.ioctl)
+    write = staticmethod(os.write)
+    close = staticmethod(os.close)
 
 
-LINUX: System = _Linux()
+LINUX = cast(System, _Linux())  # one of ioctl's overloads each for a buffer and a number
