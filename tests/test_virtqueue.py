@@ -62,6 +62,28 @@ def test_a_full_ring_takes_no_more(ring):
         queue.add([])
 
 
+def test_a_device_beside_us_never_sees_half_an_index(ring):
+    """Another process reads the available index all the while: it only ever goes up."""
+    memory, queue = ring
+    setup = queue.setup
+    data = memory.allocate(64)
+    reader = os.fork()
+    if reader == 0:
+        words = memory.slice(setup.avail_address, 4).cast("H")
+        last, torn = 0, 0
+        while last < 3000:
+            index = words[1]
+            torn |= index < last
+            last = max(last, index)
+        os._exit(torn)
+    device = BlockDevice(memory, queue)
+    for _ in range(3000):
+        queue.add([(data, 16)], [(data + 32, 1)])
+        device.process()
+        list(queue.used())
+    assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+
+
 def test_kick_and_wait(ring):
     _, queue = ring
     queue.kick()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["Deadline", "call_within"]
+__all__ = ["Deadline", "StillRunning", "call_within"]
 
 Value = TypeVar("Value")
 
@@ -31,15 +31,20 @@ class Deadline:
         return self._end_s is not None and time.monotonic() >= self._end_s
 
 
+class StillRunning(Exception):
+    """A call was not over in time. Not a TimeoutError: the kernel has one of those of its own (ETIMEDOUT)."""
+
+
 def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[Value], None] | None = None) -> Value:
     """Run ``call`` in a thread of its own and return its result, or raise what it raised.
 
-    Raises TimeoutError after ``timeout_s``; the call itself goes on, as a system call that sleeps uninterruptibly
-    cannot be ended from user space. Its result, should it still come, goes to ``discard``.
+    Raises `StillRunning` after ``timeout_s``; the call itself goes on, as a system call that sleeps uninterruptibly
+    cannot be ended from user space. Its result, should it still come, goes to ``discard``; so it does where the wait
+    is interrupted (Ctrl-C).
     """
     result: list[Value] = []
     error: list[BaseException] = []
-    left = threading.Event()
+    abandoned = False
     handing_over = threading.Lock()
 
     def run() -> None:
@@ -49,19 +54,19 @@ def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[
             error.append(caught)
             return
         with handing_over:
-            if left.is_set():
-                if discard:
-                    discard(value)
-            else:
-                result.append(value)
+            result.append(value)
+            if abandoned and discard:
+                discard(value)
 
     thread = threading.Thread(target=run, name="vdpabridge-call", daemon=True)
     thread.start()
-    thread.join(timeout_s)
-    with handing_over:
-        if not result and not error:
-            left.set()
-            raise TimeoutError
+    try:
+        thread.join(timeout_s)
+    finally:
+        with handing_over:
+            abandoned = not result and not error
+    if abandoned:
+        raise StillRunning
     if error:
         raise error[0]
     return result[0]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Self
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
-from .errors import DeviceFailed, MissingCapability
+from .errors import DeviceFailed, MissingCapability, VdpaBridgeError
 from .transitions import ALTERNATIVES, Capability, Operation, RunState, permit
 from .values import (
     DirtyLog,
@@ -66,6 +67,7 @@ class Device(ABC):
         """A duplicate of the eventfd for configuration changes, owned by the device."""
         self.failure = ""
         self._state = RunState.RESET
+        self._closed = False
 
     # --- what it is ---
 
@@ -119,10 +121,11 @@ class Device(ABC):
     def set_config_call(self, eventfd: int | None) -> None:
         """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
         self._permit(Operation.SET_CONFIG_CALL)
-        self._set_config_call(eventfd)
+        with _duplicate(eventfd) as duplicate:
+            self._set_config_call(eventfd)
         if self.config_call is not None:
             os.close(self.config_call)
-        self.config_call = None if eventfd is None else os.dup(eventfd)
+        self.config_call = duplicate
 
     # --- memory ---
 
@@ -136,6 +139,8 @@ class Device(ABC):
         """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
         self._permit(Operation.UNMAP)
         keys = [_region_key(region) for region in regions]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{self.name}: a region is named twice")
         mapped = {_region_key(region): region for region in self.regions}
         for key in keys:
             if key not in mapped:
@@ -177,10 +182,21 @@ class Device(ABC):
         self._set_eventfd(Operation.SET_ERR, index, eventfd)
 
     def enable_queue(self, index: int, enabled: bool = True) -> None:
-        """Let queue ``index`` be processed while the device runs, or not."""
+        """Let queue ``index`` be processed while the device runs, or not. One that was not set up never is."""
         self._permit_queue(Operation.ENABLE_QUEUE, index)
         self._enable_queue(index, enabled)
         self._record(index).enabled = enabled
+
+    def stop_queue(self, index: int, *, drain: bool = True) -> QueueBase:
+        """Stop queue ``index`` alone and return where it stands. Set its base and enable it to have it go on.
+
+        ``drain`` is as for `suspend`.
+        """
+        self._permit_queue(Operation.STOP_QUEUE, index)
+        self._check_drain(Operation.STOP_QUEUE, drain)
+        base = self._stop_queue(index, drain=drain)
+        self._record(index).enabled = False
+        return base
 
     # --- run control ---
 
@@ -197,8 +213,7 @@ class Device(ABC):
         in the in-flight region (`set_inflight`), which takes a device that can (SKIP_DRAIN).
         """
         after = self._permit(Operation.SUSPEND)
-        if not drain and Capability.SKIP_DRAIN not in self.capabilities:
-            raise self._lacks(Operation.SUSPEND, Capability.SKIP_DRAIN)
+        self._check_drain(Operation.SUSPEND, drain)
         self._suspend(drain=drain)
         self._state = after
 
@@ -215,6 +230,12 @@ class Device(ABC):
         self._forget()
         self._state = after
 
+    def check_health(self) -> None:
+        """Ask whether the device has failed by itself. Raises `DeviceFailed` where it has; legal at any time."""
+        if self._state is RunState.FAILED:
+            raise self._fail(self.failure)
+        self._check_health()
+
     # --- device state ---
 
     def set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
@@ -222,7 +243,8 @@ class Device(ABC):
 
         Takes ``fd``, also where it raises. Returns None where the transfer goes through ``fd``, or a descriptor of
         the device's own choice, owned by the caller, to be used instead of the caller's end. The writer closes its
-        end when all is written; then call `check_state`.
+        end when all is written; then call `check_state`. Starting, resuming or resetting the device ends a transfer
+        that was not checked: its state is dropped, and the device is as it was before.
         """
         try:
             self._permit(Operation.SET_STATE_FD)
@@ -257,6 +279,7 @@ class Device(ABC):
 
     def close(self) -> None:
         """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
+        self._closed = True
         self._forget()
         self.regions = []
         self._close()
@@ -268,11 +291,13 @@ class Device(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name}: {self._state.value}>"
+        return f"<{type(self).__name__} {self.name}: {'closed' if self._closed else self._state.value}>"
 
     # --- for drivers ---
 
     def _permit(self, operation: Operation) -> RunState:
+        if self._closed:
+            raise VdpaBridgeError(operation.value, device=self.name, why="the device was closed", hint="open it anew")
         return permit(self.name, operation, self._state, self.capabilities)
 
     def _permit_queue(self, operation: Operation, index: int) -> None:
@@ -293,12 +318,17 @@ class Device(ABC):
 
     def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         self._permit_queue(operation, index)
-        self._bind_eventfd(operation, index, eventfd)
+        with _duplicate(eventfd) as duplicate:
+            self._bind_eventfd(operation, index, eventfd)
         eventfds = self._record(index).eventfds
         if (old := eventfds.pop(operation, None)) is not None:
             os.close(old)
-        if eventfd is not None:
-            eventfds[operation] = os.dup(eventfd)
+        if duplicate is not None:
+            eventfds[operation] = duplicate
+
+    def _check_drain(self, operation: Operation, drain: bool) -> None:
+        if not drain and Capability.SKIP_DRAIN not in self.capabilities:
+            raise self._lacks(operation, Capability.SKIP_DRAIN)
 
     def _forget(self) -> None:
         for record in self.queues.values():
@@ -340,6 +370,8 @@ class Device(ABC):
     @abstractmethod
     def _enable_queue(self, index: int, enabled: bool) -> None: ...
     @abstractmethod
+    def _check_health(self) -> None: ...
+    @abstractmethod
     def _start(self) -> None: ...
     @abstractmethod
     def _reset(self) -> None: ...
@@ -353,6 +385,9 @@ class Device(ABC):
 
     def _set_config_call(self, eventfd: int | None) -> None:
         raise self._lacks(Operation.SET_CONFIG_CALL, Capability.CONFIG_CALL)
+
+    def _stop_queue(self, index: int, *, drain: bool) -> QueueBase:
+        raise self._lacks(Operation.STOP_QUEUE, Capability.QUEUE_CONTROL)
 
     def _suspend(self, *, drain: bool) -> None:
         raise self._lacks(Operation.SUSPEND, Capability.SUSPEND)
@@ -375,6 +410,18 @@ class Device(ABC):
 
     def _set_inflight(self, region: InflightRegion) -> None:
         raise self._lacks(Operation.SET_INFLIGHT, Capability.INFLIGHT)
+
+
+@contextmanager
+def _duplicate(eventfd: int | None) -> Iterator[int | None]:
+    """A duplicate of ``eventfd``, made before the device hears of it and closed where the device refuses."""
+    duplicate = None if eventfd is None else os.dup(eventfd)
+    try:
+        yield duplicate
+    except BaseException:
+        if duplicate is not None:
+            os.close(duplicate)
+        raise
 
 
 def _region_key(region: MemoryRegion) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 __all__ = ["Holder", "holders"]
 
@@ -27,8 +28,10 @@ def holders(path: str) -> list[Holder]:
     A descriptor in flight between processes (SCM_RIGHTS) and a mapping of a closed descriptor are not seen.
     """
     try:
-        wanted = os.stat(path).st_rdev
+        wanted = os.stat(path)
     except OSError:
+        return []
+    if not stat.S_ISCHR(wanted.st_mode):
         return []
     found = []
     for entry in os.listdir("/proc"):
@@ -37,7 +40,7 @@ def holders(path: str) -> list[Holder]:
     return sorted(found, key=lambda holder: holder.pid)
 
 
-def _has_open(pid: str, device: int) -> bool:
+def _has_open(pid: str, wanted: os.stat_result) -> bool:
     try:
         descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:  # gone, or somebody else's
@@ -45,8 +48,11 @@ def _has_open(pid: str, device: int) -> bool:
     for descriptor in descriptors:
         link = f"/proc/{pid}/fd/{descriptor}"
         try:
-            if os.readlink(link).startswith("/dev/") and os.stat(link).st_rdev == device:
-                return True
+            if os.readlink(link).startswith("/dev/"):
+                found = os.stat(link)
+                # a block device may have the same number
+                if found.st_rdev == wanted.st_rdev and stat.S_ISCHR(found.st_mode):
+                    return True
         except OSError:  # closed meanwhile
             continue
     return False

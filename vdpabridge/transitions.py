@@ -39,6 +39,7 @@ class Capability(Enum):
     CONFIG_CALL = "CONFIG_CALL"
     ENABLE_WHILE_RUNNING = "ENABLE_WHILE_RUNNING"
     SETUP_WHILE_SUSPENDED = "SETUP_WHILE_SUSPENDED"
+    QUEUE_CONTROL = "QUEUE_CONTROL"
     SKIP_DRAIN = "SKIP_DRAIN"
     DIRTY_LOG = "DIRTY_LOG"
     INFLIGHT = "INFLIGHT"
@@ -53,6 +54,7 @@ ALTERNATIVES: Mapping[Capability, str] = {
     Capability.CONFIG_CALL: "read the configuration space again from time to time",
     Capability.ENABLE_WHILE_RUNNING: "enable every queue before start()",
     Capability.SETUP_WHILE_SUSPENDED: "reset the device, or let vdpabridge.state.replay do so, and set it up again",
+    Capability.QUEUE_CONTROL: "suspend the device: its queues start and stop together",
     Capability.SKIP_DRAIN: "let suspend() finish what the device has taken, which may last",
     Capability.DIRTY_LOG: "treat all guest memory as written when the device is suspended",
     Capability.INFLIGHT: "suspend the device before its connection is given up",
@@ -75,6 +77,7 @@ class Operation(Enum):
     SET_CALL = "set a call eventfd"
     SET_ERR = "set an error eventfd"
     ENABLE_QUEUE = "enable or disable a queue"
+    STOP_QUEUE = "stop a queue"
     START = "start"
     SUSPEND = "suspend"
     RESUME = "resume"
@@ -106,7 +109,7 @@ def _stays(*states: RunState) -> Mapping[RunState, RunState]:
     return {state: state for state in states}
 
 
-_RECONFIGURE = {_SUSPENDED: Capability.SETUP_WHILE_SUSPENDED}
+_RECONFIGURE = {_SUSPENDED: Capability.SETUP_WHILE_SUSPENDED, _RUNNING: Capability.QUEUE_CONTROL}
 
 RULES: Mapping[Operation, Rule] = {
     Operation.ACCEPT_FEATURES: Rule({_RESET: _CONFIGURED}),
@@ -116,8 +119,9 @@ RULES: Mapping[Operation, Rule] = {
     Operation.SET_CONFIG_CALL: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), Capability.CONFIG_CALL),
     Operation.MAP: Rule(_stays(*_ALIVE)),
     Operation.UNMAP: Rule(_stays(*_ALIVE)),
-    Operation.SET_QUEUE: Rule(_stays(_CONFIGURED, _SUSPENDED), needs_in=_RECONFIGURE),
-    Operation.SET_BASE: Rule(_stays(_CONFIGURED, _SUSPENDED), needs_in=_RECONFIGURE),
+    # of a running device, only a queue that was not set up yet, or was stopped
+    Operation.SET_QUEUE: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), needs_in=_RECONFIGURE),
+    Operation.SET_BASE: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), needs_in=_RECONFIGURE),
     # not while running: what a running device answers is a guess (racy, stale or refused, by the device)
     Operation.GET_BASE: Rule(_stays(_CONFIGURED, _SUSPENDED)),
     Operation.SET_KICK: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED)),
@@ -127,6 +131,7 @@ RULES: Mapping[Operation, Rule] = {
         _stays(_CONFIGURED, _RUNNING, _SUSPENDED),
         needs_in={_RUNNING: Capability.ENABLE_WHILE_RUNNING, _SUSPENDED: Capability.SETUP_WHILE_SUSPENDED},
     ),
+    Operation.STOP_QUEUE: Rule(_stays(_RUNNING), Capability.QUEUE_CONTROL),
     Operation.START: Rule({_CONFIGURED: _RUNNING}),
     # VHOST_VDPA_SUSPEND answers 0 and does nothing before DRIVER_OK: here that is an error
     Operation.SUSPEND: Rule({_RUNNING: _SUSPENDED, _SUSPENDED: _SUSPENDED}, Capability.SUSPEND),

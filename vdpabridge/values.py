@@ -69,6 +69,8 @@ class QueueSetup:
     desc_address: int
     avail_address: int
     used_address: int
+    address_space: int = 0
+    """Which memory the queue and its buffers are in, where the device has more than one."""
 
 
 @dataclass(frozen=True, slots=True)

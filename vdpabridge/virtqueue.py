@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import select
-import struct
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 from .abi.virtio_ring import (
@@ -31,8 +32,11 @@ __all__ = ["Buffer", "RingError", "SplitQueue"]
 #: (guest address, size in bytes)
 Buffer = tuple[int, int]
 
-_U16 = struct.Struct("<H")
 _RING_OFFSET = 4  # past flags and idx, in the available and the used ring alike
+# The available ring and both indices are read and written as whole words, which a device beside us sees or does not
+# see: struct.pack_into clears its destination first, and a device that looks in between finds an index of 0.
+_INDEX = 1
+_RING = 2
 
 
 class RingError(VdpaBridgeError):
@@ -54,8 +58,9 @@ class SplitQueue:
         used = memory.allocate(_RING_OFFSET + VRING_USED_ELEM.size_bytes * size + 2, VRING_USED_ALIGN_SIZE)
         self.setup = QueueSetup(size, desc, avail, used)
         self._desc = memory.slice(desc, VRING_DESC.size_bytes * size)
-        self._avail = memory.slice(avail, _RING_OFFSET + 2 * size + 2)
+        self._avail = memory.slice(avail, _RING_OFFSET + 2 * size + 2).cast("H")
         self._used = memory.slice(used, _RING_OFFSET + VRING_USED_ELEM.size_bytes * size + 2)
+        self._used_words = self._used.cast("H")
         self._free = list(range(size - 1, -1, -1))
         self._chains: dict[int, list[int]] = {}
         """Head -> descriptors of the chains that the device has."""
@@ -77,12 +82,11 @@ class SplitQueue:
     @property
     def device_used_index(self) -> int:
         """The used index that the device has written, modulo 2^16."""
-        index: int = _U16.unpack_from(self._used, 2)[0]
-        return index
+        return _little_endian(self._used_words[_INDEX])
 
-    def attach(self, device: Device, index: int, base: int = 0) -> None:
+    def attach(self, device: Device, index: int, base: int = 0, *, address_space: int = 0) -> None:
         """Set queue ``index`` of a configured ``device`` up with this ring, going on at ``base``, and enable it."""
-        device.set_queue(index, self.setup)
+        device.set_queue(index, replace(self.setup, address_space=address_space))
         device.set_base(index, SplitBase(base))
         device.set_call(index, self.call_fd)
         device.set_kick(index, self.kick_fd)
@@ -105,10 +109,10 @@ class SplitQueue:
             )
         head = chain[0]
         self._chains[head] = chain
-        _U16.pack_into(self._avail, _RING_OFFSET + 2 * (self.avail_index % self.size), head)
+        self._avail[_RING + self.avail_index % self.size] = _little_endian(head)
         store_barrier()  # the entry before the index that publishes it
         self.avail_index = (self.avail_index + 1) & 0xFFFF
-        _U16.pack_into(self._avail, 2, self.avail_index)
+        self._avail[_INDEX] = _little_endian(self.avail_index)
         store_barrier()  # the index before the kick
         return head
 
@@ -160,3 +164,8 @@ class SplitQueue:
         return (
             f"<SplitQueue of {self.size}: available {self.avail_index}, used {self.used_index}, {self.pending} pending>"
         )
+
+
+def _little_endian(word: int) -> int:
+    """A 16-bit word as it must lie in memory, or as it lies there: the same exchange both ways."""
+    return word if sys.byteorder == "little" else (word & 0xFF) << 8 | word >> 8

@@ -3,7 +3,7 @@
 import os
 import threading
 from contextlib import contextmanager
-from errno import EBUSY, EINVAL, ENOENT, ENOTTY, EPERM
+from errno import EBUSY, EINVAL, EMFILE, ENOENT, ENOTTY, EPERM, ETIMEDOUT
 
 import pytest
 
@@ -11,7 +11,7 @@ from vdpabridge.abi.vhost import VhostIoctl as Ioctl
 from vdpabridge.device import MemoryRegion, RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import NodeError, VhostVdpa
 from vdpabridge.drivers.vhost_vdpa.explain import explain
-from vdpabridge.errors import ENOTSUPP, DeadlineExceeded, DeviceFailed, FeatureError, KernelError
+from vdpabridge.errors import ENOTSUPP, DeadlineExceeded, DeviceFailed, FeatureError, KernelError, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.virtqueue import SplitQueue
 
@@ -87,8 +87,144 @@ def test_suspend_is_not_asked_of_a_device_that_is_not_live():
         device.accept_features(1 << 32)
         device.start()
         kernel.status = 0xB
-        with pytest.raises(DeviceFailed, match="in the middle of running"):
+        with pytest.raises(DeviceFailed, match="and the device was started"):
             device.suspend()
+
+
+def test_resume_is_not_asked_of_a_device_that_failed_while_suspended():
+    """RESUME, too, answers 0 and does nothing without DRIVER_OK."""
+    with opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        device.suspend()
+        kernel.status = 0x43
+        with pytest.raises(DeviceFailed, match="NEEDS_RESET"):
+            device.resume()
+        assert "VHOST_VDPA_RESUME" not in kernel.log
+
+
+@pytest.mark.parametrize("status", [0x4B, 0x8F, 0x0B])
+def test_health_is_asked_of_the_device(status):
+    with opened() as (kernel, device):
+        device.check_health()
+        device.accept_features(1 << 32)
+        device.start()
+        device.check_health()
+        kernel.status = status
+        with pytest.raises(DeviceFailed, match="status is"):
+            device.check_health()
+        with pytest.raises(DeviceFailed, match="status is"):
+            device.check_health()
+
+
+def test_the_kernels_own_timeout_is_no_deadline():
+    """ETIMEDOUT from a parent's mailbox says nothing about our clock, and nothing is stuck."""
+    with opened() as (kernel, device):
+        device.timeout_s = 60
+        kernel.vhost_get_features = lambda _: ETIMEDOUT
+        with pytest.raises(KernelError, match="ETIMEDOUT") as caught:
+            device.accept_features(1 << 32)
+        assert caught.value.errno == ETIMEDOUT
+        device.reset()
+
+
+def test_a_refusal_in_the_handshake_leaves_memory_mapped():
+    """Without IOTLB_PERSIST the way back to status 0 makes the device forget: it is shown its memory again."""
+    parent = Parent(persist=False, refuses_features_ok=True)
+    with GuestMemory(1 << 20) as memory, opened(parent) as (kernel, device):
+        device.map([memory.region])
+        kernel.log.clear()
+        with pytest.raises(FeatureError):
+            device.accept_features(1 << 32)
+        assert ("IOTLB", "UPDATE") in kernel.log
+        assert kernel.iotlb[0] == {memory.guest_address: memory.size_bytes}
+
+
+def test_a_closed_device_says_so():
+    with opened() as (_, device):
+        device.close()
+        assert repr(device) == "<VhostVdpa /dev/vhost-vdpa-0: closed>"
+        with pytest.raises(VdpaBridgeError, match="the device was closed"):
+            device.accept_features(1 << 32)
+
+
+def test_an_eventfd_that_is_refused_leaves_nothing():
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        kernel.vhost_set_vring_kick = lambda _: EINVAL
+        with pytest.raises(KernelError):
+            device.set_kick(0, queue.kick_fd)
+        assert device.queues == {}
+
+
+def test_the_kernel_is_told_of_an_eventfd_only_when_it_can_be_remembered(monkeypatch):
+    """Out of descriptors: the kernel must not listen to what a reset would not take away."""
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (kernel, device):
+        device.accept_features(1 << 32)
+
+        def no_more(_):
+            raise OSError(EMFILE, "Too many open files")
+
+        monkeypatch.setattr("vdpabridge.device.os.dup", no_more)
+        with pytest.raises(OSError, match="Too many"):
+            device.set_kick(0, queue.kick_fd)
+        monkeypatch.undo()
+        assert ("kick", 0) not in kernel.eventfds
+
+
+def test_regions_named_twice_are_refused_before_anything_happens():
+    with GuestMemory(1 << 20) as memory, opened() as (kernel, device):
+        device.map([memory.region])
+        with pytest.raises(ValueError, match="named twice"):
+            device.unmap([memory.region, memory.region])
+        assert kernel.iotlb[0]
+
+
+def test_one_region_is_no_batch_so_that_its_failure_is_heard():
+    with GuestMemory(1 << 20) as memory, opened() as (kernel, device):
+        kernel.log.clear()
+        device.map([memory.region])
+        assert kernel.log == [("IOTLB", "UPDATE")]
+        halves = [MemoryRegion(0x9000_0000 + n * 4096, 4096, memory.fileno()) for n in range(2)]
+        kernel.log.clear()
+        device.map(halves)
+        assert [name for _, name in kernel.log] == ["BATCH_BEGIN", "UPDATE", "UPDATE", "BATCH_END"]
+
+
+def test_queues_are_enabled_at_start_when_all_is_known():
+    """A queue takes its addresses and base when it is enabled: a later change would go unseen."""
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.enable_queue(0)
+        device.enable_queue(1)
+        device.set_queue(0, queue.setup)
+        device.set_base(0, SplitBase(9))
+        assert kernel.enabled == {0: False, 1: False}
+        kernel.log.clear()
+        device.start()
+        assert kernel.enabled == {0: True, 1: False}, "a queue without addresses is left alone"
+        assert kernel.log.index("VHOST_VDPA_SET_VRING_ENABLE") < kernel.log.index("VHOST_VDPA_SET_STATUS")
+
+
+def test_a_device_is_stopped_before_its_memory_goes():
+    with GuestMemory(1 << 20) as memory, opened() as (kernel, device):
+        device.map([memory.region])
+        device.accept_features(1 << 32)
+        device.start()
+        kernel.log.clear()
+        device.close()
+        assert kernel.log == ["VHOST_VDPA_SET_STATUS", ("IOTLB", "INVALIDATE")]
+
+
+def test_a_large_configuration_space_is_read_in_pieces():
+    """An ioctl with a buffer over 1024 bytes would hold the interpreter."""
+    config = bytes(range(256)) * 16
+    with opened(Parent(config=config)) as (kernel, device):
+        kernel.log.clear()
+        assert device.read_config() == config
+        assert kernel.log.count("VHOST_VDPA_GET_CONFIG") == 5
+        device.accept_features(1 << 32)
+        device.write_config(0, config)
 
 
 def test_status_is_never_written_while_suspended():

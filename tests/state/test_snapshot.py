@@ -6,7 +6,7 @@ import pytest
 
 from vdpabridge.device import RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.errors import FeatureError, KernelError
+from vdpabridge.errors import FeatureError, KernelError, StateError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import QueueEventfds, SnapshotError, capture, restore
@@ -45,8 +45,20 @@ def test_everything_is_carried():
         restore(device, snapshot, {1: QueueEventfds(queue.kick_fd, queue.call_fd)})
         assert device.state is RunState.CONFIGURED
         assert kernel.bases[1] == 77
-        assert kernel.enabled == {0: False, 1: True}
         device.start()
+        assert kernel.enabled == {0: False, 1: True}
+
+
+def test_a_device_in_use_is_not_restored_into():
+    """It would be reset on the way out, and somebody's guest with it."""
+    with suspended() as (snapshot, _), destination() as (kernel, device):
+        device.accept_features(1 << 32)
+        device.start()
+        kernel.log.clear()
+        with pytest.raises(StateError, match="restore: not while the device is running"):
+            restore(device, snapshot, {})
+        assert device.state is RunState.RUNNING
+        assert kernel.log == []
 
 
 @pytest.mark.parametrize(

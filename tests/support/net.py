@@ -54,19 +54,27 @@ class NetDriver:
                 return frames
             self.receive.wait(deadline)
 
-    def set_mac(self, mac, timeout_s=5.0):
-        """Have the device take ``mac``; the byte that it answers (0: done)."""
+    def submit_mac(self, mac):
+        """Ask the device to take ``mac``, without waiting."""
         command = VIRTIO_NET_CTRL_HDR.pack(VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET)
         address = self.control_memory.allocate(16)
-        answer = self.control_memory.allocate(1)
+        self._answer = self.control_memory.allocate(1)
         self.control_memory.slice(address, 8)[:] = command + mac
-        self.control_memory.slice(answer, 1)[0] = 0xFF
-        self.control.add([(address, 2), (address + 2, 6)], [(answer, 1)])
+        self.control_memory.slice(self._answer, 1)[0] = 0xFF
+        self.control.add([(address, 2), (address + 2, 6)], [(self._answer, 1)])
         self.control.kick()
+
+    def answer(self, timeout_s=5.0):
+        """The byte that the device answers to the last command (0: done)."""
         deadline = Deadline(timeout_s)
         while not list(self.control.used()):
             self.control.wait(deadline)
-        return self.control_memory.slice(answer, 1)[0]
+        return self.control_memory.slice(self._answer, 1)[0]
+
+    def set_mac(self, mac):
+        """Have the device take ``mac``; its answer."""
+        self.submit_mac(mac)
+        return self.answer()
 
     def close(self):
         for queue in self.queues:

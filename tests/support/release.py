@@ -5,6 +5,6 @@ import os
 RELEASE = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
 
 
-def by_release(default, **older):
-    """``default``, or the value for the running kernel: ``by_release(EINVAL, v6_1=0)`` is 0 on 6.1 only."""
-    return older.get(f"v{RELEASE[0]}_{RELEASE[1]}", default)
+def since(release, value, *, before):
+    """``value`` on kernels from ``release`` on, ``before`` on older ones. Seen at 6.1, 6.12 and 7.2; between, by the log."""
+    return value if release <= RELEASE else before

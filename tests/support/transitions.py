@@ -90,6 +90,8 @@ class Bench:
                     device.set_err(0, event)
                 case Operation.ENABLE_QUEUE:
                     device.enable_queue(0)
+                case Operation.STOP_QUEUE:
+                    device.stop_queue(0)
                 case Operation.SET_STATE_FD:
                     device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(event))
                 case Operation.SET_DIRTY_LOG:

@@ -8,6 +8,7 @@ import time
 
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.memory import GuestMemory
+from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import QueueEventfds, capture, restore
 from vdpabridge.virtqueue import SplitQueue
 from vdpabridge.workload.block import BlockDriver, KnownDisk
@@ -21,11 +22,19 @@ STEPS = (
     "busy",
     "suspended",
     "pending",
+    "resumed",
+    "suspended again",
     "captured",
     "second opened",
     "second mapped",
-    "second restored",
+    "second features accepted",
+    "second queue set up",
+    "second base set",
+    "second eventfds set",
+    "second enabled",
     "second started",
+    "first reset for a replay",
+    "first replayed",
     "in a batch of mappings",
 )
 
@@ -56,15 +65,35 @@ def steps(source_node, destination_node):
         disk.write(100)
         queue.kick()
     yield
+    resume(source)
+    yield
+    source.suspend()
+    yield
     snapshot = capture(source)
     yield
     destination = VhostVdpa.open(destination_node)
     yield
     destination.map([memory.region])
     yield
-    restore(destination, snapshot, {0: QueueEventfds(queue.kick_fd, queue.call_fd)})
+    # restore(), step by step
+    carried = snapshot.queues[0]
+    destination.accept_features(snapshot.features)
+    yield
+    destination.set_queue(0, carried.setup)
+    yield
+    destination.set_base(0, carried.base)
+    yield
+    destination.set_call(0, queue.call_fd)
+    destination.set_kick(0, queue.kick_fd)
+    yield
+    destination.enable_queue(0)
     yield
     destination.start()
+    yield
+    source.reset()
+    yield
+    restore(source, snapshot, {0: QueueEventfds(queue.kick_fd, queue.call_fd)})
+    source.start()
     yield
     with destination.iotlb.batch():
         yield

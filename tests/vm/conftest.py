@@ -1,6 +1,7 @@
 """Simulated devices on a real kernel. They are made once and shared: opening one resets it."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,20 @@ from vdpabridge.workload.block import BlockDriver, KnownDisk
 from ..support.transitions import Bench
 
 VERSION_1 = 1 << 32
+
+
+def _pins():
+    """Whether the simulator pins pages and has them counted as locked memory, as hardware does.
+
+    Always before 6.4; from then on where ``vdpa_sim.use_va=0`` was given, while by default it maps by address.
+    """
+    try:
+        return Path("/sys/module/vdpa_sim/parameters/use_va").read_text().strip() == "N"
+    except FileNotFoundError:
+        return True
+
+
+PINS = _pins()
 MEMORY_BYTES = 4 << 20
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -89,6 +90,32 @@ def test_a_held_device_is_neither_deleted_nor_bound(passing):
     bus.check_idle("passing", "delete")
 
 
+def test_a_holder_that_nobody_can_see(passing):
+    """A descriptor on its way between processes keeps the node busy, and no /proc shows it."""
+    left, right = socket.socketpair()
+    with left, right:
+        fd = os.open(passing.node, os.O_RDWR)
+        socket.send_fds(left, [b"x"], [fd])
+        os.close(fd)
+        with pytest.raises(DeviceBusy, match="a process that this user cannot see") as caught:
+            Bus().check_idle("passing", "delete")
+        assert caught.value.holders == []
+    Bus().check_idle("passing", "delete")
+
+
+def test_a_forced_deletion_waits_for_the_holder(passing):
+    device = VhostVdpa.open(passing.node)
+    try:
+        with subprocess.Popen([sys.executable, "-m", "vdpabridge", "del", "--force", "passing"]) as deletion:
+            with pytest.raises(subprocess.TimeoutExpired):
+                deletion.wait(8)  # imports pyroute2 first, which takes its time under emulation
+            device.close()
+            assert deletion.wait(30) == 0
+    finally:
+        device.close()
+    assert not os.path.exists(passing.node)
+
+
 def test_a_device_deleted_while_open_works_until_it_is_closed(netlink, passing):
     """The deletion waits in the kernel; the holder notices nothing; afterwards the node is gone."""
     with running_disk(passing.node) as (_bench, disk):
@@ -136,7 +163,7 @@ def test_events_of_a_devices_life(netlink):
             seen.append(event)
             if event.action == "remove":
                 break
-    assert seen[0] == BusEvent("add", "eventful", None) or seen[0].action == "add"
+    assert seen[0] == BusEvent("add", "eventful", None)
     assert [event.action for event in seen] == ["add", "bind", "unbind", "bind", "unbind", "remove"]
     assert [event.driver for event in seen if event.action == "bind"] == ["virtio_vdpa", "vhost_vdpa"]
     assert {event.name for event in seen} == {"eventful"}
@@ -191,3 +218,31 @@ def test_add_bind_del_by_command():
     gone = vdpabridge("-j", "show", "typed", check=False)
     assert gone.returncode == 1
     assert json.loads(gone.stderr)["error"]["what"] == "no such device"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--mac", "nonsense"], "no MAC address"),
+        (["--mtu", "70000"], "an MTU is 68 to 65535"),
+    ],
+)
+def test_wrong_values_are_refused_before_the_kernel_sees_them(words, why):
+    done = vdpabridge("add", "odd", "--mgmtdev", "vdpasim_net", *words, check=False)
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "odd" not in {device.name for device in Bus().devices()}
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "", "a b", "x" * 256])
+def test_names_that_lead_astray_are_refused(name):
+    done = vdpabridge("add", name, "--mgmtdev", "vdpasim_blk", check=False)
+    assert done.returncode == 1
+    assert "a device's name is made of letters, digits" in done.stderr
+
+
+def test_an_addition_that_cannot_be_bound_is_taken_back():
+    done = vdpabridge("add", "odd", "--mgmtdev", "vdpasim_blk", "--driver", "nonsense", check=False)
+    assert done.returncode == 2
+    assert "odd" not in {device.name for device in Bus().devices()}

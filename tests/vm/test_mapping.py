@@ -8,17 +8,18 @@ from contextlib import contextmanager
 
 import pytest
 
+from vdpabridge.abi.virtio_blk import VIRTIO_BLK_OUTHDR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
+from vdpabridge.deadline import Deadline
 from vdpabridge.device import MemoryRegion, RunState
 from vdpabridge.drivers.vhost_vdpa import MappingError, VhostVdpa
 from vdpabridge.errors import KernelError
 from vdpabridge.memory import GuestMemory, SharedMapping
+from vdpabridge.virtqueue import SplitQueue
 from vdpabridge.workload.block import BlockDriver, KnownDisk
 
-from ..support.release import RELEASE
+from .conftest import PINS
 
 PAGE = mmap.PAGESIZE
-#: vdpa_sim maps by address from 6.4 on; before, it pins pages as hardware does, and they count as locked memory.
-PINS = RELEASE < (6, 4)
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def test_private_memory_is_refused_before_the_kernel_takes_it_and_maps_nothing(d
     from vdpabridge._libc import ffi
 
     memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with pytest.raises(MappingError, match=r"private or unmapped memory: only shared"):
+    with pytest.raises(MappingError, match=r"private, read-only or unmapped memory: only shared"):
         device.iotlb.update(0, 4 * PAGE, int(ffi.cast("uintptr_t", ffi.from_buffer(memory))))
 
 
 def test_a_hole_is_refused(device):
-    with GuestMemory(2 * PAGE) as memory, pytest.raises(MappingError, match="private or unmapped"):
+    with GuestMemory(2 * PAGE) as memory, pytest.raises(MappingError, match="unmapped memory"):
         device.iotlb.update(0, 64 * PAGE, memory.mapping.address)
 
 
@@ -91,7 +92,7 @@ def test_locked_memory_limit_is_named(device):
     with GuestMemory(64 * PAGE) as memory, memlock(8 * PAGE):
         if PINS:
             with pytest.raises(
-                KernelError, match=rf"locked memory: {64 * PAGE} bytes needed, the limit is {8 * PAGE}"
+                KernelError, match=f"where pages are pinned: {64 * PAGE} bytes needed, limit {8 * PAGE}"
             ) as caught:
                 device.map([memory.region])
             assert caught.value.errno == errno.EFAULT
@@ -109,12 +110,46 @@ def test_many_regions_in_one_batch(device):
         device.unmap(regions[1::2])
 
 
-def test_read_only_memory_is_read(device):
-    """The device reads requests from memory that it may not write; its writes there go nowhere."""
+def test_a_read_only_descriptor_is_refused(device):
+    """The kernel takes a shared mapping of one for private: it would answer success and map nothing."""
     with GuestMemory(4 * PAGE) as memory:
         fd = os.open(f"/proc/self/fd/{memory.fileno()}", os.O_RDONLY)
-        device.map([MemoryRegion(0x10000, 4 * PAGE, fd, writable=False)])
+        with pytest.raises(MappingError, match="not open for reading and writing"):
+            device.map([MemoryRegion(0x10000, 4 * PAGE, fd, writable=False)])
+        with (
+            SharedMapping(fd, 4 * PAGE, protection=mmap.PROT_READ) as mapping,
+            pytest.raises(MappingError, match="read-only"),
+        ):
+            device.iotlb.update(0x10000, 4 * PAGE, mapping.address)
         os.close(fd)
+
+
+def test_memory_that_the_device_may_only_read(block_node):
+    """What is to be written to the disk is in memory that is mapped for reading; rings and answers are not."""
+    with GuestMemory(1 << 20) as rings, GuestMemory(1 << 16, guest_address=0x5000_0000) as readable:
+        region = readable.region
+        with VhostVdpa.open(block_node) as device, SplitQueue(rings, 16) as queue:
+            device.map([rings.region, MemoryRegion(region.guest_address, region.size_bytes, region.fd, writable=False)])
+            device.accept_features(1 << 32)
+            queue.attach(device, 0)
+            device.start()
+            status, data = rings.allocate(1), rings.allocate(512)
+            header, source = readable.allocate(16), readable.allocate(512)
+            readable.slice(source, 512)[:] = b"from read-only memory".ljust(512)
+            readable.slice(header, 16)[:] = VIRTIO_BLK_OUTHDR.pack(VIRTIO_BLK_T_OUT, 0, 40)
+            perform(queue, [(header, 16), (source, 512)], [(status, 1)])
+            assert rings.slice(status, 1)[0] == 0
+            readable.slice(header, 16)[:] = VIRTIO_BLK_OUTHDR.pack(VIRTIO_BLK_T_IN, 0, 40)
+            perform(queue, [(header, 16)], [(data, 512), (status, 1)])
+            assert bytes(rings.slice(data, 512)) == bytes(readable.slice(source, 512))
+
+
+def perform(queue, read, write):
+    queue.add(read, write)
+    queue.kick()
+    deadline = Deadline(5)
+    while not list(queue.used()):
+        queue.wait(deadline)
 
 
 def test_memory_stays_mapped_through_resets(bench):
@@ -134,8 +169,6 @@ def test_without_iotlb_persist_too(block_node):
     with GuestMemory(1 << 20) as memory, VhostVdpa.open(block_node, backend_features=wanted) as device:
         assert not device.backend_features >> 8 & 1
         device.map([memory.region])
-        from vdpabridge.virtqueue import SplitQueue
-
         with SplitQueue(memory, 64) as queue:
             for _ in range(2):
                 disk = KnownDisk(BlockDriver(memory, queue))

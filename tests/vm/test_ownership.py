@@ -41,11 +41,13 @@ def test_a_fork_cannot_touch_queues_or_memory(bench):
         lambda: bench.device.get_base(0),
         lambda: bench.device.set_kick(0, bench.queue.kick_fd),
         lambda: bench.device.unmap([bench.memory.region]),
+        lambda: bench.device.reset(),
+        lambda: bench.device.suspend(),
     ):
         text = in_a_fork(lambda action=action: refusal(action))
         assert text.startswith("OwnershipError: "), text
         assert f"process {os.getpid()}" in text
-    # what needs no owner works
+    # asking works, and the parent's device is as it was
     assert in_a_fork(lambda: bench.device.status) == "15"
     bench.device.get_base(0)
 

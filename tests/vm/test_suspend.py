@@ -13,7 +13,7 @@ from vdpabridge.state.replay import replay, resume
 from vdpabridge.state.snapshot import QueueEventfds, capture, restore
 from vdpabridge.workload.block import BlockDriver, KnownDisk
 
-from ..support.release import RELEASE
+from ..support.release import since
 from .conftest import block_bench, running_disk
 
 QUEUE_SIZE = 256
@@ -22,7 +22,7 @@ FULL_RING = QUEUE_SIZE // 3
 #: Long enough for the simulator to do many requests, were it running.
 LOOK_S = 0.05
 #: vdpa_sim_blk.shared_backend came with 6.6: before, every device has a RAM disk of its own.
-SHARED_DISK = RELEASE >= (6, 6)
+SHARED_DISK = since((6, 6), True, before=False)
 
 
 def submit_pending(disk, count, first=0):
@@ -53,7 +53,9 @@ def test_same_device(running, count, way):
     submit_pending(disk, count)
     assert_nothing_happens(disk, count)
     assert bench.device.get_base(0) == base == SplitBase(1)
-    way(bench.device)
+    took = way(bench.device)
+    if way is resume:
+        assert took is since((6, 3), Capability.RESUME, before=None)
     assert bench.device.state is RunState.RUNNING
     finished = disk.driver.drain()
     assert len(finished) == count
@@ -101,21 +103,72 @@ def copy_disk(disk, other):
     device.reset()
 
 
-def test_requests_in_flight_at_suspend_are_done_or_kept(running):
-    """Suspended in the middle of a burst: what was taken is answered, the rest waits, nothing is done twice."""
-    bench, disk = running
-    for round_number in range(20):
-        submit_pending(disk, FULL_RING)
-        time.sleep(0.0003 * round_number)
+def cut(bench, disk, count, first=0):
+    """Suspend in the middle of ``count`` requests: how many were done. Tried with ever other delays until some were not."""
+    blocks = range(first, first + count)
+    for attempt in range(400):
+        for block in blocks:
+            disk.write(block)
+        bench.queue.kick()
+        until_s = time.monotonic() + attempt % 40 * 0.00005
+        while time.monotonic() < until_s:
+            pass
+        before = bench.queue.used_index
         bench.device.suspend()
-        used = bench.queue.device_used_index
-        assert bench.device.get_base(0) == SplitBase(used)
-        time.sleep(0.005)
-        assert bench.queue.device_used_index == used
+        done = (bench.queue.device_used_index - before) & 0xFFFF
+        assert bench.device.get_base(0) == SplitBase((before + done) & 0xFFFF), "what was taken was answered"
+        if done < count:
+            time.sleep(0.005)
+            assert (bench.queue.device_used_index - before) & 0xFFFF == done, "answered after SUSPEND had returned"
+            return done
+        disk.settle(disk.driver.done())
         resume(bench.device)
+    raise AssertionError("the simulator was never caught with requests in flight")
+
+
+@pytest.mark.parametrize("count", [1, 8, FULL_RING])
+@pytest.mark.parametrize("way", [resume, replay], ids=["resume", "replay"])
+def test_suspended_with_requests_in_flight(running, count, way):
+    bench, disk = running
+    for _ in range(5):
+        done = cut(bench, disk, count)
+        finished = disk.driver.done()
+        assert len(finished) == done
+        disk.settle(finished)
+        way(bench.device)
         disk.settle(disk.driver.drain())
-    assert disk.writes_confirmed == 20 * FULL_RING
-    assert disk.verify() == FULL_RING
+    assert disk.verify() == count
+
+
+@pytest.mark.parametrize("count", [1, 8, FULL_RING])
+def test_suspended_with_requests_in_flight_and_carried(block_node, second_block_node, count):
+    """The rest of a burst that was cut is done by the second device: each request once, by one of the two."""
+    with running_disk(block_node) as (bench, disk):
+        done = cut(bench, disk, count)
+        disk.settle(disk.driver.done())
+        assert disk.driver.inflight == count - done
+        snapshot = capture(bench.device)
+        with block_bench(second_block_node) as other:
+            if not SHARED_DISK:
+                copy_disk(disk, other)
+            other.device.unmap([other.memory.region])
+            other.device.map([bench.memory.region])
+            restore(other.device, snapshot, {0: QueueEventfds(bench.queue.kick_fd, bench.queue.call_fd)})
+            other.device.start()
+            disk.settle(disk.driver.drain())
+            assert disk.verify() == count
+
+
+def test_flush_and_id_on_a_real_device(running):
+    bench, disk = running
+    driver = disk.driver
+    driver.flush()
+    driver.get_id()
+    bench.device.suspend()
+    driver.flush()
+    resume(bench.device)
+    identities = [request.data for request in driver.drain() if request.data]
+    assert identities == [b"vdpa_blk_sim".ljust(20, b"\0")]
 
 
 def test_200_cycles_under_load(running):

@@ -2,15 +2,26 @@
 
 import os
 import random
+import time
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from hypothesis.strategies import sampled_from
 
 from vdpabridge.device import Capability, Operation, RunState
 from vdpabridge.errors import MissingCapability, StateError
+from vdpabridge.state.replay import resume
+from vdpabridge.workload.block import BlockDriver
 
+from ..support.release import since
 from ..support.transitions import PAIRS, check_pair, expected
 from .conftest import block_bench, running_disk
 
@@ -21,13 +32,14 @@ def test_every_pair(bench, operation, state):
 
 
 def test_random_walks(block_node):
-    """Any sequence of operations: the table foretells every outcome, and a running device really does I/O."""
+    """Any sequence of operations: the table foretells every outcome, and exactly a running device does I/O."""
 
     class Walk(RuleBasedStateMachine):
         @initialize()
         def open(self):
             self.manager = block_bench(block_node)
             self.bench = self.manager.__enter__()
+            self.driver = BlockDriver(self.bench.memory, self.bench.queue)
             self.model = RunState.RESET
 
         @rule(operation=sampled_from([each for each in Operation if each is not Operation.RESET]))
@@ -35,6 +47,7 @@ def test_random_walks(block_node):
             outcome = expected(self.bench.device, operation, self.model)
             if operation is Operation.START and self.model is RunState.CONFIGURED:
                 self.bench.queue.attach(self.bench.device, 0, self.bench.queue.avail_index)
+                self.bench.device.set_kick(0, self.bench.queue.kick_fd)
             if isinstance(outcome, RunState):
                 self.bench.perform(operation)
                 self.model = outcome
@@ -52,8 +65,24 @@ def test_random_walks(block_node):
             if hasattr(self, "bench"):
                 device = self.bench.device
                 assert device.state is self.model
-                running = bool(device.status & 4)
-                assert running == (self.model in (RunState.RUNNING, RunState.SUSPENDED))
+                started = self.model in (RunState.RUNNING, RunState.SUSPENDED)
+                assert bool(device.status & 4) == started
+
+        @precondition(lambda self: self.model in (RunState.RUNNING, RunState.SUSPENDED))
+        @rule()
+        def get_id(self):
+            """A request is answered by a running device, and by a suspended one only after it goes on."""
+            driver = self.driver
+            driver.get_id()
+            if self.model is RunState.RUNNING:
+                assert driver.drain()[-1].data.startswith(b"vdpa_blk_sim")
+                return
+            self.bench.queue.kick()
+            time.sleep(0.002)
+            assert driver.done() == []
+            resume(self.bench.device)
+            self.model = RunState.RUNNING
+            assert driver.drain()[-1].data.startswith(b"vdpa_blk_sim")
 
         def teardown(self):
             if hasattr(self, "manager"):
@@ -92,6 +121,14 @@ def test_io_after_random_suspends(block_node):
                     device.start()
             disk.settle(disk.driver.drain())
         assert disk.verify() > 100
+
+
+def test_capabilities_of_the_simulator(bench):
+    """Written out, so that a capability that is no longer discovered is noticed."""
+    expected = {Capability.SUSPEND, Capability.CONFIG_WRITE, Capability.CONFIG_CALL}
+    expected |= since((6, 3), {Capability.RESUME}, before=set())
+    expected |= since((6, 6), {Capability.ENABLE_WHILE_RUNNING}, before=set())
+    assert bench.device.capabilities == expected
 
 
 def test_resume_needs_the_bit(bench):

@@ -11,6 +11,8 @@ ROWS = [
     ("started\nexit 0\n", "", 0, Outcome.FINISHED, 0),
     ("started\nexit 7\n", "", 0, Outcome.FINISHED, 7),
     ("started\nexit 3\n", PANIC, 0, Outcome.FINISHED, 3),
+    ("started\nexit 0\n", "[ 1.0] WARNING: CPU: 0 PID: 1 at kernel/x.c:1\n", 0, Outcome.COMPLAINT, 123),
+    ("started\nexit 0\n", "[ 9.0] INFO: task vdpa:7 blocked for more than 120 seconds.\n", 0, Outcome.COMPLAINT, 123),
     ("started\n", PANIC, 0, Outcome.PANIC, 125),
     ("started\n", OOPS, None, Outcome.PANIC, 125),
     ("started\n", "[ 1.0] quiet\n", None, Outcome.TIME_LIMIT, 124),

@@ -63,7 +63,7 @@ def test_a_lost_write_is_noticed(disk):
     [
         ("status", BlockError, "the device answered IOERR"),
         ("no status", BlockError, "the device answered no status"),
-        ("length", RingError, "the device says that it wrote 2 bytes"),
+        ("length", BlockError, "the device says that it wrote 2 bytes"),
         ("twice", RingError, "used it twice"),
     ],
 )
@@ -74,6 +74,34 @@ def test_faults_are_noticed(disk, fault, error, words):
     device.process()
     with pytest.raises(error, match=words):
         known.driver.done()
+
+
+def test_what_was_done_beside_a_failure_is_not_lost(disk):
+    known, device = disk
+    known.write(1)
+    known.write(2)
+    device.process(1)
+    device.fault = "status"
+    device.process()
+    with pytest.raises(BlockError) as caught:
+        known.driver.done()
+    assert [request.tag for request in caught.value.finished] == [(1, 1)]
+    assert known.driver.inflight == 0
+
+
+def test_requests_larger_than_the_room_for_them(disk):
+    known, _ = disk
+    with pytest.raises(ValueError, match="a request of 8192 bytes, and the driver has room for 4096"):
+        known.driver.write(0, bytes(8192))
+    assert known.driver.queue.free == 64
+
+
+def test_flushes_settle_as_nothing(disk):
+    known, device = disk
+    known.driver.flush()
+    device.process()
+    known.settle(known.driver.done())
+    assert known.writes_confirmed == 0
 
 
 def test_one_request_a_block(disk):

@@ -59,7 +59,7 @@ class Bus:
     def device(self, name_or_node: str) -> BusDevice:
         """The device called ``name_or_node``, or whose node that path is (or leads to). Raises `NoSuchDevice`."""
         name = self._name_of(name_or_node) if "/" in name_or_node else name_or_node
-        if not os.path.exists(f"{self._bus}/devices/{name}"):
+        if name in ("", ".", "..") or not os.path.exists(f"{self._bus}/devices/{name}"):
             self.devices()  # says so where there is no bus
             raise NoSuchDevice("no such device", device=name, hint="'vdpabridge list' shows the devices")
         return self._describe(name)
@@ -90,15 +90,20 @@ class Bus:
                 what, device=name, why=why, hint=f"the bus's drivers are {known}: 'modprobe {driver}'"
             )
         self.check_idle(name, what, force=force)
-        self._write(name, f"devices/{name}/driver_override", driver, what)
-        if device.driver:
-            self._write(name, f"drivers/{device.driver}/unbind", name, what)
-        self._write(name, "drivers_probe", name, what)
+        self._rebind(name, device.driver, driver, what)
         bound = self._describe(name)
-        if bound.driver != driver:
-            why = f"the driver did not take it; it has {bound.driver or 'no driver'} now"
-            raise VdpaBridgeError(what, device=name, why=why, hint="the kernel log may say why")
-        return bound
+        if bound.driver == driver:
+            return bound
+        if device.driver:
+            self._rebind(name, bound.driver, device.driver, what)
+        why = f"the driver did not take it; it has {self._describe(name).driver or 'no driver'} now"
+        raise VdpaBridgeError(what, device=name, why=why, hint="the kernel log may say why")
+
+    def _rebind(self, name: str, old: str | None, new: str, what: str) -> None:
+        self._write(name, f"devices/{name}/driver_override", new, what)
+        if old:
+            self._write(name, f"drivers/{old}/unbind", name, what)
+        self._write(name, "drivers_probe", name, what)
 
     def check_idle(self, name: str, what: str, *, force: bool = False) -> None:
         """Raise `DeviceBusy` where a process holds the node of device ``name``, unless ``force``d.

@@ -7,6 +7,7 @@ pyroute2 is imported when a socket is opened, not before: it takes a fifth of a 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from ..abi.vdpa_netlink import VDPA_GENL_NAME, VDPA_GENL_VERSION
 from ..abi.vdpa_netlink import VdpaAttribute as Attribute
 from ..abi.vdpa_netlink import VdpaCommand as Command
+from ..errors import VdpaBridgeError
 from .errors import BusError, NoSuchDevice
 
 __all__ = ["ManagementDevice", "NetlinkDevice", "VdpaNetlink"]
@@ -96,7 +98,8 @@ class VdpaNetlink:
         return sorted((_device(reply) for reply in replies), key=lambda device: device.name)
 
     def add(self, name: str, management_device: str, *, mac: str | None = None, mtu: int | None = None) -> None:
-        """Make device ``name``. ``mac`` and ``mtu`` are for net. Raises `BusError`."""
+        """Make device ``name``; ``mac`` and ``mtu`` are for net. Raises `BusError`, and its parent for bad values."""
+        _check_values(name, mac, mtu)
         bus, _, parent = management_device.rpartition("/")
         attributes: dict[Attribute, object] = {
             Attribute.VDPA_ATTR_DEV_NAME: name,
@@ -140,6 +143,18 @@ class VdpaNetlink:
         except NetlinkError as error:
             why, hint = _MEANINGS.get((command, error.code)) or _MEANINGS.get((None, error.code)) or ("", "")
             raise BusError(error.code, command.name, device=device, why=why, hint=hint) from None
+
+
+def _check_values(name: str, mac: str | None, mtu: int | None) -> None:
+    """What the kernel would take without a word and make something odd of, or pyroute2 stumble over."""
+    what = "make a device"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name) or name in (".", ".."):
+        why = "a device's name is made of letters, digits, '.', '_' and '-', up to 63"
+        raise VdpaBridgeError(what, device=name or "''", why=why)
+    if mac is not None and not re.fullmatch(r"([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}", mac):
+        raise VdpaBridgeError(what, device=name, why=f"{mac!r} is no MAC address", hint="like 52:54:00:12:34:56")
+    if mtu is not None and not 68 <= mtu <= 65535:
+        raise VdpaBridgeError(what, device=name, why=f"an MTU is 68 to 65535, not {mtu}")
 
 
 def _connect() -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..bus.bus import Bus, BusDevice
+from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
 __all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
@@ -39,8 +40,12 @@ def add(words: argparse.Namespace) -> None:
     bus = Bus()
     with VdpaNetlink() as netlink:
         netlink.add(words.device, words.mgmtdev, mac=words.mac, mtu=words.mtu)
-    if words.driver:
-        bus.bind(words.device, words.driver)
+        if words.driver:
+            try:
+                bus.bind(words.device, words.driver)
+            except VdpaBridgeError:
+                netlink.delete(words.device)
+                raise
     _print_place(bus.device(words.device), words)
 
 

@@ -55,7 +55,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", help="its name")
     text = "BUS/NAME or NAME, as 'show --mgmtdev' prints it"
     parser.add_argument("--mgmtdev", required=True, metavar="PARENT", help=text)
-    parser.add_argument("--driver", metavar="DRIVER", help="bind it to vhost_vdpa or virtio_vdpa afterwards")
+    parser.add_argument("--driver", choices=("vhost_vdpa", "virtio_vdpa"), help="what to bind it to afterwards")
     parser.add_argument("--mac", metavar="ADDRESS", help="net: its address")
     parser.add_argument("--mtu", type=int, metavar="BYTES", help="net: its MTU")
 

@@ -10,9 +10,19 @@ import os
 from contextlib import ExitStack
 
 from ..device import Capability, Device
-from .snapshot import QueueEventfds, capture, eventfds_of, restore
+from ..errors import VdpaBridgeError
+from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
 
-__all__ = ["replay", "resume"]
+__all__ = ["ReplayFailed", "replay", "resume"]
+
+
+class ReplayFailed(VdpaBridgeError):
+    """The device was reset and could not be set up again. ``snapshot`` has the queue positions: nothing is lost yet."""
+
+    def __init__(self, device: str, why: str, snapshot: DeviceSnapshot) -> None:
+        hint = "restore the error's snapshot on this device or another"
+        super().__init__("resume by reset and replay", device=device, why=why, hint=hint)
+        self.snapshot = snapshot
 
 
 def resume(device: Device) -> Capability | None:
@@ -30,7 +40,7 @@ def resume(device: Device) -> Capability | None:
 def replay(device: Device) -> None:
     """Reset a suspended device, set it up as it was, with the queue positions it had, and start it.
 
-    Device state does not survive, and neither does an assignment of queue groups to address spaces.
+    Device state, the dirty log and the in-flight region do not survive. Raises `ReplayFailed` from the reset on.
     """
     snapshot = capture(device)
     with ExitStack() as stack:
@@ -48,8 +58,11 @@ def replay(device: Device) -> None:
             for index, wires in eventfds_of(device).items()
         }
         config_call = keep(device.config_call)
-        device.reset()
-        restore(device, snapshot, eventfds)
-        if config_call is not None:
-            device.set_config_call(config_call)
-        device.start()
+        try:
+            device.reset()
+            restore(device, snapshot, eventfds)
+            if config_call is not None:
+                device.set_config_call(config_call)
+            device.start()
+        except VdpaBridgeError as error:
+            raise ReplayFailed(device.name, str(error), snapshot) from error

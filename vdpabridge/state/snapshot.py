@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..device import Device, QueueBase, QueueSetup
-from ..errors import FeatureError, VdpaBridgeError
-from ..transitions import Operation
+from ..errors import FeatureError, StateError, VdpaBridgeError
+from ..transitions import Operation, RunState
 
 __all__ = ["DeviceSnapshot", "QueueEventfds", "QueueSnapshot", "SnapshotError", "capture", "eventfds_of", "restore"]
 
@@ -62,8 +62,9 @@ def capture(device: Device) -> DeviceSnapshot:
 def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
     """Bring a reset ``device`` to where ``snapshot`` was taken, short of `Device.start`.
 
-    ``eventfds`` are those of this process, by queue. The guest's memory is the caller's to map. Raises `SnapshotError`
-    or `FeatureError` before the device is touched where they do not fit; where a step fails, the device is reset.
+    ``eventfds`` are those of this process, by queue. The guest's memory is the caller's to map. Raises `SnapshotError`,
+    `FeatureError` or `StateError` before the device is touched where they do not fit; where a step fails, the device is
+    reset.
     """
     _check(device, snapshot)
     try:
@@ -94,6 +95,8 @@ def eventfds_of(device: Device) -> dict[int, QueueEventfds]:
 
 
 def _check(device: Device, snapshot: DeviceSnapshot) -> None:
+    if device.state is not RunState.RESET:
+        raise StateError(device.name, "restore", device.state.value, (RunState.RESET.value,))
     identity = device.identity
     if None not in (identity.device_id, snapshot.device_id) and identity.device_id != snapshot.device_id:
         _refuse(device, f"the snapshot is of device id {snapshot.device_id}, this is {identity.device_id}")

@@ -24,13 +24,15 @@ from ..abi.virtio_blk import (
 from ..deadline import Deadline
 from ..errors import VdpaBridgeError
 from ..memory import GuestMemory
-from ..virtqueue import RingError, SplitQueue
+from ..virtqueue import SplitQueue
 
 __all__ = ["BLOCK_BYTES", "BlockDriver", "BlockError", "BlockRequest", "KnownDisk", "block_pattern"]
 
 #: What one request of `KnownDisk` reads or writes.
 BLOCK_BYTES = 4096
 _BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
+#: Header, data, status.
+_DESCRIPTORS = 3
 #: A status byte that no device writes: where it is still there, the request was not answered.
 _UNANSWERED = 0xFF
 _STATUS_NAMES = {VIRTIO_BLK_S_IOERR: "IOERR", VIRTIO_BLK_S_UNSUPP: "UNSUPP", _UNANSWERED: "no status"}
@@ -44,6 +46,9 @@ _TYPE_NAMES = {
 
 class BlockError(VdpaBridgeError):
     """A request that the device failed, or data that is not what was written."""
+
+    finished: list[BlockRequest]
+    """The requests that were found done with it."""
 
 
 @dataclass(slots=True)
@@ -68,9 +73,10 @@ class BlockDriver:
     def __init__(self, memory: GuestMemory, queue: SplitQueue, data_bytes: int = BLOCK_BYTES) -> None:
         self.queue = queue
         self._memory = memory
+        self._data_bytes = data_bytes
         self._slots = [
             (memory.allocate(VIRTIO_BLK_OUTHDR.size_bytes), memory.allocate(data_bytes), memory.allocate(1))
-            for _ in range(max(1, queue.size // 3))
+            for _ in range(queue.size // _DESCRIPTORS)
         ]
         self._free = list(range(len(self._slots)))
         self._inflight: dict[int, BlockRequest] = {}
@@ -89,8 +95,10 @@ class BlockDriver:
         self, kind: int, sector: int = 0, *, data: bytes = b"", read_bytes: int = 0, tag: tuple[int, int] = (0, 0)
     ) -> BlockRequest:
         """Make one request available, without a kick. ValueError where `capacity` requests are in flight."""
-        if not self._free:
+        if not self._free or self.queue.free < _DESCRIPTORS:
             raise ValueError(f"{self.inflight} requests are in flight, and no more fit")
+        if (size := len(data) or read_bytes) > self._data_bytes:
+            raise ValueError(f"a request of {size} bytes, and the driver has room for {self._data_bytes}")
         slot = self._free.pop()
         header, buffer, status = self._slots[slot]
         self._memory.slice(header, VIRTIO_BLK_OUTHDR.size_bytes)[:] = VIRTIO_BLK_OUTHDR.pack(kind, 0, sector)
@@ -123,21 +131,31 @@ class BlockDriver:
 
         Raises `BlockError` for one that failed, `RingError` for one that was finished twice.
         """
-        finished = []
+        finished, failed = [], []
         for head, written in self.queue.used():
             request = self._inflight.pop(head)
-            _, buffer, status = self._slots[request.slot]
             self._free.append(request.slot)
-            code = self._memory.slice(status, 1)[0]
-            if code != VIRTIO_BLK_S_OK:
-                raise BlockError(str(request), why=f"the device answered {_STATUS_NAMES.get(code, code)}")
-            reads = request.kind in (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_GET_ID)
-            if written != 1 + (request.size_bytes if reads else 0):
-                raise RingError(str(request), why=f"the device says that it wrote {written} bytes")
-            if reads:
-                request.data = bytes(self._memory.slice(buffer, request.size_bytes))
-            finished.append(request)
+            if error := self._take(request, written):
+                failed.append(error)
+            else:
+                finished.append(request)
+        if failed:
+            failed[0].finished = finished
+            raise failed[0]
         return finished
+
+    def _take(self, request: BlockRequest, written: int) -> BlockError | None:
+        """Take the answer to ``request`` in; what is wrong with it, if something is."""
+        _, buffer, status = self._slots[request.slot]
+        code = self._memory.slice(status, 1)[0]
+        if code != VIRTIO_BLK_S_OK:
+            return BlockError(str(request), why=f"the device answered {_STATUS_NAMES.get(code, code)}")
+        reads = request.kind in (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_GET_ID)
+        if written != 1 + (request.size_bytes if reads else 0):
+            return BlockError(str(request), why=f"the device says that it wrote {written} bytes")
+        if reads:
+            request.data = bytes(self._memory.slice(buffer, request.size_bytes))
+        return None
 
     def drain(self, timeout_s: float = 10.0) -> list[BlockRequest]:
         """Kick, and wait until nothing is in flight. Raises `DeadlineExceeded`, and as `done` does."""
@@ -184,6 +202,8 @@ class KnownDisk:
     def settle(self, requests: Iterable[BlockRequest]) -> None:
         """Take finished requests in: remember writes, check reads. Raises `BlockError` for wrong data."""
         for request in requests:
+            if request.kind not in (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT):
+                continue
             block, generation = request.tag
             self.busy.discard(block)
             if request.kind == VIRTIO_BLK_T_OUT:

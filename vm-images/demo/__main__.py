@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -155,6 +156,10 @@ def main() -> int:
         demonstrate(Timeline())
     except (Broken, VdpaBridgeError) as error:
         print(f"demo: FAIL: {error}")
+        return 1
+    except Exception as error:  # noqa: BLE001  # whatever it is, the last line says what became of the demo
+        traceback.print_exc()
+        print(f"demo: FAIL: {type(error).__name__}: {error}")
         return 1
     print("demo: PASS")
     return 0

@@ -1,5 +1,4 @@
 """Test machines for vdpabridge: kernels and a root file system built from Debian, and a runner for them.
 
-Standard library only, so that it works before anything is installed:
-``python3 -m vmimages --help`` with ``vm-images`` on the path, or the ``vm-images/run`` script.
+The command is ``vm-images/run``. Of Python's packages only ioctl-opt is needed here, to hand it to the guest.
 """

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
+from .cache import cache_root
 from .host import HostError
 from .kernel import DEFAULT_KERNEL, KERNELS, kernel
 from .rootfs import rootfs
 from .runner import run
 
+#: Exit code where there is nothing to boot.
+NO_IMAGE = 3
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SUITE = ["python3", "-m", "pytest", "-q", "-p", "tests.ktap", "tests/vm"]
+SUITE = ["python3", "-m", "tests.ktap", "tests/vm"]
 #: One RAM disk behind every simulated block device, as a migration's source and destination need it (6.12 and later).
 KERNEL_ARGUMENTS = "vdpa_sim_blk.shared_backend=1"
 
@@ -23,7 +27,8 @@ def main() -> int:
         prog="vm-images/run",
         usage="%(prog)s [options] [KERNEL] [-- COMMAND ...]",
         description="Boot a kernel in QEMU, with Debian and this checkout in it, and run a command there as root.",
-        epilog="exit code: the command's own; 124 time limit, 125 kernel panic, 126 machine ended early, 3 no image",
+        epilog="exit code: the command's own; 123 the kernel warned, 124 time limit, 125 it panicked, "
+        "126 the machine ended early, 3 nothing to boot",
     )
     names = ", ".join(KERNELS)
     parser.add_argument(
@@ -37,16 +42,25 @@ def main() -> int:
         "--memory", type=int, default=1024, metavar="MIB", help="the guest's memory (default: %(default)s)"
     )
     parser.add_argument("--kernel-arguments", default=KERNEL_ARGUMENTS, metavar="WORDS", help="default: %(default)s")
-    parser.add_argument("--kernel-log", type=Path, metavar="FILE", help="keep what the guest's kernel said")
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="set in the guest; may be repeated"
+        "--kernel-log",
+        type=Path,
+        metavar="FILE",
+        help="keep what the guest's kernel said here (default: logs/ in the cache)",
     )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="more symbols for a source tree's configuration")
+    parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest: ask Debian for a newer source")
+    text = "set in the guest; may be repeated"
+    parser.add_argument("--env", action="append", type=_pair, default=[], metavar="NAME=VALUE", help=text)
     parser.add_argument("--build-only", action="store_true", help="build what is missing, boot nothing")
+    # so that the machine ends with this process, also when something else than Ctrl-C ends it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words = parser.parse_args(sys.argv[1:split])
     command = sys.argv[split + 1 :] or SUITE
     try:
-        bootable = kernel(words.kernel)
+        bootable = kernel(words.kernel, extra_config=words.config, refresh=words.refresh)
         if words.build_only:
             print(bootable.image, rootfs(), sep="\n")
             return 0
@@ -57,19 +71,38 @@ def main() -> int:
             time_limit_s=words.time_limit,
             memory_mib=words.memory,
             kernel_arguments=words.kernel_arguments,
-            environment=dict(pair.split("=", 1) for pair in words.env),
+            environment=dict(words.env),
         )
-    except HostError as error:
+    except (HostError, OSError, ValueError) as error:
         print(f"vm-images: {error}", file=sys.stderr)
-        return 3
+        return NO_IMAGE
     except KeyboardInterrupt:
         print("vm-images: interrupted", file=sys.stderr)
         return 130
-    if words.kernel_log:
-        words.kernel_log.write_text(result.kernel_log)
+    _keep_log(words.kernel_log, bootable.name, result.kernel_log)
     if result.why:
         print(f"vm-images: {bootable.name}: {result.why}", file=sys.stderr)
     return result.exit_code
+
+
+def _keep_log(file: Path | None, name: str, log: str) -> None:
+    """Keep what the guest's kernel said in ``file``, or where the last run's is kept."""
+    if file is None:
+        folder = cache_root() / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{Path(name).name}.log"
+    file.write_text(log)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _terminated(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["cache_root", "cached", "content_key"]
+__all__ = ["cache_root", "cached", "content_key", "forget", "locked"]
 
 
 def cache_root() -> Path:
     """The directory everything is cached in: ``$VDPABRIDGE_CACHE``, or ``vdpabridge`` under the XDG cache directory."""
     override = os.environ.get("VDPABRIDGE_CACHE")
-    if override:
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdpabridge"
+    root = Path(override or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdpabridge")
+    if any(character in str(root) for character in " ,"):
+        # kernels do not build below a path with a space, and QEMU splits its options at commas
+        raise ValueError(f"{root}: the cache's path must have no space and no comma: set VDPABRIDGE_CACHE")
+    return root
 
 
 def content_key(*parts: str | bytes | Path) -> str:
@@ -44,7 +46,7 @@ def cached(kind: str, key: str, build: Callable[[Path], dict[str, str]]) -> Path
     if (entry / "facts.json").exists():
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(entry.parent / f".{key}.lock"):
+    with locked(entry.parent / f".{key}.lock"):
         if (entry / "facts.json").exists():
             return entry
         work = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=entry.parent))
@@ -58,8 +60,14 @@ def cached(kind: str, key: str, build: Callable[[Path], dict[str, str]]) -> Path
     return entry
 
 
+def forget(kind: str, key: str) -> None:
+    """Drop an entry, so that it is built again."""
+    shutil.rmtree(cache_root() / kind / key, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` exclusively, waiting for it."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from . import cache as store
-from .host import HostError, command, step
+from .host import HostError, as_root, command, step
 
 __all__ = ["archive_sources", "download", "newest_package"]
 
@@ -23,12 +23,13 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 @cache
 def archive_sources(*suites: str) -> str:
     """One-line-style apt sources for ``suites`` (and their security updates), on the sites this machine uses."""
-    listing = command(["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)", "Created-By: Packages"])
-    sites = {
-        label: site for origin, label, site in (line.split("|") for line in listing.splitlines()) if origin == "Debian"
-    }
+    sites = _sites()
     if "Debian" not in sites:
-        raise HostError("apt on this machine knows no Debian archive: run 'apt-get update', or use a Debian machine")
+        with step("reading this machine's package lists"):
+            command([*as_root(), "apt-get", "update", "-qq"])
+        sites = _sites()
+    if "Debian" not in sites:
+        raise HostError("apt on this machine knows no Debian archive: use a Debian machine")
     signed = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
     lines = [f"deb {signed}{sites['Debian']} {suite} main" for suite in suites]
     if "Debian-Security" in sites:
@@ -36,6 +37,13 @@ def archive_sources(*suites: str) -> str:
             f"deb {signed}{sites['Debian-Security']} {suite}-security main" for suite in suites if suite != "testing"
         ]
     return "\n".join(lines) + "\n"
+
+
+def _sites() -> dict[str, str]:
+    """Archive label -> site, of Debian's own archives that this machine's apt knows."""
+    listing = command(["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)", "Created-By: Packages"])
+    rows = [line.split("|") for line in listing.splitlines()]
+    return {label: site for origin, label, site in rows if origin == "Debian"}
 
 
 @cache
@@ -56,7 +64,7 @@ def _apt_options() -> tuple[str, ...]:
         # testing's Release file can be past its date; it is still signed
         *("-o", "Acquire::Check-Valid-Until=false", "-o", "APT::Sandbox::User="),
     )
-    with step("reading Debian's package lists"):
+    with step("reading Debian's package lists"), store.locked(root / "lock"):
         command(["apt-get", *options, "update", "-qq"])
     return options
 

@@ -29,18 +29,21 @@ BUILD_KERNEL = {
 }
 
 
+#: mke2fs and others are not on an ordinary user's.
+_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
 class HostError(RuntimeError):
     """The host lacks something, or a command on it failed; the text says what and what to do."""
 
 
 def need(table: dict[str, str]) -> None:
     """Install the Debian packages of ``table`` whose program or file is missing."""
-    search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = sorted(
         {
             package
             for what, package in table.items()
-            if not (Path(what).exists() if what.startswith("/") else shutil.which(what, path=search))
+            if not (Path(what).exists() if what.startswith("/") else shutil.which(what, path=_PATH))
         }
     )
     if not missing:
@@ -51,7 +54,9 @@ def need(table: dict[str, str]) -> None:
         )
     with step(f"installing {' '.join(missing)}"):
         environment = [*as_root(), "env", "DEBIAN_FRONTEND=noninteractive"]
-        install = [*environment, "apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
+        # a machine that was just set up may be busy with its own updates
+        patient = ("-o", "DPkg::Lock::Timeout=300")
+        install = [*environment, "apt-get", *patient, "install", "-qq", "-y", "--no-install-recommends", *missing]
         if subprocess.run(install, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
             command([*environment, "apt-get", "update", "-qq"])
             command(install)
@@ -68,7 +73,15 @@ def as_root() -> list[str]:
 
 def command(words: Sequence[str | os.PathLike[str]], *, cwd: Path | None = None) -> str:
     """Run a command, return its standard output; a failure carries the last lines that it printed."""
-    done = subprocess.run(words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=os.environ | {"PATH": _PATH},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         tail = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-15:])
         raise HostError(f"{' '.join(str(word) for word in words)}: exit {done.returncode}\n  {tail}")

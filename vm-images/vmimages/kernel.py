@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import cached, content_key
+from .cache import cache_root, cached, content_key, forget
 from .debian import download, newest_package
 from .host import BUILD_KERNEL, HostError, command, need, step
 
@@ -26,6 +26,20 @@ KERNELS = {
 DEFAULT_KERNEL = "6.12"
 
 
+#: What a build leaves in a tree.
+_BUILD_PRODUCTS = (
+    *(
+        "/.git",
+        "/.config*",
+        "/include/config",
+        "/include/generated",
+        "/arch/*/include/generated",
+        "/arch/*/boot/bzImage",
+    ),
+    *("*.o", "*.a", "*.ko", "*.mod", "*.mod.c", "*.cmd", "*.order", "*.symvers", "/vmlinux", "/System.map"),
+)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A bootable kernel."""
@@ -38,18 +52,21 @@ class Kernel:
     """What the user called it."""
 
 
-def kernel(what: str) -> Kernel:
+def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False) -> Kernel:
     """The kernel ``what``: a name of `KERNELS` (built on first use), a kernel source tree, or a bzImage.
 
-    Raises `HostError` where ``what`` is none of these or does not build.
+    ``extra_config`` has more symbols for a source tree; ``refresh`` has Debian asked for a newer source. Raises
+    `HostError` where ``what`` is none of these or does not build.
     """
     path = Path(what)
     if what in KERNELS:
-        key = content_key(KERNELS[what], FRAGMENT, RECIPE)
-        entry = cached("kernel", f"{what}-{key}", lambda work: _from_debian(what, work))
+        key = f"{what}-{content_key(KERNELS[what], FRAGMENT, RECIPE)}"
+        if refresh:
+            forget("kernel", key)
+        entry = cached("kernel", key, lambda work: _from_debian(what, work))
         return Kernel(entry / "bzImage", entry / "headers", what)
     if (path / "Kbuild").exists() and (path / "Makefile").exists():
-        return _from_tree(path.resolve())
+        return _from_tree(path.resolve(), extra_config)
     if path.is_file():
         return Kernel(path.resolve(), None, what)
     raise HostError(f"{what}: not a kernel name ({', '.join(KERNELS)}), not a kernel source tree and not a bzImage")
@@ -77,32 +94,37 @@ def _from_debian(name: str, work: Path) -> dict[str, str]:
     return {"package": package, "version": version}
 
 
-def _from_tree(tree: Path) -> Kernel:
-    """Build somebody's own tree outside of it. The build folder is kept, so the next build is incremental."""
+def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
+    """Build somebody's own tree outside of it. Both folders are kept, so the next build is incremental."""
     need(BUILD_KERNEL)
-    from .cache import cache_root
-
-    build = cache_root() / "tree" / content_key(str(tree), FRAGMENT)
-    build.mkdir(parents=True, exist_ok=True)
+    place = cache_root() / "tree" / content_key(str(tree), FRAGMENT)
+    source, build = place / "source", place / "build"
+    source.mkdir(parents=True, exist_ok=True)
     with step(f"building {tree}"):
-        _build(tree, build)
-        command(["make", "-s", f"O={build}", "headers_install", f"INSTALL_HDR_PATH={build}/headers"], cwd=tree)
-    return Kernel(build / "arch/x86/boot/bzImage", build / "headers", str(tree))
+        # a copy without what was built in the tree itself: kbuild refuses to build a used tree elsewhere
+        leave_out = [f"--exclude={pattern}" for pattern in _BUILD_PRODUCTS]
+        command(["rsync", "-a", "--delete", *leave_out, f"{tree}/", f"{source}/"])
+        _build(source, build, *([extra_config.resolve()] if extra_config else []))
+        headers = ["headers_install", f"INSTALL_HDR_PATH={place}/headers"]
+        command(["make", "-s", f"O={build}", *headers], cwd=source)
+    return Kernel(build / "arch/x86/boot/bzImage", place / "headers", str(tree))
 
 
-def _build(tree: Path, build: Path) -> None:
+def _build(tree: Path, build: Path, *extra_config: Path) -> None:
     build.mkdir(parents=True, exist_ok=True)
     make = ["make", "-s", f"O={build}"]
     command([*make, "tinyconfig"], cwd=tree)
-    command(["./scripts/kconfig/merge_config.sh", "-m", "-O", build, build / ".config", FRAGMENT], cwd=tree)
+    merge: list[str | Path] = ["./scripts/kconfig/merge_config.sh", "-m", "-O", build, build / ".config"]
+    command([*merge, FRAGMENT, *extra_config], cwd=tree)
     command([*make, "olddefconfig"], cwd=tree)
-    _check_config((build / ".config").read_text())
+    for fragment in (FRAGMENT, *extra_config):
+        _check_config(fragment, (build / ".config").read_text())
     command([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
 
 
-def _check_config(config: str) -> None:
+def _check_config(fragment: Path, config: str) -> None:
     """Kconfig drops what has an unmet dependency without a word; a test kernel without vdpa_sim helps nobody."""
-    wanted = [line for line in FRAGMENT.read_text().splitlines() if line.endswith("=y")]
+    wanted = [line for line in fragment.read_text().splitlines() if line.endswith("=y")]
     got = set(config.splitlines())
     if dropped := [line for line in wanted if line not in got]:
-        raise HostError(f"this kernel cannot have {', '.join(dropped)}: a dependency is missing from {FRAGMENT.name}")
+        raise HostError(f"this kernel cannot have {', '.join(dropped)} of {fragment}: a dependency is missing")

@@ -19,6 +19,8 @@ class Outcome(enum.Enum):
     """The time limit passed: the guest hangs, or the command does."""
     PANIC = 125
     """The guest's kernel panicked or oopsed."""
+    COMPLAINT = 123
+    """The command ended well, and the guest's kernel had something to complain about (a WARNING, a hung task ...)."""
     NO_GUEST = 126
     """The machine ended without a panic and without the command having ended."""
 
@@ -42,17 +44,22 @@ class Result:
         return self.outcome.value if self.command_exit_code is None else self.command_exit_code
 
 
+_COMPLAINT = re.compile(
+    r"^.*(WARNING: |BUG: |INFO: task .* blocked|refcount_t: |UBSAN: |sleeping function).*$", re.MULTILINE
+)
 _PANIC = re.compile(r"^.*(Kernel panic|BUG:|Oops:|general protection fault).*$", re.MULTILINE)
 
 
 def judge(status: str, log: str, qemu_exit_code: int | None, qemu_said: str, elapsed_s: float) -> Result:
     """The result, from what came on the status port, the kernel's log, and QEMU's end (None: it still runs)."""
-    if match := re.search(r"^exit (\d+)$", status, re.MULTILINE):
-        return Result(Outcome.FINISHED, int(match[1]), log, "", elapsed_s)
+    finished = re.search(r"^exit (\d+)$", status, re.MULTILINE)
+    if finished and (int(finished[1]) or not (complaint := _COMPLAINT.search(log))):
+        return Result(Outcome.FINISHED, int(finished[1]), log, "", elapsed_s)
+    if finished and complaint:
+        why = "the command ended well, but the guest's kernel complained:\n" + _around(log, complaint.start())
+        return Result(Outcome.COMPLAINT, None, log, why, elapsed_s)
     if panic := _PANIC.search(log):
-        line = log.count("\n", 0, panic.start())
-        excerpt = _indent(log.splitlines()[max(0, line - 5) : line + 40])
-        return Result(Outcome.PANIC, None, log, "the guest's kernel failed:\n" + excerpt, elapsed_s)
+        return Result(Outcome.PANIC, None, log, "the guest's kernel failed:\n" + _around(log, panic.start()), elapsed_s)
     begun = "the command had begun" if "started" in status else "the command had not begun"
     last_words = "the kernel's last words:\n" + _indent(log.splitlines()[-20:])
     if qemu_exit_code is None:
@@ -61,6 +68,11 @@ def judge(status: str, log: str, qemu_exit_code: int | None, qemu_said: str, ela
     said = qemu_said or "QEMU said nothing"
     why = f"the machine ended by itself, QEMU's exit code {qemu_exit_code} ({begun}): {said}; {last_words}"
     return Result(Outcome.NO_GUEST, None, log, why, elapsed_s)
+
+
+def _around(log: str, position: int) -> str:
+    line = log.count("\n", 0, position)
+    return _indent(log.splitlines()[max(0, line - 5) : line + 40])
 
 
 def _indent(lines: Iterable[str]) -> str:

@@ -33,21 +33,26 @@ def write_payload(tar: Path, repository: Path, command: Sequence[str], environme
     script = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items())
     script += f"exec {shlex.join(command)}\n"
     with tarfile.open(tar, "w") as archive:
-        archive.add(GUEST, "guest")
+        archive.add(GUEST, "guest", filter=_for_guest)
         for name in TREE:
             if (repository / name).exists():
-                archive.add(repository / name, f"tree/{name}", filter=_without_caches)
+                archive.add(repository / name, f"tree/{name}", filter=_for_guest)
         for module in MODULES:
             path = _module_path(module)
-            archive.add(path, f"modules/{path.name}", filter=_without_caches)
+            archive.add(path, f"modules/{path.name}", filter=_for_guest)
         info = tarfile.TarInfo("command")
         info.size = len(script.encode())
         archive.addfile(info, io.BytesIO(script.encode()))
 
 
-def _without_caches(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _for_guest(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """``info`` as root's and readable for all, whatever this checkout's owner and umask; None for caches."""
     name = os.path.basename(info.name)
-    return None if name == "__pycache__" or (name.startswith(".") and info.isdir()) else info
+    if name == "__pycache__" or (name.startswith(".") and info.isdir()):
+        return None
+    info.uid = info.gid = 0
+    info.mode |= 0o555 if info.isdir() or info.mode & 0o100 else 0o444
+    return info
 
 
 def _module_path(module: str) -> Path:

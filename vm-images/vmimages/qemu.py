@@ -33,7 +33,9 @@ class Machine:
 
     def command(self, accel: str) -> list[str]:
         """The whole command line. The root image is shared: what the guest writes goes to a temporary overlay."""
-        append = "console=ttyS0 root=/dev/vda rw init=/init panic=-1 oops=panic " + self.kernel_arguments
+        append = (
+            "console=ttyS0 root=/dev/vda rw init=/init panic=-1 oops=panic hung_task_panic=1 " + self.kernel_arguments
+        )
         return [
             *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "pc"),
             *("-accel", accel, "-cpu", "max", "-smp", str(self.cpus), "-m", str(self.memory_mib)),

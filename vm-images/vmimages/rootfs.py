@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -33,54 +34,38 @@ def rootfs() -> Path:
 def _build(work: Path) -> dict[str, str]:
     need(BUILD_ROOT)
     image = work / "root.ext4"
-    with (
-        tempfile.TemporaryDirectory(prefix="rootfs-", dir=work) as scratch,
-        step(f"making the {SUITE} root file system"),
-    ):
-        sources = Path(scratch) / "sources.list"
-        sources.write_text(archive_sources(SUITE))
-        tree = Path(scratch) / "tree"
-        # mke2fs runs inside mmdebstrap's view of the tree, where files have their owners, after apt's leavings are gone
-        command(
-            [
-                *as_root(),
-                "mmdebstrap",
-                "--quiet",
-                "--variant=minbase",
-                "--format=directory",
-                "--include=" + ",".join(PACKAGES),
-                # documentation and the compiled-in locales are half of what is left
-                *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"),
-                *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/lib/firmware/*"),
-                f"--customize-hook=copy-in {INIT} /",
-                '--customize-hook=chroot "$1" python3 -m compileall -q /usr/lib/python3 /usr/lib/python3.13 || true',
-                SUITE,
-                tree,
-                sources,
-            ]
-        )
-        used = int(command([*as_root(), "du", "-sx", "--block-size=1", tree]).split()[0])
-        blocks = (used * 11 // 10 + SPARE_BYTES) // 4096
-        options = "lazy_itable_init=1,root_owner=0:0,nodiscard"
-        command(
-            [
-                *as_root(),
-                "mke2fs",
-                "-q",
-                "-t",
-                "ext4",
-                "-b",
-                "4096",
-                "-O",
-                "^has_journal",
-                "-E",
-                options,
-                "-d",
-                tree,
-                image,
-                str(blocks),
-            ]
-        )
-        command([*as_root(), "rm", "-rf", tree])
-        command([*as_root(), "chown", f"{os.getuid()}:{os.getgid()}", image])
+    scratch = Path(tempfile.mkdtemp(prefix="rootfs-", dir=work))
+    try:
+        with step(f"making the {SUITE} root file system"):
+            _make(scratch, image)
+    finally:
+        # its files are root's
+        command([*as_root(), "rm", "-rf", scratch])
     return {"suite": SUITE, "packages": " ".join(PACKAGES)}
+
+
+def _make(scratch: Path, image: Path) -> None:
+    sources = scratch / "sources.list"
+    sources.write_text(archive_sources(SUITE))
+    tree = scratch / "tree"
+    # whatever is compiled in the guest is thrown away with it, so it is compiled here
+    compile_all = 'chroot "$1" python3 -m compileall -q /usr/lib/python3 /usr/lib/python3.13 || true'
+    command(
+        [
+            *as_root(),
+            *("mmdebstrap", "--quiet", "--variant=minbase", "--format=directory"),
+            "--include=" + ",".join(PACKAGES),
+            # documentation and the compiled-in locales are half of what is left
+            *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*"),
+            *("--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/lib/firmware/*"),
+            f"--customize-hook=copy-in {shlex.quote(str(INIT))} /",
+            f"--customize-hook={compile_all}",
+            *(SUITE, tree, sources),
+        ]
+    )
+    used = int(command([*as_root(), "du", "-sx", "--block-size=1", tree]).split()[0])
+    blocks = str((used * 11 // 10 + SPARE_BYTES) // 4096)
+    options = "lazy_itable_init=1,root_owner=0:0,nodiscard"
+    mke2fs = [*as_root(), "mke2fs", "-q", "-t", "ext4", "-b", "4096", "-O", "^has_journal", "-E", options]
+    command([*mke2fs, "-d", tree, image, blocks])
+    command([*as_root(), "chown", f"{os.getuid()}:{os.getgid()}", image])

@@ -45,7 +45,7 @@ def run(
     need(RUN)
     root = rootfs()
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdpabridge-vm-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdpabridge-vm-", dir=_short_folder())))
         write_payload(scratch / "payload.tar", repository, command, environment or {})
         machine = Machine(
             kernel=kernel.image,
@@ -60,7 +60,8 @@ def run(
         ports = stack.enter_context(_Ports(machine, output or sys.stdout.buffer))
         qemu = stack.enter_context(
             subprocess.Popen(
-                machine.command(accelerator(kernel.image)),
+                # the machine dies with this process, however that ends
+                ["setpriv", "--pdeathsig", "KILL", "--", *machine.command(accelerator(kernel.image))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -78,11 +79,18 @@ def run(
         return judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s)
 
 
+def _short_folder() -> str | None:
+    """Where temporary files go: a socket's path may have 107 characters, and QEMU splits options at commas."""
+    usual = tempfile.gettempdir()
+    return "/tmp" if len(usual) > 60 or "," in usual else None
+
+
 def _attend(qemu: subprocess.Popen[bytes], ports: _Ports, end_s: float) -> None:
     """Copy output until the machine ends or time is up."""
     while (left_s := end_s - time.monotonic()) > 0:
         ended = qemu.poll() is not None
-        ports.copy(0.0 if ended else min(left_s, 0.25))
+        while ports.copy(0.0 if ended else min(left_s, 0.25)) and time.monotonic() < end_s:
+            left_s = 0.0
         if ended:
             return
 
@@ -102,23 +110,23 @@ class _Ports:
             listener.listen(1)
             self._selector.register(listener, selectors.EVENT_READ, (listener, port))
 
-    def copy(self, timeout_s: float) -> None:
-        """Take in what there is; wait ``timeout_s`` for something where there is nothing."""
-        while events := self._selector.select(timeout_s):
-            timeout_s = 0.0
-            for key, _ in events:
-                listener, port = key.data
-                if listener is not None:
-                    connection, _address = listener.accept()
-                    self._sockets.append(connection)
-                    self._selector.register(connection, selectors.EVENT_READ, (None, port))
-                elif not (chunk := os.read(key.fd, 65536)):
-                    self._selector.unregister(key.fileobj)
-                elif port == "output":
-                    self._sink.write(chunk)
-                    self._sink.flush()
-                else:
-                    self.status += chunk
+    def copy(self, timeout_s: float) -> bool:
+        """Take in what there is, once; wait ``timeout_s`` where there is nothing. Returns whether something came."""
+        events = self._selector.select(timeout_s)
+        for key, _ in events:
+            listener, port = key.data
+            if listener is not None:
+                connection, _address = listener.accept()
+                self._sockets.append(connection)
+                self._selector.register(connection, selectors.EVENT_READ, (None, port))
+            elif not (chunk := os.read(key.fd, 65536)):
+                self._selector.unregister(key.fileobj)
+            elif port == "output":
+                self._sink.write(chunk)
+                self._sink.flush()
+            else:
+                self.status += chunk
+        return bool(events)
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Self
 
 from ...abi.vhost import (
@@ -51,7 +51,7 @@ from ...device import (
     RunState,
     decode_base,
 )
-from ...errors import DeadlineExceeded, FeatureError, KernelError, OwnershipError, StateError
+from ...errors import DeadlineExceeded, FeatureError, KernelError
 from ...memory import SharedMapping
 from .iotlb import Iotlb
 from .node import Node
@@ -66,8 +66,8 @@ _READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
 _NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
 _LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
 _BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
-#: How long the device may take to show status 0 after a reset, where the caller set no ``timeout_s``.
-_RESET_S = 5.0
+#: Of the configuration space at a time: a larger ioctl buffer would keep other threads, deadlines too, from running.
+_CONFIG_CHUNK_BYTES = 1016
 
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
@@ -175,13 +175,6 @@ class VhostVdpa(Device):
         """The most descriptors queue ``index`` can have; most devices answer for all queues at once (`Identity`)."""
         return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
 
-    def set_group_address_space(self, group: int, address_space: int) -> None:
-        """Let the queues of ``group`` see what is mapped in ``address_space``. A reset undoes this."""
-        if self.state not in (RunState.RESET, RunState.CONFIGURED):
-            # kernels before 7.2 let it through to a running device
-            raise StateError(self.name, "assign a queue group", self.state.value, ("reset", "configured"))
-        self._call(Ioctl.VHOST_VDPA_SET_GROUP_ASID, VHOST_VRING_STATE.buffer(group, address_space))
-
     def map_doorbell(self, index: int) -> SharedMapping:
         """The doorbell page of queue ``index``, write-only, owned by the caller.
 
@@ -230,7 +223,7 @@ class VhostVdpa(Device):
             if not self.status & VIRTIO_CONFIG_S_FEATURES_OK:
                 raise FeatureError(self.name, f"the device refused {features:#x}: it did not set FEATURES_OK", features)
         except (FeatureError, KernelError):
-            self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
+            self._reset()
             raise
 
     def _write_status(self, status: int) -> None:
@@ -243,12 +236,17 @@ class VhostVdpa(Device):
     # --- configuration space ---
 
     def _read_config(self, offset: int, size: int) -> bytes:
-        buffer = VHOST_VDPA_CONFIG.buffer(offset, size) + bytearray(size)
-        self._call(Ioctl.VHOST_VDPA_GET_CONFIG, buffer)
-        return bytes(buffer[VHOST_VDPA_CONFIG.size_bytes :])
+        pieces = []
+        for start, length in _chunks(offset, size):
+            buffer = VHOST_VDPA_CONFIG.buffer(start, length) + bytearray(length)
+            self._call(Ioctl.VHOST_VDPA_GET_CONFIG, buffer)
+            pieces.append(buffer[VHOST_VDPA_CONFIG.size_bytes :])
+        return b"".join(pieces)
 
     def _write_config(self, offset: int, data: bytes) -> None:
-        self._call(Ioctl.VHOST_VDPA_SET_CONFIG, VHOST_VDPA_CONFIG.buffer(offset, len(data)) + bytearray(data))
+        for start, length in _chunks(offset, len(data)):
+            piece = data[start - offset : start - offset + length]
+            self._call(Ioctl.VHOST_VDPA_SET_CONFIG, VHOST_VDPA_CONFIG.buffer(start, length) + bytearray(piece))
 
     def _set_config_call(self, eventfd: int | None) -> None:
         fd = VHOST_FILE_UNBIND if eventfd is None else eventfd
@@ -265,9 +263,26 @@ class VhostVdpa(Device):
     # --- queues ---
 
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
+        if self.group_count > 1:
+            self._assign_group(index, setup.address_space)
+        elif setup.address_space:
+            raise ValueError(
+                f"{self.name}: address space {setup.address_space} for queue {index}: all its queues are in 0"
+            )
         self._call(Ioctl.VHOST_SET_VRING_NUM, VHOST_VRING_STATE.buffer(index, setup.size), index)
         addresses = (setup.desc_address, setup.used_address, setup.avail_address)
         self._call(Ioctl.VHOST_SET_VRING_ADDR, VHOST_VRING_ADDR.buffer(index, 0, *addresses, 0), index)
+
+    def _assign_group(self, index: int, address_space: int) -> None:
+        """Let the group of queue ``index`` see ``address_space``; the other queues of the group must be in it too."""
+        group = self.queue_group(index)
+        for other, record in self.queues.items():
+            if record.setup is None or other == index or self.queue_group(other) != group:
+                continue
+            if record.setup.address_space != address_space:
+                why = f"queue {other}, of the same group, is in address space {record.setup.address_space}"
+                raise ValueError(f"{self.name}: address space {address_space} for queue {index}: {why}")
+        self._call(Ioctl.VHOST_VDPA_SET_GROUP_ASID, VHOST_VRING_STATE.buffer(group, address_space), index)
 
     def _set_base(self, index: int, base: QueueBase) -> None:
         self._call(Ioctl.VHOST_SET_VRING_BASE, VHOST_VRING_STATE.buffer(index, base.encode()), index)
@@ -281,36 +296,57 @@ class VhostVdpa(Device):
         self._call(_EVENTFD_REQUESTS[operation], VHOST_VRING_FILE.buffer(index, fd), index)
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
-        self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, enabled), index)
-        if enabled and self.state is RunState.RUNNING:
-            self._kick(index)
+        # a queue takes its addresses and base when it is enabled, so before start() that can wait until all is known;
+        # VDUSE's daemon learns of a queue that is enabled later only if it looks
+        if self.state is RunState.RUNNING and self._is_set_up(index):
+            self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, enabled), index)
+            if enabled:
+                self._kick(index)
+
+    def _is_set_up(self, index: int) -> bool:
+        return index in self.queues and self.queues[index].setup is not None
 
     def _kick(self, index: int) -> None:
         """Write the queue's own kick eventfd: a kick from before it was enabled and started is lost."""
         if (eventfd := self.queues[index].eventfds.get(Operation.SET_KICK)) is not None:
             os.eventfd_write(eventfd, 1)
 
+    def _enabled_queues(self) -> list[int]:
+        return [index for index, record in self.queues.items() if record.enabled and record.setup]
+
     def _kick_enabled(self) -> None:
-        for index, record in self.queues.items():
-            if record.enabled:
-                self._kick(index)
+        for index in self._enabled_queues():
+            self._kick(index)
 
     # --- run control ---
 
     def _start(self) -> None:
+        for index in self._enabled_queues():
+            self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, 1), index)
         self._write_status(_LIVE)
         self._kick_enabled()
 
     def _suspend(self, *, drain: bool) -> None:
-        # before DRIVER_OK the request answers 0 and does nothing; a device that gave up has lost it
-        if self.status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
-            raise self._fail(f"status is {status_names(self.status)} in the middle of running")
+        self._require_live()
         self._call(Ioctl.VHOST_VDPA_SUSPEND)
 
     def _resume(self) -> None:
         # by this request only: rewriting the status byte un-suspends vdpa_sim behind vhost's back
+        self._require_live()
         self._call(Ioctl.VHOST_VDPA_RESUME)
         self._kick_enabled()
+
+    def _require_live(self) -> None:
+        """SUSPEND and RESUME of a device without DRIVER_OK answer 0 and do nothing; one that gave up has lost it."""
+        status = self.status
+        if status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
+            raise self._fail(f"status is {status_names(status)}, and the device was started")
+
+    def _check_health(self) -> None:
+        if self.state in (RunState.RUNNING, RunState.SUSPENDED):
+            self._require_live()
+        elif (status := self.status) & _BROKEN:
+            raise self._fail(f"status is {status_names(status)}")
 
     def _reset(self) -> None:
         self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
@@ -325,7 +361,7 @@ class VhostVdpa(Device):
             self._regions.map_again()
 
     def _await_reset(self) -> None:
-        deadline = Deadline(_RESET_S if self.timeout_s is None else self.timeout_s)
+        deadline = Deadline(self.timeout_s)
         while self.status != 0:
             if deadline.passed:
                 seen = status_names(self.status)
@@ -335,10 +371,11 @@ class VhostVdpa(Device):
             time.sleep(0.001)
 
     def _close(self) -> None:
-        if self._node.fileno() >= 0:
-            # the node's close drops vhost's mappings but does not tell VDUSE's daemon, which would keep the memory. A
-            # forked child, and whoever closes a dead device, has nothing to tell
-            with contextlib.suppress(KernelError, OwnershipError, DeadlineExceeded):
+        if self._node.usable:
+            # first a device that does nothing, then without memory: the kernel's own close does it in this order too,
+            # but does not tell VDUSE's daemon, which would keep the memory. A dead device is closed all the same
+            with contextlib.suppress(KernelError, DeadlineExceeded):
+                self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
                 self._regions.forget_everything()
         try:
             self._node.close()
@@ -358,3 +395,8 @@ class VhostVdpa(Device):
         self._call(request, buffer, index)
         value: int = VHOST_VRING_STATE.unpack(buffer)[1]
         return value
+
+
+def _chunks(offset: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(offset, offset + size, _CONFIG_CHUNK_BYTES):
+        yield start, min(_CONFIG_CHUNK_BYTES, offset + size - start)

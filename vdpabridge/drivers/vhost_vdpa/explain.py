@@ -68,8 +68,8 @@ _MEANINGS: dict[tuple[Ioctl | None, int], tuple[str, str]] = {
         "take the used index from guest memory, which is right only for a drained queue",
     ),
     (Ioctl.VHOST_GET_VRING_BASE, errno.EINVAL): (
-        "this parent (pds) answers only for a disabled queue",
-        "disable the queue first",
+        "this parent (pds) answers only for a queue that is not enabled",
+        "it tells positions before start() and after a reset, not of a running queue",
     ),
     (Ioctl.VHOST_SET_VRING_KICK, errno.EBADF): ("not an open descriptor", "pass an eventfd"),
     (Ioctl.VHOST_SET_VRING_KICK, errno.EINVAL): ("the descriptor is not an eventfd", "pass an eventfd"),
@@ -86,6 +86,14 @@ _MEANINGS: dict[tuple[Ioctl | None, int], tuple[str, str]] = {
     (Ioctl.VHOST_VDPA_SET_CONFIG, errno.EINVAL): (
         "outside the configuration space, or no bytes",
         "see config_size_bytes",
+    ),
+    (Ioctl.VHOST_VDPA_GET_VRING_GROUP, errno.EIO): (
+        "the device names a group that it does not have",
+        "its driver is wrong",
+    ),
+    (Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, errno.EIO): (
+        "the device names a group that it does not have",
+        "its driver is wrong",
     ),
     (Ioctl.VHOST_VDPA_GET_VRING_GROUP, errno.EOPNOTSUPP): (
         "this device has no queue groups",

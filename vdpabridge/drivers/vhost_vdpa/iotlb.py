@@ -24,7 +24,7 @@ from ...abi.vhost import (
     VHOST_IOTLB_UPDATE,
     VHOST_MSG_V2_LAYOUT,
 )
-from ...errors import DeadlineExceeded, KernelError, VdpaBridgeError
+from ...errors import DeadlineExceeded, KernelError, OwnershipError, VdpaBridgeError
 from .node import Node
 
 __all__ = ["Iotlb", "MappingError"]
@@ -91,8 +91,12 @@ class Iotlb:
         self._send(VHOST_IOTLB_BATCH_BEGIN, address_space)
         try:
             yield
-        finally:
-            self._send(VHOST_IOTLB_BATCH_END, address_space)
+        except BaseException:
+            # what went wrong inside is what the caller must hear of
+            with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError):
+                self._send(VHOST_IOTLB_BATCH_END, address_space)
+            raise
+        self._send(VHOST_IOTLB_BATCH_END, address_space)
 
     def _send(
         self, kind: int, address_space: int, *, iova: int = 0, size: int = 0, address: int = 0, perm: int = 0
@@ -118,11 +122,8 @@ class Iotlb:
             if space == address_space and start < iova + size and iova < start + length:
                 self._refuse(iova, size, f"overlaps what is mapped at {start:#x}, {length} bytes: unmap that first")
         if private := _private_part(address, size):
-            self._refuse(
-                iova,
-                size,
-                f"{private:#x} is private or unmapped memory: only shared, file-backed memory can be mapped (memfd)",
-            )
+            why = f"{private:#x} is private, read-only or unmapped memory"
+            self._refuse(iova, size, f"{why}: only shared, writable memory of a file can be mapped (memfd)")
 
     def _check_space(self, address_space: int) -> None:
         # a device with one space, or that was not told to heed the field, would take it for space 0
@@ -142,22 +143,25 @@ class Iotlb:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if limit != resource.RLIM_INFINITY and size + _pinned_bytes() > limit:
             # no exemption for root: CAP_IPC_LOCK does not help (vhost_vdpa_pa_map)
-            causes.append(f"locked memory: {size + _pinned_bytes()} bytes needed, the limit is {limit} ('ulimit -l')")
+            needed = size + _pinned_bytes()
+            causes.append(f"locked memory, where pages are pinned: {needed} bytes needed, limit {limit} ('ulimit -l')")
         count = sum(1 for space, _ in self.entries if space == address_space)
-        if count >= DEFAULT_ENTRIES_MAX:
-            causes.append(f"{count} entries, and vhost_vdpa.max_iotlb_entries is {DEFAULT_ENTRIES_MAX} by default")
-        if not causes:
-            causes = [
-                "the owner's memory was replaced by execve, the memory is in more pieces than "
-                f"vhost_vdpa.max_iotlb_entries ({DEFAULT_ENTRIES_MAX} by default), or the device refused it"
-            ]
-        return KernelError(
-            code, what, device=self._node.path, why="; or ".join(causes), hint="the kernel log may say more"
-        )
+        causes += [
+            f"too many entries: {count} now, vhost_vdpa.max_iotlb_entries is {DEFAULT_ENTRIES_MAX} by default, and "
+            "pinned memory counts once for each piece",
+            "the owner's memory was replaced by execve",
+            "the device refused it",
+        ]
+        why = "it can be: " + "; ".join(causes)
+        return KernelError(code, what, device=self._node.path, why=why, hint="the kernel log may say more")
 
 
 def _private_part(address: int, size: int) -> int | None:
-    """The first address of the range that is not in a shared mapping of a file; None where all of it is."""
+    """The first address of the range that is not in a shared, writable mapping of a file; None where all of it is.
+
+    A mapping of a file that was opened for reading only shows as shared and is not (mm/mmap.c clears VM_SHARED): the
+    kernel would skip it like private memory. Writable ones cannot be of that kind.
+    """
     position, end = address, address + size
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
         for line in maps:
@@ -165,7 +169,7 @@ def _private_part(address: int, size: int) -> int | None:
             start, stop = (int(part, 16) for part in span.split("-"))
             if stop <= position:
                 continue
-            if start > position or permissions[3] != "s" or inode == "0":
+            if start > position or permissions[1] + permissions[3] != "ws" or inode == "0":
                 return position
             position = stop
             if position >= end:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 
 from ...abi.vhost import VhostIoctl as Ioctl
-from ...deadline import Deadline, call_within
+from ...deadline import Deadline, StillRunning, call_within
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
 from ...holders import holders
 from .explain import explain
@@ -16,16 +16,13 @@ from .system import LINUX, System
 
 __all__ = ["Node", "NodeError"]
 
-#: Requests that the kernel answers to any process; all others want the owner's (drivers/vhost/vdpa.c, vhost.c).
-_FREE_FOR_ALL = frozenset(
+#: What a forked child may still ask: the device goes on working for its parent. The kernel would let a child reset it.
+_ASKS_ONLY = frozenset(
     {
-        *(Ioctl.VHOST_VDPA_GET_DEVICE_ID, Ioctl.VHOST_VDPA_GET_STATUS, Ioctl.VHOST_VDPA_SET_STATUS),
-        *(Ioctl.VHOST_VDPA_GET_CONFIG, Ioctl.VHOST_VDPA_SET_CONFIG, Ioctl.VHOST_VDPA_GET_CONFIG_SIZE),
-        *(Ioctl.VHOST_GET_FEATURES, Ioctl.VHOST_SET_FEATURES, Ioctl.VHOST_SET_OWNER),
-        *(Ioctl.VHOST_GET_BACKEND_FEATURES, Ioctl.VHOST_SET_BACKEND_FEATURES),
+        *(Ioctl.VHOST_VDPA_GET_DEVICE_ID, Ioctl.VHOST_VDPA_GET_STATUS, Ioctl.VHOST_VDPA_GET_CONFIG),
+        *(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE, Ioctl.VHOST_GET_FEATURES, Ioctl.VHOST_GET_BACKEND_FEATURES),
         *(Ioctl.VHOST_VDPA_GET_VRING_NUM, Ioctl.VHOST_VDPA_GET_VQS_COUNT, Ioctl.VHOST_VDPA_GET_GROUP_NUM),
-        *(Ioctl.VHOST_VDPA_GET_AS_NUM, Ioctl.VHOST_VDPA_GET_IOVA_RANGE, Ioctl.VHOST_VDPA_SET_CONFIG_CALL),
-        *(Ioctl.VHOST_VDPA_SUSPEND, Ioctl.VHOST_VDPA_RESUME),
+        *(Ioctl.VHOST_VDPA_GET_AS_NUM, Ioctl.VHOST_VDPA_GET_IOVA_RANGE),
     }
 )
 
@@ -59,7 +56,7 @@ class Node:
                 fd = system.open(path)
             else:
                 fd = call_within(timeout_s, lambda: system.open(path), discard=system.close)
-        except TimeoutError:
+        except StillRunning:
             hint = "opening it resets it: look at the device's daemon, or the kernel log"
             raise DeadlineExceeded("open", timeout_s or 0, device=path, hint=hint) from None
         except OSError as error:
@@ -72,7 +69,7 @@ class Node:
 
     def call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
         """Make one ioctl; a buffer is changed in place. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`."""
-        if self._owner_pid != os.getpid() and request not in _FREE_FOR_ALL:
+        if self._owner_pid != os.getpid() and request not in _ASKS_ONLY:
             self._refuse_fork(request.name)
         while True:
             try:
@@ -109,9 +106,9 @@ class Node:
             self._bounded("close", lambda: self._system.close(fd))
 
     @property
-    def stuck(self) -> bool:
-        """Whether a call whose time was over is still in the kernel, as far as is known."""
-        return bool(self._stuck_in)
+    def usable(self) -> bool:
+        """Whether this process owns the open node and no call of it is stuck in the kernel."""
+        return self._fd >= 0 and self._owner_pid == os.getpid() and not self._stuck_in
 
     def _bounded(self, what: str, call: Callable[[], object]) -> None:
         if self._stuck_in:
@@ -127,7 +124,10 @@ class Node:
                 return
             except InterruptedError:
                 continue
-            except TimeoutError:
+            except KeyboardInterrupt:
+                self._stuck_in = what
+                raise
+            except StillRunning:
                 self._stuck_in = what
                 hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
                 raise DeadlineExceeded(what, timeout_s or 0, device=self.path, hint=hint) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
+import contextlib
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ...device import MemoryRegion
+from ...errors import DeadlineExceeded, KernelError, OwnershipError
 from ...memory import SharedMapping
 from .iotlb import Iotlb, MappingError
 
@@ -29,20 +31,22 @@ class Regions:
         """Map all of ``regions`` or none. Raises `MappingError`, `KernelError`, OSError as mmap(2) does."""
         done: list[MemoryRegion] = []
         try:
-            for space in _spaces(regions):
-                with self._iotlb.batch(space):
-                    for region in (region for region in regions if region.address_space == space):
+            for space, its_regions in _by_space(regions):
+                with self._together(space, len(its_regions)):
+                    for region in its_regions:
                         self._map_one(region)
                         done.append(region)
         except BaseException:
-            self.unmap(done)
+            # what cannot be taken back stays in the books until close
+            with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError):
+                self.unmap(done)
             raise
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions``, which are mapped, away."""
-        for space in _spaces(regions):
-            with self._iotlb.batch(space):
-                for region in (region for region in regions if region.address_space == space):
+        for space, its_regions in _by_space(regions):
+            with self._together(space, len(its_regions)):
+                for region in its_regions:
                     self._iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
         # only now: until a batch ends the device still uses what it covers
         for region in regions:
@@ -50,13 +54,10 @@ class Regions:
 
     def map_again(self) -> None:
         """Show the device everything once more, after a reset that made it forget but not vhost."""
-        for space in sorted({space for space, _ in self._mappings}):
-            with self._iotlb.batch(space):
-                for (its_space, address), (mapping, writable) in self._mappings.items():
-                    if its_space == space:
-                        self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
-                        where = (address, mapping.size_bytes, mapping.address)
-                        self._iotlb.update(*where, writable=writable, address_space=space)
+        for (space, address), (mapping, writable) in self._mappings.items():
+            self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
+            where = (address, mapping.size_bytes, mapping.address)
+            self._iotlb.update(*where, writable=writable, address_space=space)
 
     def forget_everything(self) -> None:
         """Take all away from the device, whatever it is."""
@@ -69,13 +70,19 @@ class Regions:
             mapping.close()
         self._mappings = {}
 
+    def _together(self, space: int, count: int) -> contextlib.AbstractContextManager[None]:
+        """A batch where there is more than one change: the failure of a single one is reported, of a batch not."""
+        return self._iotlb.batch(space) if count > 1 else contextlib.nullcontext()
+
     def _map_one(self, region: MemoryRegion) -> None:
+        what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
         file_bytes = os.fstat(region.fd).st_size
         if region.offset + region.size_bytes > file_bytes:
-            what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
             raise MappingError(what, device=self._device, why=f"the file behind it has only {file_bytes} bytes")
-        protection = mmap.PROT_READ | mmap.PROT_WRITE if region.writable else mmap.PROT_READ
-        mapping = SharedMapping(region.fd, region.size_bytes, region.offset, protection=protection)
+        if fcntl.fcntl(region.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            # also for a region that the device may only read: shared memory of such a descriptor is none to the kernel
+            raise MappingError(what, device=self._device, why="its descriptor is not open for reading and writing")
+        mapping = SharedMapping(region.fd, region.size_bytes, region.offset)
         try:
             where = (region.guest_address, region.size_bytes, mapping.address)
             self._iotlb.update(*where, writable=region.writable, address_space=region.address_space)
@@ -85,5 +92,6 @@ class Regions:
         self._mappings[region.address_space, region.guest_address] = (mapping, region.writable)
 
 
-def _spaces(regions: Sequence[MemoryRegion]) -> list[int]:
-    return sorted({region.address_space for region in regions})
+def _by_space(regions: Sequence[MemoryRegion]) -> Iterator[tuple[int, list[MemoryRegion]]]:
+    for space in sorted({region.address_space for region in regions}):
+        yield space, [region for region in regions if region.address_space == space]
