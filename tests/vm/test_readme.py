@@ -13,4 +13,4 @@ def test_the_example_runs(block_node):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         exec(compile(example, str(README), "exec"), {})
-    assert output.getvalue().splitlines() == ["SplitBase(avail_index=0)", "write of 512 bytes at sector 0"]
+    assert output.getvalue().splitlines() == ["RunState.SUSPENDED SplitBase(avail_index=0)"]
