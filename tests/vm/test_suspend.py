@@ -2,8 +2,10 @@
 
 import os
 import select
+import subprocess
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -103,50 +105,76 @@ def copy_disk(disk, other):
     device.reset()
 
 
-def cut(bench, disk, count, first=0):
-    """Suspend in the middle of ``count`` requests: how many were done. Tried with ever other delays until some were not."""
-    blocks = range(first, first + count)
-    for attempt in range(400):
-        for block in blocks:
+@contextmanager
+def nothing_else_runs():
+    """This process alone has the CPUs: what it wakes, the simulator's worker too, runs when the block is left."""
+    cpus = sorted(os.sched_getaffinity(0))
+    spin = ["sh", "-c", "while :; do :; done"]
+    with ExitStack() as stack:
+        for cpu in cpus[1:]:
+            command = ["taskset", "--cpu-list", str(cpu), "chrt", "--fifo", "50", *spin]
+            spinner = stack.enter_context(subprocess.Popen(command))
+            stack.callback(spinner.kill)
+            until_busy(spinner)
+        os.sched_setaffinity(0, {cpus[0]})
+        stack.callback(os.sched_setaffinity, 0, cpus)
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(40))
+        stack.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
+        yield
+
+
+def until_busy(process, timeout_s=10.0):
+    """Wait until ``process`` does nothing but compute: three looks in a row that find it running, with time used."""
+    end = time.monotonic() + timeout_s
+    seen, before_ticks = 0, 0
+    while seen < 3:
+        assert time.monotonic() < end, "it does not get to run"
+        time.sleep(0.01)
+        with open(f"/proc/{process.pid}/stat", encoding="ascii") as stat:
+            name, _, rest = stat.read().rpartition(")")
+        fields = rest.split()
+        ticks = int(fields[11])  # in user mode
+        seen = seen + 1 if name.endswith("(sh") and fields[0] == "R" and ticks > before_ticks else 0
+        before_ticks = ticks
+
+
+def suspend_in_flight(bench, disk, count):
+    """Submit and kick ``count`` requests and suspend before the device's worker had a chance to finish them."""
+    before = bench.queue.used_index
+    with nothing_else_runs():
+        # in here: a worker that still looks after an earlier kick would find them
+        for block in range(count):
             disk.write(block)
         bench.queue.kick()
-        until_s = time.monotonic() + attempt % 40 * 0.00005
-        while time.monotonic() < until_s:
-            pass
-        before = bench.queue.used_index
         bench.device.suspend()
         done = (bench.queue.device_used_index - before) & 0xFFFF
-        assert bench.device.get_base(0) == SplitBase((before + done) & 0xFFFF), "what was taken was answered"
-        if done < count:
-            time.sleep(0.005)
-            assert (bench.queue.device_used_index - before) & 0xFFFF == done, "answered after SUSPEND had returned"
-            return done
-        disk.settle(disk.driver.done())
-        resume(bench.device)
-    raise AssertionError("the simulator was never caught with requests in flight")
+    time.sleep(LOOK_S)
+    assert (bench.queue.device_used_index - before) & 0xFFFF == done, "answered after SUSPEND had returned"
+    assert bench.device.get_base(0) == SplitBase((before + done) & 0xFFFF), "what was taken was answered"
+    assert done < count, "the device was quicker: nothing was in flight, and nothing is shown"
+    finished = disk.driver.done()
+    assert len(finished) == done
+    disk.settle(finished)
+    assert disk.driver.inflight == count - done
 
 
 @pytest.mark.parametrize("count", [1, 8, FULL_RING])
 @pytest.mark.parametrize("way", [resume, replay], ids=["resume", "replay"])
 def test_suspended_with_requests_in_flight(running, count, way):
     bench, disk = running
-    for _ in range(5):
-        done = cut(bench, disk, count)
-        finished = disk.driver.done()
-        assert len(finished) == done
-        disk.settle(finished)
+    for _ in range(3):
+        suspend_in_flight(bench, disk, count)
         way(bench.device)
         disk.settle(disk.driver.drain())
+    assert disk.writes_confirmed == 3 * count
     assert disk.verify() == count
 
 
 @pytest.mark.parametrize("count", [1, 8, FULL_RING])
 def test_suspended_with_requests_in_flight_and_carried(block_node, second_block_node, count):
-    """The rest of a burst that was cut is done by the second device: each request once, by one of the two."""
+    """What the first device did not do the second does: each request once, by one of the two."""
     with running_disk(block_node) as (bench, disk):
-        done = cut(bench, disk, count)
-        disk.settle(disk.driver.done())
-        assert disk.driver.inflight == count - done
+        suspend_in_flight(bench, disk, count)
         snapshot = capture(bench.device)
         with block_bench(second_block_node) as other:
             if not SHARED_DISK:
@@ -156,7 +184,27 @@ def test_suspended_with_requests_in_flight_and_carried(block_node, second_block_
             restore(other.device, snapshot, {0: QueueEventfds(bench.queue.kick_fd, bench.queue.call_fd)})
             other.device.start()
             disk.settle(disk.driver.drain())
+            assert disk.writes_confirmed == count
             assert disk.verify() == count
+
+
+def test_suspended_in_the_middle_of_bursts(running):
+    """With ever other delays between kick and SUSPEND, so that bursts are cut anywhere."""
+    bench, disk = running
+    for round_number in range(40):
+        submit_pending(disk, FULL_RING)
+        until_s = time.monotonic() + round_number * 0.00005
+        while time.monotonic() < until_s:
+            pass
+        bench.device.suspend()
+        used = bench.queue.device_used_index
+        assert bench.device.get_base(0) == SplitBase(used)
+        time.sleep(0.002)
+        assert bench.queue.device_used_index == used
+        resume(bench.device)
+        disk.settle(disk.driver.drain())
+    assert disk.writes_confirmed == 40 * FULL_RING
+    assert disk.verify() == FULL_RING
 
 
 def test_flush_and_id_on_a_real_device(running):
