@@ -7,14 +7,15 @@ the guest's own (what a transport calls IOVA or user address is the driver's aff
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Self
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
-from .errors import DeviceFailed, MissingCapability, VdpaBridgeError
-from .transitions import ALTERNATIVES, Capability, Operation, RunState, permit
+from .errors import DeviceFailed, VdpaBridgeError
+from .hooks import DriverHooks
+from .transitions import Capability, Operation, RunState, permit
 from .values import (
     DirtyLog,
     Identity,
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 
-class Device(ABC):
+class Device(DriverHooks):
     """A virtio device under control.
 
     Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
@@ -347,69 +348,6 @@ class Device(ABC):
             raise ValueError(
                 f"{self.name}: {size} bytes at {offset} are outside the configuration space of {whole} bytes"
             )
-
-    def _lacks(self, operation: Operation, capability: Capability) -> MissingCapability:
-        return MissingCapability(self.name, operation.value, capability.value, ALTERNATIVES[capability])
-
-    @abstractmethod
-    def _accept_features(self, features: int) -> None: ...
-    @abstractmethod
-    def _read_config(self, offset: int, size: int) -> bytes: ...
-    @abstractmethod
-    def _map(self, regions: Sequence[MemoryRegion]) -> None: ...
-    @abstractmethod
-    def _unmap(self, regions: Sequence[MemoryRegion]) -> None: ...
-    @abstractmethod
-    def _set_queue(self, index: int, setup: QueueSetup) -> None: ...
-    @abstractmethod
-    def _set_base(self, index: int, base: QueueBase) -> None: ...
-    @abstractmethod
-    def _get_base(self, index: int) -> QueueBase: ...
-    @abstractmethod
-    def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None: ...
-    @abstractmethod
-    def _enable_queue(self, index: int, enabled: bool) -> None: ...
-    @abstractmethod
-    def _check_health(self) -> None: ...
-    @abstractmethod
-    def _start(self) -> None: ...
-    @abstractmethod
-    def _reset(self) -> None: ...
-    @abstractmethod
-    def _close(self) -> None: ...
-
-    # A driver that claims the capability overrides the hook.
-
-    def _write_config(self, offset: int, data: bytes) -> None:
-        raise self._lacks(Operation.WRITE_CONFIG, Capability.CONFIG_WRITE)
-
-    def _set_config_call(self, eventfd: int | None) -> None:
-        raise self._lacks(Operation.SET_CONFIG_CALL, Capability.CONFIG_CALL)
-
-    def _stop_queue(self, index: int, *, drain: bool) -> QueueBase:
-        raise self._lacks(Operation.STOP_QUEUE, Capability.QUEUE_CONTROL)
-
-    def _suspend(self, *, drain: bool) -> None:
-        raise self._lacks(Operation.SUSPEND, Capability.SUSPEND)
-
-    def _resume(self) -> None:
-        raise self._lacks(Operation.RESUME, Capability.RESUME)
-
-    def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
-        os.close(fd)
-        raise self._lacks(Operation.SET_STATE_FD, Capability.DEVICE_STATE)
-
-    def _check_state(self) -> None:
-        raise self._lacks(Operation.CHECK_STATE, Capability.DEVICE_STATE)
-
-    def _set_dirty_log(self, log: DirtyLog | None) -> None:
-        raise self._lacks(Operation.SET_DIRTY_LOG, Capability.DIRTY_LOG)
-
-    def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
-        raise self._lacks(Operation.GET_INFLIGHT, Capability.INFLIGHT)
-
-    def _set_inflight(self, region: InflightRegion) -> None:
-        raise self._lacks(Operation.SET_INFLIGHT, Capability.INFLIGHT)
 
 
 @contextmanager

@@ -320,7 +320,7 @@ def test_a_deadline_carries_results_and_errors_through():
         device.timeout_s = 5.0
         device.accept_features(1 << 32)
         with pytest.raises(KernelError) as caught:
-            device._call(Ioctl.VHOST_SET_FEATURES, bytearray(8))
+            device._node.call(Ioctl.VHOST_SET_FEATURES, bytearray(8))
         assert caught.value.errno == EBUSY
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from vdpabridge.abi.vhost import VhostIoctl
 from vdpabridge.device import Capability, RunState, SplitBase
 from vdpabridge.errors import MissingCapability
 from vdpabridge.state.replay import replay, resume
@@ -275,7 +276,7 @@ def test_rewriting_the_status_unsuspends_the_simulator(running):
     bench, disk = running
     bench.device.suspend()
     submit_pending(disk, 3)
-    bench.device._call(0x4001AF72, bytearray([0xF]))  # SET_STATUS
+    bench.device._node.call(VhostIoctl.VHOST_VDPA_SET_STATUS, bytearray([0xF]))
     bench.queue.kick()
     disk.settle(disk.driver.drain())
     assert disk.writes_confirmed == 3

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import struct
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Self
 
 from ...abi.vhost import (
@@ -19,11 +18,6 @@ from ...abi.vhost import (
     VHOST_BACKEND_F_RESUME,
     VHOST_BACKEND_F_SUSPEND,
     VHOST_FILE_UNBIND,
-    VHOST_VDPA_CONFIG,
-    VHOST_VDPA_IOVA_RANGE,
-    VHOST_VRING_ADDR,
-    VHOST_VRING_FILE,
-    VHOST_VRING_STATE,
 )
 from ...abi.vhost import (
     VhostIoctl as Ioctl,
@@ -56,6 +50,7 @@ from ...memory import SharedMapping
 from .iotlb import Iotlb
 from .node import Node
 from .regions import Regions
+from .requests import Requests
 from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
@@ -66,9 +61,6 @@ _READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
 _NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
 _LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
 _BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
-#: Of the configuration space at a time: a larger ioctl buffer would keep other threads, deadlines too, from running.
-_CONFIG_CHUNK_BYTES = 1016
-
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
     Operation.SET_CALL: Ioctl.VHOST_SET_VRING_CALL,
@@ -94,18 +86,15 @@ class VhostVdpa(Device):
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
         """
         self._node = node
-        self._call = node.call
+        self._ask = Requests(node)
         super().__init__(node.path, timeout_s=timeout_s)
         try:
-            self._call(Ioctl.VHOST_SET_OWNER)
+            node.call(Ioctl.VHOST_SET_OWNER)
             self.backend_features = self._accept_backend_features(backend_features)
             self._identity = self._identify()
-            self.group_count: int = self._get(Ioctl.VHOST_VDPA_GET_GROUP_NUM, "=I")
-            self.address_space_count: int = self._get(Ioctl.VHOST_VDPA_GET_AS_NUM, "=I")
-            iova_range = VHOST_VDPA_IOVA_RANGE.buffer(0, 0)
-            self._call(Ioctl.VHOST_VDPA_GET_IOVA_RANGE, iova_range)
-            first, last = VHOST_VDPA_IOVA_RANGE.unpack(iova_range)
-            self.iotlb = Iotlb(node, (first, last), self.address_space_count, self.backend_features)
+            self.group_count = self._ask.get(Ioctl.VHOST_VDPA_GET_GROUP_NUM)
+            self.address_space_count = self._ask.get(Ioctl.VHOST_VDPA_GET_AS_NUM)
+            self.iotlb = Iotlb(node, self._ask.iova_range(), self.address_space_count, self.backend_features)
             self._regions = Regions(self.name, self.iotlb)
         except BaseException:
             node.close()
@@ -149,14 +138,12 @@ class VhostVdpa(Device):
     @property
     def offered_features(self) -> int:
         """Without ACCESS_PLATFORM: to vhost-vdpa addresses are IOVAs always, to a guest that is of no concern."""
-        features: int = self._get(Ioctl.VHOST_GET_FEATURES, "=Q")
-        return features & ~_ACCESS_PLATFORM
+        return self._ask.get(Ioctl.VHOST_GET_FEATURES) & ~_ACCESS_PLATFORM
 
     @property
     def status(self) -> int:
         """The device's status byte as it is now."""
-        status: int = self._get(Ioctl.VHOST_VDPA_GET_STATUS, "=B")
-        return status
+        return self._ask.get(Ioctl.VHOST_VDPA_GET_STATUS)
 
     def fileno(self) -> int:
         return self._node.fileno()
@@ -165,15 +152,15 @@ class VhostVdpa(Device):
 
     def queue_group(self, index: int) -> int:
         """The group of queue ``index``; the queues of a group share an address space."""
-        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
+        return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
 
     def queue_descriptor_group(self, index: int) -> int:
         """The group of queue ``index``'s rings, where they can be in another than its buffers (DESC_ASID)."""
-        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
+        return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
 
     def queue_size_max(self, index: int) -> int:
         """The most descriptors queue ``index`` can have; most devices answer for all queues at once (`Identity`)."""
-        return self._get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
+        return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
 
     def map_doorbell(self, index: int) -> SharedMapping:
         """The doorbell page of queue ``index``, write-only, owned by the caller.
@@ -194,23 +181,23 @@ class VhostVdpa(Device):
 
     def _accept_backend_features(self, wanted: int | None) -> int:
         # a parent may report bits that SET then refuses, so what is not known here is never acknowledged
-        offered: int = self._get(Ioctl.VHOST_GET_BACKEND_FEATURES, "=Q")
+        offered = self._ask.get(Ioctl.VHOST_GET_BACKEND_FEATURES)
         features: int = offered & _KNOWN_BACKEND_FEATURES & (_KNOWN_BACKEND_FEATURES if wanted is None else wanted)
         if not features >> VHOST_BACKEND_F_IOTLB_ASID & 1:
             features &= ~(1 << VHOST_BACKEND_F_DESC_ASID)
-        self._call(Ioctl.VHOST_SET_BACKEND_FEATURES, bytearray(struct.pack("=Q", features)))
+        self._ask.set(Ioctl.VHOST_SET_BACKEND_FEATURES, features)
         return features
 
     def _identify(self) -> Identity:
         return Identity(
-            device_id=self._get(Ioctl.VHOST_VDPA_GET_DEVICE_ID, "=I"),
-            queue_count=self._get(Ioctl.VHOST_VDPA_GET_VQS_COUNT, "=I"),
-            queue_size_max=self._get(Ioctl.VHOST_VDPA_GET_VRING_NUM, "=H"),
-            config_size_bytes=self._get(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE, "=I"),
+            device_id=self._ask.get(Ioctl.VHOST_VDPA_GET_DEVICE_ID),
+            queue_count=self._ask.get(Ioctl.VHOST_VDPA_GET_VQS_COUNT),
+            queue_size_max=self._ask.get(Ioctl.VHOST_VDPA_GET_VRING_NUM),
+            config_size_bytes=self._ask.get(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE),
         )
 
     def _accept_features(self, features: int) -> None:
-        offered: int = self._get(Ioctl.VHOST_GET_FEATURES, "=Q")
+        offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
         if unknown := features & ~offered:
             # vdpa_sim drops such bits without a word
             raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
@@ -218,8 +205,8 @@ class VhostVdpa(Device):
             self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
             self._write_status(_READY)
             acknowledged = features | (offered & _ACCESS_PLATFORM)
-            self._call(Ioctl.VHOST_SET_FEATURES, bytearray(struct.pack("=Q", acknowledged)))
-            self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([_NEGOTIATED]))
+            self._ask.set(Ioctl.VHOST_SET_FEATURES, acknowledged)
+            self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, _NEGOTIATED)
             if not self.status & VIRTIO_CONFIG_S_FEATURES_OK:
                 raise FeatureError(self.name, f"the device refused {features:#x}: it did not set FEATURES_OK", features)
         except (FeatureError, KernelError):
@@ -228,7 +215,7 @@ class VhostVdpa(Device):
 
     def _write_status(self, status: int) -> None:
         """Write the status byte and see that the device took it: the request itself always succeeds."""
-        self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([status]))
+        self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, status)
         seen = self.status
         if seen & _BROKEN or seen & status != status:
             raise self._fail(f"status is {status_names(seen)} after writing {status_names(status)}")
@@ -236,21 +223,13 @@ class VhostVdpa(Device):
     # --- configuration space ---
 
     def _read_config(self, offset: int, size: int) -> bytes:
-        pieces = []
-        for start, length in _chunks(offset, size):
-            buffer = VHOST_VDPA_CONFIG.buffer(start, length) + bytearray(length)
-            self._call(Ioctl.VHOST_VDPA_GET_CONFIG, buffer)
-            pieces.append(buffer[VHOST_VDPA_CONFIG.size_bytes :])
-        return b"".join(pieces)
+        return self._ask.read_config(offset, size)
 
     def _write_config(self, offset: int, data: bytes) -> None:
-        for start, length in _chunks(offset, len(data)):
-            piece = data[start - offset : start - offset + length]
-            self._call(Ioctl.VHOST_VDPA_SET_CONFIG, VHOST_VDPA_CONFIG.buffer(start, length) + bytearray(piece))
+        self._ask.write_config(offset, data)
 
     def _set_config_call(self, eventfd: int | None) -> None:
-        fd = VHOST_FILE_UNBIND if eventfd is None else eventfd
-        self._call(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, bytearray(struct.pack("=i", fd)))
+        self._ask.set(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, VHOST_FILE_UNBIND if eventfd is None else eventfd)
 
     # --- memory ---
 
@@ -269,9 +248,8 @@ class VhostVdpa(Device):
             raise ValueError(
                 f"{self.name}: address space {setup.address_space} for queue {index}: all its queues are in 0"
             )
-        self._call(Ioctl.VHOST_SET_VRING_NUM, VHOST_VRING_STATE.buffer(index, setup.size), index)
-        addresses = (setup.desc_address, setup.used_address, setup.avail_address)
-        self._call(Ioctl.VHOST_SET_VRING_ADDR, VHOST_VRING_ADDR.buffer(index, 0, *addresses, 0), index)
+        self._ask.set_of_queue(Ioctl.VHOST_SET_VRING_NUM, index, setup.size)
+        self._ask.set_addresses(index, setup)
 
     def _assign_group(self, index: int, address_space: int) -> None:
         """Let the group of queue ``index`` see ``address_space``; the other queues of the group must be in it too."""
@@ -282,24 +260,24 @@ class VhostVdpa(Device):
             if record.setup.address_space != address_space:
                 why = f"queue {other}, of the same group, is in address space {record.setup.address_space}"
                 raise ValueError(f"{self.name}: address space {address_space} for queue {index}: {why}")
-        self._call(Ioctl.VHOST_VDPA_SET_GROUP_ASID, VHOST_VRING_STATE.buffer(group, address_space), index)
+        # the request has a group where others have a queue
+        self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_GROUP_ASID, group, address_space)
 
     def _set_base(self, index: int, base: QueueBase) -> None:
-        self._call(Ioctl.VHOST_SET_VRING_BASE, VHOST_VRING_STATE.buffer(index, base.encode()), index)
+        self._ask.set_of_queue(Ioctl.VHOST_SET_VRING_BASE, index, base.encode())
 
     def _get_base(self, index: int) -> QueueBase:
-        word = self._get_of_queue(Ioctl.VHOST_GET_VRING_BASE, index)
+        word = self._ask.get_of_queue(Ioctl.VHOST_GET_VRING_BASE, index)
         return decode_base(word, packed=bool(self.accepted_features >> VIRTIO_F_RING_PACKED & 1))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        fd = VHOST_FILE_UNBIND if eventfd is None else eventfd
-        self._call(_EVENTFD_REQUESTS[operation], VHOST_VRING_FILE.buffer(index, fd), index)
+        self._ask.set_eventfd(_EVENTFD_REQUESTS[operation], index, eventfd)
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
         # a queue takes its addresses and base when it is enabled, so before start() that can wait until all is known;
         # VDUSE's daemon learns of a queue that is enabled later only if it looks
         if self.state is RunState.RUNNING and self._is_set_up(index):
-            self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, enabled), index)
+            self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, enabled)
             if enabled:
                 self._kick(index)
 
@@ -322,18 +300,18 @@ class VhostVdpa(Device):
 
     def _start(self) -> None:
         for index in self._enabled_queues():
-            self._call(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, VHOST_VRING_STATE.buffer(index, 1), index)
+            self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, True)
         self._write_status(_LIVE)
         self._kick_enabled()
 
     def _suspend(self, *, drain: bool) -> None:
         self._require_live()
-        self._call(Ioctl.VHOST_VDPA_SUSPEND)
+        self._node.call(Ioctl.VHOST_VDPA_SUSPEND)
 
     def _resume(self) -> None:
         # by this request only: rewriting the status byte un-suspends vdpa_sim behind vhost's back
         self._require_live()
-        self._call(Ioctl.VHOST_VDPA_RESUME)
+        self._node.call(Ioctl.VHOST_VDPA_RESUME)
         self._kick_enabled()
 
     def _require_live(self) -> None:
@@ -349,7 +327,7 @@ class VhostVdpa(Device):
             raise self._fail(f"status is {status_names(status)}")
 
     def _reset(self) -> None:
-        self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
+        self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
         self._await_reset()
         # vhost keeps listening to eventfds through a reset; the device forgets its half of them
         for index, record in self.queues.items():
@@ -375,28 +353,9 @@ class VhostVdpa(Device):
             # first a device that does nothing, then without memory: the kernel's own close does it in this order too,
             # but does not tell VDUSE's daemon, which would keep the memory. A dead device is closed all the same
             with contextlib.suppress(KernelError, DeadlineExceeded):
-                self._call(Ioctl.VHOST_VDPA_SET_STATUS, bytearray([0]))
+                self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
                 self._regions.forget_everything()
         try:
             self._node.close()
         finally:
             self._regions.close()
-
-    # --- requests ---
-
-    def _get(self, request: Ioctl, code: str) -> int:
-        buffer = bytearray(struct.calcsize(code))
-        self._call(request, buffer)
-        value: int = struct.unpack(code, buffer)[0]
-        return value
-
-    def _get_of_queue(self, request: Ioctl, index: int) -> int:
-        buffer = VHOST_VRING_STATE.buffer(index, 0)
-        self._call(request, buffer, index)
-        value: int = VHOST_VRING_STATE.unpack(buffer)[1]
-        return value
-
-
-def _chunks(offset: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(offset, offset + size, _CONFIG_CHUNK_BYTES):
-        yield start, min(_CONFIG_CHUNK_BYTES, offset + size - start)
