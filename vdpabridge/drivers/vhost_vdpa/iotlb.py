@@ -52,14 +52,25 @@ class Iotlb:
         """(address space, IOVA) -> size in bytes, of what is mapped."""
 
     def update(
-        self, iova: int, size_bytes: int, address: int, *, writable: bool = True, address_space: int = 0
+        self,
+        iova: int,
+        size_bytes: int,
+        address: int,
+        *,
+        writable: bool = True,
+        address_space: int = 0,
+        known_shared: bool = False,
     ) -> None:
         """Map ``size_bytes`` at ``address`` of this process to ``iova``.
 
-        Raises `MappingError` where it is seen beforehand that the kernel would refuse, or would accept and map
-        nothing; `KernelError` (EFAULT) with the causes that are left where the kernel refuses.
+        ``known_shared`` saves looking whether the memory is of the kind that can be mapped. Raises `MappingError` where
+        it is seen beforehand that the kernel would refuse, or would accept and map nothing; `KernelError` (EFAULT) with
+        the causes that are left where the kernel refuses.
         """
         self._check(iova, size_bytes, address, address_space)
+        if not known_shared and (private := _private_part(address, size_bytes)) is not None:
+            why = f"{private:#x} is private, read-only or unmapped memory"
+            self._refuse(iova, size_bytes, f"{why}: only shared, writable memory of a file can be mapped (memfd)")
         perm = VHOST_ACCESS_RW if writable else VHOST_ACCESS_RO
         self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
         self.entries[address_space, iova] = size_bytes
@@ -121,9 +132,6 @@ class Iotlb:
         for (space, start), length in self.entries.items():
             if space == address_space and start < iova + size and iova < start + length:
                 self._refuse(iova, size, f"overlaps what is mapped at {start:#x}, {length} bytes: unmap that first")
-        if private := _private_part(address, size):
-            why = f"{private:#x} is private, read-only or unmapped memory"
-            self._refuse(iova, size, f"{why}: only shared, writable memory of a file can be mapped (memfd)")
 
     def _check_space(self, address_space: int) -> None:
         # a device with one space, or that was not told to heed the field, would take it for space 0

@@ -125,7 +125,8 @@ class Node:
             except InterruptedError:
                 continue
             except KeyboardInterrupt:
-                self._stuck_in = what
+                if timeout_s is not None:
+                    self._stuck_in = what  # the waiting was interrupted, not the call
                 raise
             except StillRunning:
                 self._stuck_in = what

@@ -57,7 +57,7 @@ class Regions:
         for (space, address), (mapping, writable) in self._mappings.items():
             self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
             where = (address, mapping.size_bytes, mapping.address)
-            self._iotlb.update(*where, writable=writable, address_space=space)
+            self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
 
     def forget_everything(self) -> None:
         """Take all away from the device, whatever it is."""
@@ -85,7 +85,7 @@ class Regions:
         mapping = SharedMapping(region.fd, region.size_bytes, region.offset)
         try:
             where = (region.guest_address, region.size_bytes, mapping.address)
-            self._iotlb.update(*where, writable=region.writable, address_space=region.address_space)
+            self._iotlb.update(*where, writable=region.writable, address_space=region.address_space, known_shared=True)
         except BaseException:
             mapping.close()
             raise
