@@ -1,0 +1,240 @@
+"""One end of a vhost-user socket: whole messages in and out, descriptors with them, a deadline on everything.
+
+Source: docs/interop/vhost-user.rst, "Message Specification" and "Communication": descriptors go with the first byte of
+the header, and are looked for there only.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Self
+
+from ..abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, HEADER, PAYLOAD_SIZE_MAX, VERSION, VERSION_MASK
+from ..deadline import Deadline
+from ..errors import DeadlineExceeded
+from .errors import ConnectionLost, ProtocolError
+
+__all__ = ["FDS_MAX", "Connection", "Message", "is_listening"]
+
+#: The most descriptors in one message: rust-vmm's limit; QEMU sends 8 at the most.
+FDS_MAX = 32
+_FD_BYTES = array.array("i").itemsize
+_KNOWN_FLAGS = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
+#: A socket's file appears a moment before its process listens on it.
+_RETRY = (errno.ECONNREFUSED, errno.ENOENT)
+_RETRY_S = 0.01
+
+
+class Message:
+    """A message as it came. Owns its descriptors until they are taken; closes the rest."""
+
+    __slots__ = ("_fds", "flags", "payload", "request")
+
+    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
+        self.request = request
+        self.flags = flags
+        self.payload = payload
+        self._fds = fds
+
+    @property
+    def fd_count(self) -> int:
+        """Descriptors that were not taken."""
+        return len(self._fds)
+
+    def take_fds(self) -> list[int]:
+        """The descriptors; the caller owns them from now on."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took. Idempotent."""
+        for fd in self.take_fds():
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Message {self.request}: flags {self.flags:#x}, {len(self.payload)} bytes, {self.fd_count} descriptors>"
+        )
+
+
+class Connection:
+    """A connected vhost-user socket. Takes ``connection``; ``peer`` is what errors call the other end.
+
+    ``timeout_s`` bounds each message, sent or received. After any error the stream's position is unknown and the
+    connection is good for nothing but `close`. One thread at a time.
+    """
+
+    def __init__(self, connection: socket.socket, peer: str, *, timeout_s: float | None = None) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self.peer = peer
+        self.timeout_s = timeout_s
+
+    @classmethod
+    def connect(cls, path: str, *, timeout_s: float | None = None) -> Self:
+        """Connect to the socket at ``path``, trying again until ``timeout_s`` while nobody listens.
+
+        Raises `ConnectionLost` where nobody does (at once, with no ``timeout_s``), OSError as connect(2) does.
+        """
+        deadline = Deadline(0.0 if timeout_s is None else timeout_s)
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                connection.connect(path)
+                return cls(connection, path, timeout_s=timeout_s)
+            except OSError as error:
+                connection.close()
+                if error.errno not in _RETRY:
+                    raise
+                if deadline.passed:
+                    why = f"nobody listens there ({os.strerror(error.errno or 0)})"
+                    raise ConnectionLost("connect", peer=path, why=why) from None
+            time.sleep(_RETRY_S)
+
+    @classmethod
+    def from_fd(cls, fd: int, *, timeout_s: float | None = None) -> Self:
+        """The connected socket ``fd``, which is taken, also where it is none and OSError (ENOTSOCK) is raised."""
+        return cls(_socket_of(fd), f"descriptor {fd}", timeout_s=timeout_s)
+
+    def fileno(self) -> int:
+        """The socket; borrowed. -1 when closed."""
+        return self._socket.fileno()
+
+    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION) -> None:
+        """Send one message; ``fds`` are borrowed. Raises `ConnectionLost`, `DeadlineExceeded`."""
+        deadline = Deadline(self.timeout_s)
+        data = memoryview(HEADER.pack(request, flags, len(payload)) + payload)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        while data:
+            self._wait(select.POLLOUT, deadline, f"send message {request}")
+            try:
+                sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                continue
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._lost(f"send message {request}", request) from None
+            data = data[sent:]
+            ancillary = []
+
+    def receive(self) -> Message | None:
+        """The next message; None where the peer closed between two messages.
+
+        Raises `ProtocolError` for what is no message, `ConnectionLost` where the peer closed in the middle of one,
+        `DeadlineExceeded`. No descriptor stays open where it raises.
+        """
+        deadline = Deadline(self.timeout_s)
+        fds: list[int] = []
+        try:
+            header = self._read(HEADER.size_bytes, deadline, fds, first=True)
+            if not header:
+                return None
+            request, flags, size = HEADER.unpack(header)
+            self._check_header(request, flags, size)
+            payload = self._read(size, deadline, fds, first=False) if size else b""
+            return Message(request, flags, payload, fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def close(self) -> None:
+        """Close. Idempotent."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Connection to {self.peer}{' (closed)' if self.fileno() < 0 else ''}>"
+
+    def _check_header(self, request: int, flags: int, size: int) -> None:
+        why = ""
+        if flags & VERSION_MASK != VERSION:
+            why = f"version {flags & VERSION_MASK}, not {VERSION}"
+        elif flags & ~_KNOWN_FLAGS:
+            why = f"unknown flags {flags & ~_KNOWN_FLAGS:#x}"
+        elif size > PAYLOAD_SIZE_MAX:
+            why = f"a payload of {size} bytes, and no message has more than {PAYLOAD_SIZE_MAX}"
+        if why:
+            raise ProtocolError(f"message {request}", peer=self.peer, why=why, request=request)
+
+    def _read(self, size: int, deadline: Deadline, fds: list[int], *, first: bool) -> bytes:
+        """``size`` bytes; none where the peer closed before the first of a header. Descriptors go to ``fds``."""
+        data = b""
+        while len(data) < size:
+            self._wait(select.POLLIN, deadline, "receive a message")
+            came = self._receive_some(size - len(data), fds, may_have_fds=first and not data)
+            if came is None:
+                continue
+            if not came:
+                if first and not data:
+                    return b""
+                raise self._lost(f"receive a message: {len(data)} of {size} bytes came")
+            data += came
+        return data
+
+    def _receive_some(self, size: int, fds: list[int], *, may_have_fds: bool) -> bytes | None:
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                size, socket.CMSG_SPACE((FDS_MAX + 1) * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return b""
+        before = len(fds)
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = array.array("i")
+                whole.frombytes(content[: len(content) - len(content) % _FD_BYTES])
+                fds.extend(whole)
+        if flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+            why = f"more than {FDS_MAX} descriptors came with it"
+            raise ProtocolError("receive a message", peer=self.peer, why=why)
+        if len(fds) > before and not may_have_fds:
+            why = "descriptors came in the middle of it: they belong to its first byte"
+            raise ProtocolError("receive a message", peer=self.peer, why=why)
+        return data
+
+    def _wait(self, events: int, deadline: Deadline, what: str) -> None:
+        left_s = deadline.left_s()
+        poll = select.poll()
+        poll.register(self._socket, events)
+        if not poll.poll(None if left_s is None else left_s * 1000):
+            raise DeadlineExceeded(what, deadline.timeout_s or 0, device=self.peer)
+
+    def _lost(self, what: str, request: int | None = None) -> ConnectionLost:
+        return ConnectionLost(what, peer=self.peer, why="the peer closed the connection", request=request)
+
+
+def is_listening(fd: int) -> bool:
+    """Whether socket ``fd`` (borrowed) is one to accept from; False for a connected one. Raises OSError for no socket.
+
+    The specification leaves open which of the two ``--fd`` hands to a back-end, and back-ends differ.
+    """
+    with _socket_of(os.dup(fd)) as duplicate:
+        return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _socket_of(fd: int) -> socket.socket:
+    """A socket object that owns ``fd``, which is closed where it is no socket."""
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise

@@ -1,0 +1,21 @@
+"""What goes wrong on a vhost-user socket."""
+
+from __future__ import annotations
+
+from ..errors import VdpaBridgeError
+
+__all__ = ["ConnectionLost", "ProtocolError"]
+
+
+class ProtocolError(VdpaBridgeError):
+    """The peer broke the protocol. ``request`` is the message it was about, ``code`` the peer's own error."""
+
+    def __init__(self, what: str, *, peer: str, why: str, request: int | None = None, code: int | None = None) -> None:
+        super().__init__(what, device=peer, why=why)
+        self.peer = peer
+        self.request = request
+        self.code = code
+
+
+class ConnectionLost(ProtocolError, ConnectionError):
+    """The peer is gone."""
