@@ -26,7 +26,7 @@ BASE_FEATURES = sum(1 << bit for bit in (1, 2, 3))
 
 @dataclass
 class Parent:
-    """One vDPA parent driver's manners (kernel.md 4.1)."""
+    """One vDPA parent driver's manners, from its source in drivers/vdpa."""
 
     name: str = "vdpa_sim"
     device_id: int = 2

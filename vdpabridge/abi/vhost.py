@@ -95,7 +95,7 @@ _U8, _U16, _U32, _U64, _INT = (struct.Struct("=" + code) for code in "BHIQi")
 class VhostIoctl(IntEnum):
     """Every vhost request by the name of its C macro. Linux 7.2; a comment names the release where it is not 5.7.
 
-    Those below VHOST_VDPA_GET_DEVICE_ID are common to all vhost devices; vhost-vdpa refuses some (kernel.md 1.4).
+    Those below VHOST_VDPA_GET_DEVICE_ID are common to all vhost devices; vhost-vdpa refuses some of them.
     """
 
     VHOST_GET_FEATURES = IOR(VHOST_VIRTIO, 0x00, _U64)
