@@ -129,6 +129,5 @@ _MEMBARRIER_NUMBER = {"aarch64": 283, "riscv64": 283, "loongarch64": 283, "s390x
 def store_barrier() -> None:
     """Let no later store or load of this thread overtake an earlier one, as seen by a device (VIRTIO 1.4, 2.7.13)."""
     if _MEMBARRIER_NUMBER is not None:
-        _, libc = _libc()
-        ffi, _ = _libc()
+        ffi, libc = _libc()
         libc.syscall(_MEMBARRIER_NUMBER, ffi.cast("int", _MEMBARRIER_GLOBAL_EXPEDITED), ffi.cast("int", 0))

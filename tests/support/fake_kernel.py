@@ -7,7 +7,7 @@ Requests that vdpa.c handles alike for all parents behave as tests/vm/test_errno
 import os
 import struct
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from errno import EBUSY, EFAULT, EINVAL, EIO, ENOBUFS, ENOENT, ENOTTY, EOPNOTSUPP, EPERM
 
 from vdpabridge.abi.vhost import (
@@ -49,7 +49,6 @@ class Parent:
     slow_reset_reads: int = 0  # reads of the status byte before it shows 0
     memlock_bytes: int = 1 << 62
     entries_max: int = 2048
-    packed_bases: dict = field(default_factory=dict)
 
     @property
     def backend_features(self):

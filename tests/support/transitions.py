@@ -16,7 +16,6 @@ from vdpabridge.device import (
     InflightRegion,
     MemoryRegion,
     Operation,
-    QueueSetup,
     RunState,
     SplitBase,
     StateDirection,
@@ -138,10 +137,3 @@ def eventfd():
         yield fd
     finally:
         os.close(fd)
-
-
-def queue_setup(memory, size=64):
-    """Addresses for a ring of ``size`` in fresh memory."""
-    return QueueSetup(
-        size, memory.allocate(16 * size, 16), memory.allocate(6 + 2 * size, 2), memory.allocate(6 + 8 * size, 4)
-    )

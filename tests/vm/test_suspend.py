@@ -78,18 +78,22 @@ def test_second_device(block_node, second_block_node, count):
         assert_nothing_happens(disk, count)
         snapshot = capture(bench.device)
         with block_bench(second_block_node) as other:
-            if not SHARED_DISK:
-                copy_disk(disk, other)
-            other.device.unmap([other.memory.region])
-            other.device.map([bench.memory.region])
-            eventfds = {0: QueueEventfds(bench.queue.kick_fd, bench.queue.call_fd)}
-            restore(other.device, snapshot, eventfds)
-            other.device.start()
+            go_on_in(other, bench, disk, snapshot)
             finished = disk.driver.drain()
             assert len(finished) == count
             disk.settle(finished)
             assert disk.verify() == count + 40
             assert bench.device.state is RunState.SUSPENDED
+
+
+def go_on_in(other, bench, disk, snapshot):
+    """Have another device go on with the first one's memory, ring and eventfds."""
+    if not SHARED_DISK:
+        copy_disk(disk, other)
+    other.device.unmap([other.memory.region])
+    other.device.map([bench.memory.region])
+    restore(other.device, snapshot, {0: QueueEventfds(bench.queue.kick_fd, bench.queue.call_fd)})
+    other.device.start()
 
 
 def copy_disk(disk, other):
@@ -178,12 +182,7 @@ def test_suspended_with_requests_in_flight_and_carried(block_node, second_block_
         suspend_in_flight(bench, disk, count)
         snapshot = capture(bench.device)
         with block_bench(second_block_node) as other:
-            if not SHARED_DISK:
-                copy_disk(disk, other)
-            other.device.unmap([other.memory.region])
-            other.device.map([bench.memory.region])
-            restore(other.device, snapshot, {0: QueueEventfds(bench.queue.kick_fd, bench.queue.call_fd)})
-            other.device.start()
+            go_on_in(other, bench, disk, snapshot)
             disk.settle(disk.driver.drain())
             assert disk.writes_confirmed == count
             assert disk.verify() == count
