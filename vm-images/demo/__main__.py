@@ -27,6 +27,8 @@ MEMORY_BYTES = 8 << 20
 QUEUE_SIZE = 256
 BLOCKS = 500
 PENDING = 60
+#: For the simulator to end its look after the last kick: it would find what is submitted meanwhile.
+SETTLE_S = 0.03
 #: Long enough for the simulator to do hundreds of requests, were it running.
 LOOK_S = 0.1
 
@@ -92,6 +94,7 @@ def demonstrate(timeline: Timeline) -> None:
             facts.append(f"{disk.writes_confirmed} blocks of 4 KiB")
         with timeline.step("read them back") as facts:
             facts.append(f"{disk.verify()} blocks verified")
+        submit(timeline, disk)
         with timeline.step("SUSPEND the source, as before a migration that then fails"):
             source.suspend()
         wait_in_vain(timeline, disk)
@@ -108,6 +111,7 @@ def hand_over(
 ) -> None:
     """Suspend the source, carry its queue state, start the destination; the ring stays where it is."""
     queue = disk.driver.queue
+    submit(timeline, disk)
     begin_s = time.monotonic()
     with timeline.step("SUSPEND the source"):
         source.suspend()
@@ -128,17 +132,27 @@ def hand_over(
         facts.append(f"{len(finished)} done, {stopped_ms:.0f} ms after SUSPEND but for the looking")
 
 
-def wait_in_vain(timeline: Timeline, disk: KnownDisk) -> None:
-    """Submit requests to a suspended device, kick it, and see that it does nothing."""
-    queue = disk.driver.queue
-    with timeline.step("submit more and kick: nothing may happen") as facts:
-        before = queue.device_used_index
+def submit(timeline: Timeline, disk: KnownDisk) -> None:
+    """Make requests available to a running device, and hold the kick back so that they are pending."""
+    with timeline.step("submit requests, not kicked yet") as facts:
+        time.sleep(SETTLE_S)
         for block in range(PENDING):
             disk.write(block)
-        queue.kick()
-        time.sleep(LOOK_S)
+        facts.append(f"{PENDING} writes")
+
+
+def wait_in_vain(timeline: Timeline, disk: KnownDisk) -> None:
+    """Kick a suspended device, more than once, and see that it does nothing."""
+    queue = disk.driver.queue
+    with timeline.step("kick: nothing may happen") as facts:
+        before = queue.device_used_index
+        for _ in range(3):
+            queue.kick()
+            time.sleep(LOOK_S / 3)
         require(queue.device_used_index == before, "the suspended device used a buffer")
-        facts.append(f"{queue.pending} requests pending, used index still {before}")
+        pending = (queue.avail_index - before) & 0xFFFF
+        require(pending == PENDING, f"{PENDING - pending} requests were done before SUSPEND: nothing is shown")
+        facts.append(f"{pending} requests pending, used index still {before}")
 
 
 def write(disk: KnownDisk, blocks: range) -> None:
