@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from functools import cache
 from typing import Any, Self
 
-from .device import MemoryRegion
+from .values import MemoryRegion
 
-__all__ = ["GuestMemory", "SharedMapping", "store_barrier"]
+__all__ = ["GuestMemory", "SharedMapping", "atomic_set_bit", "store_barrier"]
 
 
 @cache
@@ -131,3 +132,27 @@ def store_barrier() -> None:
     if _MEMBARRIER_NUMBER is not None:
         ffi, libc = _libc()
         libc.syscall(_MEMBARRIER_NUMBER, ffi.cast("int", _MEMBARRIER_GLOBAL_EXPEDITED), ffi.cast("int", 0))
+
+
+_FUTEX_WAKE_OP = 5
+#: FUTEX_OP_OR of ``1 << argument``, compared with 0 for equality: what it finds there wakes nobody.
+_FUTEX_OR_SHIFTED = (8 | 2) << 28
+#: System call number of futex(2).
+_FUTEX_NUMBER = {"x86_64": 202, "s390x": 238, "ppc64le": 221}.get(os.uname().machine, 98)
+
+
+def atomic_set_bit(mapping: SharedMapping, bit: int) -> None:
+    """Set ``bit`` of ``mapping``, little-endian within bytes, as one atomic step also for other processes.
+
+    The kernel does it (futex(2), FUTEX_WAKE_OP): Python can only read and write, between which another process's bit
+    would be lost. The mapping's start is aligned to 4 bytes and its size a multiple of them.
+    """
+    ffi, libc = _libc()
+    word, bit = divmod(bit, 32)
+    if sys.byteorder == "big":
+        bit ^= 24
+    address = ffi.cast("void *", mapping.address + 4 * word)
+    operation = ffi.cast("int", _FUTEX_OR_SHIFTED | bit << 12)
+    zero = ffi.cast("int", 0)
+    if libc.syscall(_FUTEX_NUMBER, address, ffi.cast("int", _FUTEX_WAKE_OP), zero, ffi.NULL, address, operation) < 0:
+        raise OSError(ffi.errno, f"setting bit {bit} at {4 * word}: {os.strerror(ffi.errno)}")

@@ -59,7 +59,9 @@ class Bench:
         """Call the device's method for ``operation`` with arguments that are right in themselves."""
         device = self.device
         extra = MemoryRegion(0x8000_0000, 4096, self.memory.fileno())
-        with eventfd() as event:
+        # queue 0 is being processed then
+        spare = 1 if device.state is RunState.RUNNING else 0
+        with eventfd() as event, shared_file(1 << 20) as file:
             match operation:
                 case Operation.ACCEPT_FEATURES:
                     device.accept_features(self.features)
@@ -76,9 +78,9 @@ class Bench:
                     device.unmap([self.memory.region])
                     device.map([self.memory.region])
                 case Operation.SET_QUEUE:
-                    device.set_queue(0, self.queue.setup)
+                    device.set_queue(spare, self.queue.setup)
                 case Operation.SET_BASE:
-                    device.set_base(0, SplitBase(0))
+                    device.set_base(spare, SplitBase(0))
                 case Operation.GET_BASE:
                     device.get_base(0)
                 case Operation.SET_KICK:
@@ -92,15 +94,19 @@ class Bench:
                 case Operation.STOP_QUEUE:
                     device.stop_queue(0)
                 case Operation.SET_STATE_FD:
-                    device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(event))
+                    device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(file))
                 case Operation.SET_DIRTY_LOG:
-                    device.set_dirty_log(DirtyLog(event, 4096))
+                    device.set_dirty_log(DirtyLog(file, 1 << 20))
                 case Operation.GET_INFLIGHT:
-                    device.get_inflight(1, 64)
+                    os.close(device.get_inflight(1, 64).fd)
                 case Operation.SET_INFLIGHT:
-                    device.set_inflight(InflightRegion(event, 4096, 0, 1, 64))
+                    device.set_inflight(InflightRegion(file, 1 << 16, 0, 1, self.queue.size))
+                case Operation.CHECK_STATE:
+                    if Capability.DEVICE_STATE in device.capabilities and device.state is not RunState.RUNNING:
+                        device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(file))
+                    device.check_state()
                 case _:
-                    getattr(device, {Operation.CHECK_STATE: "check_state"}.get(operation, operation.name.lower()))()
+                    getattr(device, operation.name.lower())()
 
 
 def expected(device, operation, state):
@@ -133,6 +139,16 @@ def check_pair(bench, operation, state):
 @contextmanager
 def eventfd():
     fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def shared_file(size_bytes):
+    fd = os.memfd_create("vdpabridge-test", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size_bytes)
     try:
         yield fd
     finally:

@@ -1,0 +1,78 @@
+"""The in-flight region of a queue, kept so that requests outlive the process that took them.
+
+Source: docs/interop/vhost-user.rst, "Inflight I/O tracking", whose steps are followed to the letter: at every moment
+between two writes, whoever reads the region finds out what became of every request.
+"""
+
+from __future__ import annotations
+
+from ...abi.inflight import DESC_STATE_SPLIT, QUEUE_REGION_SPLIT, VERSION
+from ...memory import store_barrier
+
+__all__ = ["InflightTable"]
+
+_INFLIGHT = DESC_STATE_SPLIT.offsets["inflight"]
+_NEXT = DESC_STATE_SPLIT.offsets["next"]
+_COUNTER = DESC_STATE_SPLIT.offsets["counter"]
+_LAST_BATCH_HEAD = QUEUE_REGION_SPLIT.offsets["last_batch_head"] // 2
+_USED_INDEX = QUEUE_REGION_SPLIT.offsets["used_idx"] // 2
+
+
+class InflightTable:
+    """One queue's part of the region, seen through ``view`` (borrowed). Words are written whole."""
+
+    def __init__(self, view: memoryview, queue_size: int) -> None:
+        self._bytes = view
+        self._words = view[: len(view) // 8 * 8].cast("H")
+        self._longs = view[: len(view) // 8 * 8].cast("Q")
+        self._size = queue_size
+        self._counter = 0
+
+    def recover(self, used_index: int) -> list[int]:
+        """The heads that were taken and never used, oldest first. ``used_index`` is the ring's.
+
+        A fresh region is initialised, and has none.
+        """
+        features, version, size, last_head, noted_used = QUEUE_REGION_SPLIT.unpack(self._bytes)
+        if version == 0:
+            head = QUEUE_REGION_SPLIT.pack(features, VERSION, self._size, 0, used_index)
+            self._bytes[: len(head)] = head
+            return []
+        if version != VERSION or size != self._size:
+            raise ValueError(f"an in-flight region of version {version} for {size} descriptors, not {self._size}")
+        if noted_used != used_index:
+            # it died between publishing the used index and noting so
+            self._bytes[self._at(last_head) + _INFLIGHT] = 0
+            self._words[_USED_INDEX] = used_index
+        taken = [head for head in range(self._size) if self._bytes[self._at(head) + _INFLIGHT]]
+        taken.sort(key=self._counter_of)
+        self._counter = 1 + max(map(self._counter_of, taken), default=0)
+        return taken
+
+    def take(self, head: int) -> None:
+        """Note that the chain at ``head`` was taken from the ring; before it is worked on."""
+        self._longs[(self._at(head) + _COUNTER) // 8] = self._counter
+        self._counter += 1
+        store_barrier()
+        self._bytes[self._at(head) + _INFLIGHT] = 1
+        store_barrier()
+
+    def about_to_use(self, head: int) -> None:
+        """Note which chain comes next in the used ring; before its index is published."""
+        self._words[(self._at(head) + _NEXT) // 2] = self._words[_LAST_BATCH_HEAD]
+        self._words[_LAST_BATCH_HEAD] = head
+        store_barrier()
+
+    def used(self, head: int, used_index: int) -> None:
+        """Note that the chain at ``head`` is the driver's again; after the used index was published."""
+        store_barrier()
+        self._bytes[self._at(head) + _INFLIGHT] = 0
+        store_barrier()
+        self._words[_USED_INDEX] = used_index
+
+    @staticmethod
+    def _at(head: int) -> int:
+        return QUEUE_REGION_SPLIT.size_bytes + DESC_STATE_SPLIT.size_bytes * head
+
+    def _counter_of(self, head: int) -> int:
+        return self._longs[(self._at(head) + _COUNTER) // 8]

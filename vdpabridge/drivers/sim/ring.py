@@ -1,0 +1,215 @@
+"""A split virtqueue, device side.
+
+Source: VIRTIO 1.4 section 2.7. The driver is asked for a notification always and given one always: both suppressions
+are hints, and the one that a device must honour (event indices) is not offered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+from ...abi.virtio_ring import (
+    VRING_DESC,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    VRING_USED_ELEM,
+)
+from ...memory import store_barrier
+from ...values import QueueSetup
+from .guest_view import BadAddress, GuestView
+from .inflight import InflightTable
+
+__all__ = ["Chain", "DeviceRing", "RingBroken"]
+
+_INDEX = 1  # of the 16-bit words of the available and the used ring
+_AVAIL_RING = 2
+_USED_RING = 1  # of the used ring's 32-bit words
+
+
+class RingBroken(Exception):
+    """The guest's driver broke the rules of the ring; no more is processed."""
+
+
+class Chain:
+    """A chain of descriptors that the device has: what to read, and room to answer."""
+
+    __slots__ = ("_guest", "_readable", "_writable", "head", "room_bytes", "written_bytes")
+
+    def __init__(
+        self, guest: GuestView, head: int, readable: list[tuple[int, int]], writable: list[tuple[int, int]]
+    ) -> None:
+        self.head = head
+        self._guest = guest
+        self._readable = readable
+        self._writable = writable
+        self.room_bytes = sum(size for _, size in writable)
+        """What fits into the answer."""
+        self.written_bytes = 0
+        """Where the answer ends so far; what the used ring will say."""
+
+    def read(self) -> bytes:
+        """All that the driver sent. Raises `BadAddress`."""
+        return b"".join(piece for where in self._readable for piece in self._guest.pieces(*where))
+
+    def write(self, data: bytes | memoryview, at: int | None = None) -> None:
+        """Answer with ``data``, after what was written before or from offset ``at`` on. Raises `BadAddress`."""
+        start = self.written_bytes if at is None else at
+        end = start + len(data)
+        if end > self.room_bytes:
+            raise BadAddress(f"an answer of {end} bytes, and the driver has left room for {self.room_bytes}")
+        begin, rest = 0, memoryview(data)
+        for address, size in self._writable:
+            if rest and begin + size > start:
+                skip = max(0, start - begin)
+                here = min(size - skip, len(rest))
+                for piece in self._guest.pieces(address + skip, here, write=True):
+                    piece[:] = rest[: len(piece)]
+                    rest = rest[len(piece) :]
+                self._guest.written(address + skip, here)
+            begin += size
+        self.written_bytes = max(self.written_bytes, end)
+
+
+class DeviceRing:
+    """The ring at ``setup``, gone on with from ``avail_index``. ``inflight`` is where requests are noted, if anywhere.
+
+    `taken` has the chains that the device has. Everything here raises `RingBroken` for a driver's mistake.
+    """
+
+    def __init__(
+        self, guest: GuestView, setup: QueueSetup, avail_index: int, inflight: InflightTable | None = None
+    ) -> None:
+        self._guest = guest
+        self._setup = setup
+        self._inflight = inflight
+        self._generation = -1
+        self.avail_index = avail_index
+        self.taken: dict[int, Chain] = {}
+        self._resolve()
+        self.used_index = _le16(self._used_words[_INDEX])
+        self.again: list[int] = []
+        """Heads that an earlier device took and did not answer: to be done first."""
+        if inflight is not None:
+            self.again = inflight.recover(self.used_index)
+            if self.again:
+                # whoever kept the base did not know of these
+                self.avail_index = (self.used_index + len(self.again)) & 0xFFFF
+
+    def take(self) -> Chain | None:
+        """The next chain that the driver has made available; None where there is none."""
+        self._resolve()
+        if self.again:
+            return self._chain(self.again.pop(0))
+        store_barrier()
+        published = _le16(self._avail_words[_INDEX])
+        waiting = (published - self.avail_index) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self._setup.size:
+            raise RingBroken(f"the available index went from {self.avail_index} to {published}")
+        store_barrier()  # the index before the entry it publishes
+        head = _le16(self._avail_words[_AVAIL_RING + self.avail_index % self._setup.size])
+        if head in self.taken:
+            raise RingBroken(f"chain {head} was made available twice")
+        chain = self._chain(head)
+        if self._inflight is not None:
+            self._inflight.take(head)
+        self.avail_index = (self.avail_index + 1) & 0xFFFF
+        return chain
+
+    def use(self, chain: Chain) -> None:
+        """Give ``chain`` back to the driver, answered."""
+        self._resolve()
+        size = self._setup.size
+        slot = _USED_RING + 2 * (self.used_index % size)
+        self._used_longs[slot] = _le32(chain.head)
+        self._used_longs[slot + 1] = _le32(chain.written_bytes)
+        if self._inflight is not None:
+            self._inflight.about_to_use(chain.head)
+        store_barrier()  # the entry before the index that publishes it
+        entry = self._setup.used_address + 4 * slot
+        self.used_index = (self.used_index + 1) & 0xFFFF
+        self._used_words[_INDEX] = _le16(self.used_index)
+        if self._inflight is not None:
+            self._inflight.used(chain.head, self.used_index)
+        self._guest.written(entry, VRING_USED_ELEM.size_bytes)
+        self._guest.written(self._setup.used_address, 4)
+        del self.taken[chain.head]
+
+    def _resolve(self) -> None:
+        """Find the ring in memory, again where the mappings have changed."""
+        if self._generation == self._guest.generation:
+            return
+        setup = self._setup
+        try:
+            self._desc = self._guest.slice(setup.desc_address, VRING_DESC.size_bytes * setup.size)
+            self._avail_words = self._guest.slice(setup.avail_address, 4 + 2 * setup.size).cast("H")
+            used = self._guest.slice(setup.used_address, 4 + VRING_USED_ELEM.size_bytes * setup.size, write=True)
+            self._used_words, self._used_longs = used.cast("H"), used.cast("I")
+        except (BadAddress, TypeError) as error:
+            raise RingBroken(f"the ring: {error}") from None
+        self._generation = self._guest.generation
+
+    def _chain(self, head: int) -> Chain:
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
+        for address, size, flags in self._descriptors(self._desc, self._setup.size, head):
+            if flags & VRING_DESC_F_WRITE:
+                writable.append((address, size))
+            elif writable:
+                raise RingBroken(f"chain {head} has something to read after something to write")
+            else:
+                readable.append((address, size))
+        chain = Chain(self._guest, head, readable, writable)
+        self.taken[head] = chain
+        return chain
+
+    def _descriptors(self, table: memoryview, count: int, index: int) -> Iterator[tuple[int, int, int]]:
+        for _ in range(count):
+            if index >= count:
+                raise RingBroken(f"descriptor {index} of a table of {count}")
+            address, size, flags, following = VRING_DESC.struct.unpack_from(table, index * VRING_DESC.size_bytes)
+            if flags & VRING_DESC_F_INDIRECT:
+                yield from self._indirect(table, address, size, flags)
+            else:
+                yield address, size, flags
+            if not flags & VRING_DESC_F_NEXT:
+                return
+            index = following
+        raise RingBroken("a chain of descriptors that has no end")
+
+    def _indirect(self, table: memoryview, address: int, size: int, flags: int) -> Iterator[tuple[int, int, int]]:
+        if table is not self._desc or flags & VRING_DESC_F_NEXT or not size or size % VRING_DESC.size_bytes:
+            raise RingBroken(f"an indirect table of {size} bytes, flags {flags:#x}")
+        try:
+            inner = self._guest.slice(address, size)
+        except BadAddress as error:
+            raise RingBroken(f"an indirect table: {error}") from None
+        yield from self._descriptors(inner, size // VRING_DESC.size_bytes, 0)
+
+
+def notify(eventfd: int | None) -> None:
+    """Signal ``eventfd``, if there is one. A full counter is signal enough."""
+    if eventfd is not None:
+        try:
+            os.eventfd_write(eventfd, 1)
+        except BlockingIOError:
+            return
+
+
+def _same(value: int) -> int:
+    return value
+
+
+def _swap16(value: int) -> int:
+    return value >> 8 | (value & 0xFF) << 8
+
+
+def _swap32(value: int) -> int:
+    return int.from_bytes(value.to_bytes(4, "little"), "big")
+
+
+_le16, _le32 = (_same, _same) if sys.byteorder == "little" else (_swap16, _swap32)

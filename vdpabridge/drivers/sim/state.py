@@ -1,0 +1,73 @@
+"""The transfer of the simulator's state: begun, checked, or dropped with nothing changed."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from ...values import StateDirection, StatePhase
+from .model import Died, Faults, Loaded, Model, StateRefused
+from .stream import STREAM_VERSION, decode, encode
+from .transfer import Transfer
+
+__all__ = ["StateTransfer"]
+
+
+class StateTransfer:
+    """At most one transfer at a time of ``model``'s state."""
+
+    def __init__(self, model: Model, faults: Faults) -> None:
+        self._model = model
+        self._faults = faults
+        self._transfer: Transfer | None = None
+        self._loaded: list[Loaded] = []
+
+    def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> None:
+        """Start through ``fd``, which is taken. Ends one that was not checked. Raises `StateRefused`."""
+        if phase is not StatePhase.STOPPED or self._faults.refuse_transfer:
+            os.close(fd)
+            raise StateRefused("told to refuse it" if self._faults.refuse_transfer else f"no transfer in phase {phase}")
+        self.drop()
+        work = self._save if direction is StateDirection.SAVE else partial(self._load, self._loaded)
+        self._transfer = Transfer(fd, work, stall_s=self._faults.stall_s)
+
+    def check(self, timeout_s: float | None) -> None:
+        """Wait for the end, and make loaded state the device's.
+
+        Raises `StateRefused`, `Died`, and TimeoutError after ``timeout_s``; the transfer is over in any case.
+        """
+        if self._transfer is None:
+            raise StateRefused("no transfer was begun")
+        try:
+            self._transfer.finish(timeout_s)
+            if self._faults.fail_check:
+                raise StateRefused("told to fail")
+        except BaseException:
+            self.drop()
+            raise
+        self._transfer.close()
+        self._transfer = None
+        while self._loaded:
+            self._loaded.pop().commit()
+
+    def drop(self) -> None:
+        """End a transfer that was not checked; what a load brought is gone. Idempotent."""
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+        while self._loaded:
+            self._loaded.pop().discard()
+
+    def _save(self, transfer: Transfer) -> None:
+        version = STREAM_VERSION if self._faults.version is None else self._faults.version
+        stream = encode(self._model.device_id, self._model.save(), version=version)
+        transfer.write(stream, self._faults.cut_state_bytes)
+        self._maybe_die()
+
+    def _load(self, loaded: list[Loaded], transfer: Transfer) -> None:
+        loaded.append(self._model.load(decode(self._model.device_id, transfer.read)))
+        self._maybe_die()
+
+    def _maybe_die(self) -> None:
+        if self._faults.die_in_transfer:
+            raise Died("it was told to die in a transfer")
