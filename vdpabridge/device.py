@@ -225,7 +225,10 @@ class Device(DriverHooks):
         self._state = after
 
     def reset(self) -> None:
-        """Forget features, queues and eventfds, and the device's own state. Mapped memory stays mapped."""
+        """Forget features, queues and eventfds. Mapped memory stays mapped.
+
+        The device's own state is forgotten too where the device can do that (STATE_RESET).
+        """
         after = self._permit(Operation.RESET)
         self._reset()
         self._forget()
@@ -244,8 +247,8 @@ class Device(DriverHooks):
 
         Takes ``fd``, also where it raises. Returns None where the transfer goes through ``fd``, or a descriptor of
         the device's own choice, owned by the caller, to be used instead of the caller's end. The writer closes its
-        end when all is written; then call `check_state`. Starting, resuming or resetting the device ends a transfer
-        that was not checked: its state is dropped, and the device is as it was before.
+        end when all is written; then call `check_state`. Starting, resuming or resetting the device, and beginning
+        another transfer, end one that was not checked as `abandon_state` does.
         """
         try:
             self._permit(Operation.SET_STATE_FD)
@@ -258,6 +261,14 @@ class Device(DriverHooks):
         """Wait for the end of a transfer. Raises where it failed: only success here means that state arrived whole."""
         self._permit(Operation.CHECK_STATE)
         self._check_state()
+
+    def abandon_state(self) -> None:
+        """End a transfer that nobody will check; nothing happens where there is none.
+
+        The device is as it was before. A back-end that cannot be told so and has all of a load already keeps it.
+        """
+        self._permit(Operation.ABANDON_STATE)
+        self._abandon_state()
 
     # --- dirty log and in-flight requests ---
 

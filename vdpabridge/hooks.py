@@ -77,6 +77,9 @@ class DriverHooks(ABC):
     def _check_state(self) -> None:
         raise self._lacks(Operation.CHECK_STATE, Capability.DEVICE_STATE)
 
+    def _abandon_state(self) -> None:
+        raise self._lacks(Operation.ABANDON_STATE, Capability.DEVICE_STATE)
+
     def _set_dirty_log(self, log: DirtyLog | None) -> None:
         raise self._lacks(Operation.SET_DIRTY_LOG, Capability.DIRTY_LOG)
 

@@ -43,6 +43,7 @@ class Capability(Enum):
     SKIP_DRAIN = "SKIP_DRAIN"
     DIRTY_LOG = "DIRTY_LOG"
     INFLIGHT = "INFLIGHT"
+    STATE_RESET = "STATE_RESET"
 
 
 #: What a caller can do where a capability is missing.
@@ -58,6 +59,7 @@ ALTERNATIVES: Mapping[Capability, str] = {
     Capability.SKIP_DRAIN: "let suspend() finish what the device has taken, which may last",
     Capability.DIRTY_LOG: "treat all guest memory as written when the device is suspended",
     Capability.INFLIGHT: "suspend the device before its connection is given up",
+    Capability.STATE_RESET: "a reset leaves the device's own state alone: connect to a fresh one",
 }
 
 
@@ -84,6 +86,7 @@ class Operation(Enum):
     RESET = "reset"
     SET_STATE_FD = "transfer device state"
     CHECK_STATE = "check the device state transfer"
+    ABANDON_STATE = "abandon the device state transfer"
     SET_DIRTY_LOG = "set the dirty page log"
     GET_INFLIGHT = "get the in-flight region"
     SET_INFLIGHT = "set the in-flight region"
@@ -140,6 +143,7 @@ RULES: Mapping[Operation, Rule] = {
     # a device that was never started counts as stopped: QEMU and Cloud Hypervisor load before anything else
     Operation.SET_STATE_FD: Rule(_stays(*_STOPPED), Capability.DEVICE_STATE),
     Operation.CHECK_STATE: Rule(_stays(*_STOPPED), Capability.DEVICE_STATE),
+    Operation.ABANDON_STATE: Rule(_stays(*_STOPPED), Capability.DEVICE_STATE),
     Operation.SET_DIRTY_LOG: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), Capability.DIRTY_LOG),
     Operation.GET_INFLIGHT: Rule(_stays(*_STOPPED), Capability.INFLIGHT),
     Operation.SET_INFLIGHT: Rule(_stays(*_STOPPED), Capability.INFLIGHT),

@@ -125,7 +125,7 @@ def test_io_after_random_suspends(block_node):
 
 def test_capabilities_of_the_simulator(bench):
     """Written out, so that a capability that is no longer discovered is noticed."""
-    expected = {Capability.SUSPEND, Capability.CONFIG_WRITE, Capability.CONFIG_CALL}
+    expected = {Capability.SUSPEND, Capability.CONFIG_WRITE, Capability.CONFIG_CALL, Capability.STATE_RESET}
     expected |= since((6, 3), {Capability.RESUME}, before=set())
     expected |= since((6, 6), {Capability.ENABLE_WHILE_RUNNING}, before=set())
     assert bench.device.capabilities == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import VdpaBridgeError
 
-__all__ = ["ConnectionLost", "ProtocolError"]
+__all__ = ["ConnectionLost", "PeerRefused", "ProtocolError"]
 
 
 class ProtocolError(VdpaBridgeError):
@@ -15,6 +15,10 @@ class ProtocolError(VdpaBridgeError):
         self.peer = peer
         self.request = request
         self.code = code
+
+
+class PeerRefused(ProtocolError):
+    """The peer understood a request and said no; ``code`` is what it said. The connection is as good as before."""
 
 
 class ConnectionLost(ProtocolError, ConnectionError):

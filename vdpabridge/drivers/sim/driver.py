@@ -293,6 +293,9 @@ class Sim(Device):
             self._engine.failed = str(error)
             self._require_alive()
 
+    def _abandon_state(self) -> None:
+        self._state_transfer.drop()
+
     # --- dirty log and in-flight requests ---
 
     def _set_dirty_log(self, log: DirtyLog | None) -> None:

@@ -100,7 +100,7 @@ class VhostVdpa(Device):
             node.close()
             raise
         self._capabilities = frozenset(
-            {Capability.CONFIG_WRITE, Capability.CONFIG_CALL}
+            {Capability.CONFIG_WRITE, Capability.CONFIG_CALL, Capability.STATE_RESET}
             | {capability for capability, bit in _CAPABILITY_BITS.items() if self.backend_features >> bit & 1}
         )
 

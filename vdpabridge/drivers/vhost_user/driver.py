@@ -1,0 +1,386 @@
+"""`VhostUser`: the device interface over a vhost-user socket, as its front-end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from typing import Self
+
+from ...abi.vhost import VHOST_F_LOG_ALL
+from ...abi.vhost_user import (
+    DEVICE_STATE_NO_FD,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    ConfigFlags,
+    FrontendRequest,
+    ProtocolFeature,
+)
+from ...abi.vhost_user_payloads import (
+    U64,
+    Config,
+    DeviceStateTransfer,
+    Inflight,
+    Log,
+)
+from ...abi.virtio import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_F_ACCESS_PLATFORM,
+)
+from ...device import (
+    Capability,
+    Device,
+    DirtyLog,
+    Identity,
+    InflightRegion,
+    MemoryRegion,
+    Operation,
+    QueueBase,
+    QueueSetup,
+    RunState,
+    StateDirection,
+    StatePhase,
+)
+from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
+from ...vhost_user.connection import Connection
+from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
+from .channel import BackendChannel
+from .memory import BackendMemory, slots_of
+from .negotiation import QUEUE_SIZE_MAX, capabilities_of, config_size_of, negotiate, queue_count_of
+from .requests import Requests
+from .rings import Rings
+
+__all__ = ["VhostUser"]
+
+_LOG_ALL = 1 << VHOST_F_LOG_ALL
+_PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
+#: Of the transport and none of a guest's business: see also `VhostVdpa.offered_features`.
+_TRANSPORT_FEATURES = _LOG_ALL | _PROTOCOL_FEATURES | 1 << VIRTIO_F_ACCESS_PLATFORM
+_NEGOTIATED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
+
+
+class VhostUser(Device):
+    """A device behind a vhost-user socket, of which this process is the front-end until `close`.
+
+    Suspended means: every ring was stopped by GET_VRING_BASE. There is no message that suspends a device, and none
+    that resets one on the way: its state stays where it is. After a reply that does not come, or is none, the
+    connection is of no use any more and the device has failed. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        device_id: int | None = None,
+        queue_count: int | None = None,
+        config_size_bytes: int | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Take ``connection`` over, closing it where this raises, and negotiate. Prefer `open`.
+
+        The protocol tells neither what a device is nor how large its configuration space is, nor, without MQ, how
+        many queues it has: ``device_id``, ``config_size_bytes`` and ``queue_count`` say so where it matters.
+        """
+        self._requests = Requests(connection)
+        super().__init__(connection.peer, timeout_s=timeout_s)
+        try:
+            self._features = negotiate(self._requests)
+            count = queue_count_of(self._requests, device_id, queue_count)
+            self._memory = BackendMemory(self._requests, slots_of(self._requests))
+            self._requests.tell(FrontendRequest.SET_OWNER)
+            size = config_size_of(self._requests, device_id, config_size_bytes)
+        except BaseException:
+            connection.close()
+            raise
+        self._identity = Identity(device_id, count, QUEUE_SIZE_MAX, size)
+        self._capabilities = capabilities_of(self._requests, self._features, size)
+        self._rings = Rings(self._requests, self._features)
+        self._channel: BackendChannel | None = None
+        self._logging = False
+        self._transferring = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        device_id: int | None = None,
+        queue_count: int | None = None,
+        config_size_bytes: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Self:
+        """Connect to the back-end that listens at ``path``. Raises `ConnectionLost`, `ProtocolError`, OSError."""
+        connection = Connection.connect(path, timeout_s=timeout_s)
+        return cls(
+            connection,
+            device_id=device_id,
+            queue_count=queue_count,
+            config_size_bytes=config_size_bytes,
+            timeout_s=timeout_s,
+        )
+
+    # --- what it is ---
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Bounds every request; None waits for ever."""
+        return self._requests.connection.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self._requests.connection.timeout_s = timeout_s
+
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
+    def capabilities(self) -> Set[Capability]:
+        return self._capabilities
+
+    @property
+    def offered_features(self) -> int:
+        return self._features & ~_TRANSPORT_FEATURES
+
+    @property
+    def protocol_features(self) -> int:
+        """The protocol features that were negotiated, as bits of `abi.vhost_user.ProtocolFeature`."""
+        return self._requests.protocol_features
+
+    def fileno(self) -> int:
+        return self._requests.connection.fileno()
+
+    # --- negotiation ---
+
+    def _accept_features(self, features: int) -> None:
+        if unknown := features & ~self.offered_features:
+            raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
+        with self._asking():
+            try:
+                self._set_features(features)
+                self._check_features_ok(features)
+            except PeerRefused as error:
+                raise FeatureError(self.name, error.why, features) from error
+
+    def _set_features(self, features: int) -> None:
+        transport = (self._features & _PROTOCOL_FEATURES) | (_LOG_ALL if self._logging else 0)
+        self._requests.tell(FrontendRequest.SET_FEATURES, U64(features | transport))
+
+    def _check_features_ok(self, features: int) -> None:
+        """Ask as QEMU does where there is a status byte. It is written to say that things are well, never 0: to some
+        back-ends (DPDK) that is nothing, to others a reset, and QEMU writes it whenever a guest is stopped."""
+        if not self._requests.has(ProtocolFeature.STATUS):
+            return
+        self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED))
+        if not self._requests.number(FrontendRequest.GET_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK:
+            raise FeatureError(self.name, f"the device refused {features:#x}: it did not keep FEATURES_OK", features)
+
+    # --- configuration space ---
+
+    def _read_config(self, offset: int, size: int) -> bytes:
+        request = Config(offset, size, ConfigFlags.GUEST_WRITE, bytes(size))
+        with self._asking():
+            reply = self._requests.ask(FrontendRequest.GET_CONFIG, request)
+        if len(reply.data) != size or reply.offset != offset:
+            why = f"the back-end gave {len(reply.data)} of {size} bytes at {offset}"
+            raise PeerRefused("GET_CONFIG", peer=self.name, why=why, request=FrontendRequest.GET_CONFIG)
+        data: bytes = reply.data
+        return data
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        with self._asking():
+            self._requests.tell(FrontendRequest.SET_CONFIG, Config(offset, len(data), ConfigFlags.GUEST_WRITE, data))
+
+    def _set_config_call(self, eventfd: int | None) -> None:
+        if self._channel is None:
+            channel = BackendChannel(self.name)
+            try:
+                with self._asking():
+                    self._requests.tell(FrontendRequest.SET_BACKEND_REQ_FD, None, [channel.backend_fd])
+            except BaseException:
+                channel.close()
+                raise
+            self._channel = channel
+        self._channel.set_config_call(eventfd)
+
+    # --- memory ---
+
+    def _map(self, regions: Sequence[MemoryRegion]) -> None:
+        with self._asking():
+            self._memory.map(regions)
+
+    def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        with self._asking():
+            self._memory.unmap(regions)
+
+    # --- queues: what is told while a ring is stopped is sent when it starts ---
+
+    def _set_queue(self, index: int, setup: QueueSetup) -> None:
+        if setup.address_space:
+            raise ValueError(f"{self.name}: a vhost-user device has one address space, 0")
+        self._require_stopped(index, Operation.SET_QUEUE)
+
+    def _set_base(self, index: int, base: QueueBase) -> None:
+        self._require_stopped(index, Operation.SET_BASE)
+        base.encode()
+        self._rings.bases[index] = base
+
+    def _get_base(self, index: int) -> QueueBase:
+        return self._rings.base(index, self.accepted_features)
+
+    def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        if index in self._rings.started:
+            with self._asking():
+                self._rings.bind(operation, index, eventfd)
+
+    def _enable_queue(self, index: int, enabled: bool) -> None:
+        if self.state is not RunState.RUNNING or index not in self.queues or self.queues[index].setup is None:
+            return
+        with self._asking():
+            if index in self._rings.started:
+                self._rings.enable(index, enabled)
+            elif enabled:
+                self._rings.start(index, self.queues[index], self.accepted_features, logged=self._logging)
+
+    def _stop_queue(self, index: int, *, drain: bool) -> QueueBase:
+        with self._asking():
+            self._rings.stop(index, self.accepted_features, drain=drain)
+        return self._get_base(index)
+
+    def _require_stopped(self, index: int, operation: Operation) -> None:
+        if index in self._rings.started:
+            why, hint = "the queue is being processed", "stop it first"
+            raise VdpaBridgeError(f"{operation.value} ({index})", device=self.name, why=why, hint=hint)
+
+    # --- run control ---
+
+    def _start(self) -> None:
+        self._abandon_state()
+        with self._asking():
+            try:
+                for index, record in self.queues.items():
+                    if record.enabled and record.setup is not None:
+                        self._rings.start(index, record, self.accepted_features, logged=self._logging)
+                if self._requests.has(ProtocolFeature.STATUS):
+                    self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK))
+            except PeerRefused:
+                self._stop_rings(drain=True)
+                raise
+
+    def _resume(self) -> None:
+        self._start()
+
+    def _suspend(self, *, drain: bool) -> None:
+        with self._asking():
+            self._stop_rings(drain=drain)
+
+    def _stop_rings(self, *, drain: bool) -> None:
+        for index in sorted(self._rings.started):
+            self._rings.stop(index, self.accepted_features, drain=drain)
+
+    def _reset(self) -> None:
+        self._abandon_state()
+        with self._asking():
+            self._stop_rings(drain=True)
+            if self._requests.has(ProtocolFeature.RESET_DEVICE):
+                self._requests.tell(FrontendRequest.RESET_DEVICE)
+            elif self._requests.has(ProtocolFeature.STATUS):
+                self._requests.tell(FrontendRequest.SET_STATUS, U64(0))
+        self._rings.forget()
+        self._logging = False
+        if self._channel is not None:
+            self._channel.set_config_call(None)
+
+    def _check_health(self) -> None:
+        poll = select.poll()
+        poll.register(self.fileno(), 0)
+        if self._requests.broken or poll.poll(0):
+            raise self._fail(self._requests.broken or "the back-end closed the connection")
+
+    def _close(self) -> None:
+        with contextlib.suppress(ProtocolError, DeadlineExceeded):
+            # so that the back-end's last word in guest memory is said before the memory is gone
+            self._stop_rings(drain=True)
+        if self._channel is not None:
+            self._channel.close()
+        self._memory.close()
+        self._requests.close()
+
+    # --- device state ---
+
+    def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        try:
+            self._abandon_state()
+            with self._asking():
+                reply, fds = self._requests.ask_with_fds(
+                    FrontendRequest.SET_DEVICE_STATE_FD, DeviceStateTransfer(direction, phase), [fd]
+                )
+        finally:
+            os.close(fd)
+        code = reply.value & 0xFF
+        if code or bool(fds) == bool(reply.value & DEVICE_STATE_NO_FD):
+            for each in fds:
+                os.close(each)
+            why = f"the back-end refused it (code {code})" if code else f"a reply of {reply.value:#x}, {len(fds)} fds"
+            request = FrontendRequest.SET_DEVICE_STATE_FD
+            raise PeerRefused(request.name, peer=self.name, why=why, request=request, code=reply.value)
+        self._transferring = True
+        return fds[0] if fds else None
+
+    def _abandon_state(self) -> None:
+        # no message ends a transfer, and whoever gave up has closed the other end: this asks whether it has ended
+        if self._transferring:
+            with contextlib.suppress(PeerRefused):
+                self._check_state()
+
+    def _check_state(self) -> None:
+        self._transferring = False
+        with self._asking():
+            code = self._requests.number(FrontendRequest.CHECK_DEVICE_STATE)
+        if code:
+            # passt's is an errno, or all ones; rust-vmm's is always 1
+            why = f"the back-end failed to process its state (code {code:#x}): its own log may say why"
+            request = FrontendRequest.CHECK_DEVICE_STATE
+            raise PeerRefused(request.name, peer=self.name, why=why, request=request, code=code)
+
+    # --- dirty log and in-flight requests ---
+
+    def _set_dirty_log(self, log: DirtyLog | None) -> None:
+        with self._asking():
+            if log is not None:
+                self._requests.ask(FrontendRequest.SET_LOG_BASE, Log(log.size_bytes, log.offset), [log.fd])
+            self._logging = log is not None
+            self._set_features(self.accepted_features)
+            for index in sorted(self._rings.started):
+                self._rings.send_address(index, self.queues[index], logged=self._logging)
+
+    def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
+        with self._asking():
+            reply, fds = self._requests.ask_with_fds(
+                FrontendRequest.GET_INFLIGHT_FD, Inflight(0, 0, queue_count, queue_size)
+            )
+        if not fds:
+            why, request = "no descriptor came with it", FrontendRequest.GET_INFLIGHT_FD
+            raise PeerRefused(request.name, peer=self.name, why=why, request=request)
+        return InflightRegion(fds[0], reply.size_bytes, reply.offset, reply.queue_count, reply.queue_size)
+
+    def _set_inflight(self, region: InflightRegion) -> None:
+        payload = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
+        with self._asking():
+            self._requests.tell(FrontendRequest.SET_INFLIGHT_FD, payload, [region.fd])
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A device whose connection is of no use any more has failed."""
+        try:
+            yield
+        except ConnectionLost as error:
+            raise self._fail(f"{error.what}: {error.why}") from error
+        except (ProtocolError, DeadlineExceeded) as error:
+            if self._requests.broken:
+                self._fail(f"{error.what}: {error.why}")
+            raise

@@ -1,0 +1,95 @@
+"""Guest memory in a back-end: the whole table anew, or region by region where the back-end has memory slots."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeature
+from ...abi.vhost_user_payloads import MemoryTable, Region, SingleRegion
+from ...values import MemoryRegion
+from ...vhost_user.errors import ProtocolError
+from .requests import Requests
+
+__all__ = ["BackendMemory"]
+
+
+class BackendMemory:
+    """What the back-end sees. The "user address" of a region, a mere key to the back-end, is its guest address."""
+
+    def __init__(self, requests: Requests, slots: int) -> None:
+        """``slots``: what the back-end says that it has; 0 where it takes tables only."""
+        self._requests = requests
+        self._slots = slots
+        self._mapped: list[tuple[Region, int]] = []
+        """Each region with a duplicate of its descriptor; tables send all of them each time. -1 with slots."""
+
+    def map(self, regions: Sequence[MemoryRegion]) -> None:
+        """Add ``regions`` (fds are borrowed), all or none. Raises ValueError where they are too many."""
+        limit = self._slots or MEMORY_REGIONS_MAX
+        if len(self._mapped) + len(regions) > limit:
+            raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at the most")
+        if any(region.address_space for region in regions):
+            raise ValueError(f"{self._requests.peer}: a vhost-user device has one address space, 0")
+        if self._slots:
+            self._add(regions)
+        else:
+            self._replace([*self._mapped, *((_region(each), os.dup(each.fd)) for each in regions)])
+
+    def unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take ``regions``, which are mapped, away."""
+        gone = [_region(each) for each in regions]
+        kept = [(region, fd) for region, fd in self._mapped if region not in gone]
+        if not self._slots:
+            self._replace(kept)
+            return
+        for region in gone:
+            self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
+        self._mapped = kept
+
+    def close(self) -> None:
+        """Close the duplicates. Idempotent."""
+        for _, fd in self._mapped:
+            if fd >= 0:
+                os.close(fd)
+        self._mapped = []
+
+    def _add(self, regions: Sequence[MemoryRegion]) -> None:
+        added: list[Region] = []
+        try:
+            for each in regions:
+                region = _region(each)
+                self._requests.tell(FrontendRequest.ADD_MEM_REG, SingleRegion(region), [each.fd])
+                added.append(region)
+        except BaseException:
+            with contextlib.suppress(ProtocolError):
+                for region in added:
+                    self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
+            raise
+        self._mapped += [(region, -1) for region in added]
+
+    def _replace(self, wanted: list[tuple[Region, int]]) -> None:
+        """Send the table of ``wanted``, and close the descriptors that the outcome leaves unused."""
+        table = MemoryTable(tuple(region for region, _ in wanted))
+        unused = [fd for region, fd in wanted if (region, fd) not in self._mapped]
+        try:
+            # an empty table is an error to some back-ends (rust-vmm): they keep the last region, and nothing runs
+            if wanted:
+                self._requests.tell(FrontendRequest.SET_MEM_TABLE, table, [fd for _, fd in wanted])
+            unused = [fd for region, fd in self._mapped if (region, fd) not in wanted]
+            self._mapped = wanted
+        finally:
+            for fd in unused:
+                os.close(fd)
+
+
+def _region(region: MemoryRegion) -> Region:
+    return Region(region.guest_address, region.size_bytes, region.guest_address, region.offset)
+
+
+def slots_of(requests: Requests) -> int:
+    """How many memory slots the back-end has; 0 for none, or for one that offers them and has not written them."""
+    if not requests.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
+        return 0
+    return requests.number(FrontendRequest.GET_MAX_MEM_SLOTS)

@@ -1,0 +1,122 @@
+"""Requests to a back-end: one call each, with its reply or acknowledgement, as the protocol's table has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ...abi.vhost_user import FLAG_NEED_REPLY, REPLY_FLAGS, VERSION, FrontendRequest, ProtocolFeature
+from ...abi.vhost_user_payloads import U64, PayloadError
+from ...abi.vhost_user_table import FRONTEND_REQUESTS
+from ...errors import DeadlineExceeded
+from ...vhost_user.connection import Connection, Message
+from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
+
+__all__ = ["Requests"]
+
+
+class Requests:
+    """Asks over ``connection``, which is taken. ``protocol_features`` are what was negotiated so far.
+
+    What is no valid reply, or does not come in time, leaves the connection useless: `broken` says why.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.protocol_features = 0
+        self.broken = ""
+
+    @property
+    def peer(self) -> str:
+        """What errors call the back-end."""
+        return self.connection.peer
+
+    def has(self, feature: ProtocolFeature) -> bool:
+        """Whether ``feature`` was negotiated."""
+        return bool(self.protocol_features >> feature & 1)
+
+    def ask(self, request: FrontendRequest, payload: Any = None, fds: Sequence[int] = ()) -> Any:
+        """Send ``request`` (``fds`` are borrowed) and return the payload of its own reply."""
+        reply, its_fds = self.ask_with_fds(request, payload, fds)
+        if its_fds:
+            for fd in its_fds:
+                os.close(fd)
+            raise self._break(request, f"{len(its_fds)} descriptors came with the reply")
+        return reply
+
+    def ask_with_fds(
+        self, request: FrontendRequest, payload: Any = None, fds: Sequence[int] = ()
+    ) -> tuple[Any, list[int]]:
+        """The same, with the descriptors of the reply, which the caller owns."""
+        spec = FRONTEND_REQUESTS[request]
+        self._send(request, payload, fds, VERSION)
+        with self._reply_to(request) as message:
+            try:
+                # back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes, and nothing in them matters
+                reply = None if request is FrontendRequest.SET_LOG_BASE else spec.reply.unpack(message.payload)
+            except PayloadError as error:
+                raise self._break(request, str(error)) from None
+            if message.fd_count > spec.reply_fds[1]:
+                raise self._break(request, f"{message.fd_count} descriptors came with the reply")
+            return reply, message.take_fds()
+
+    def number(self, request: FrontendRequest) -> int:
+        """The number that is the reply to ``request``."""
+        value: int = self.ask(request).value
+        return value
+
+    def tell(self, request: FrontendRequest, payload: Any = None, fds: Sequence[int] = ()) -> None:
+        """Send a request without a reply of its own, and wait until it is done. ``fds`` are borrowed.
+
+        Raises `PeerRefused` where the back-end says so; one without REPLY_ACK can only close the connection.
+        """
+        acknowledged = self.has(ProtocolFeature.REPLY_ACK)
+        self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0))
+        if not acknowledged:
+            # any reply tells that what was sent before it is done; QEMU takes this one as well
+            self.number(FrontendRequest.GET_FEATURES)
+            return
+        with self._reply_to(request) as message:
+            try:
+                code = U64.unpack(message.payload).value
+            except PayloadError as error:
+                raise self._break(request, str(error)) from None
+        if code:
+            why = f"the back-end refused it (code {code:#x})"
+            raise PeerRefused(request.name, peer=self.peer, why=why, request=request, code=code)
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self.connection.close()
+
+    def _send(self, request: FrontendRequest, payload: Any, fds: Sequence[int], flags: int) -> None:
+        if self.broken:
+            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        try:
+            self.connection.send(request, b"" if payload is None else payload.pack(), fds, flags=flags)
+        except (ProtocolError, DeadlineExceeded) as error:
+            self.broken = error.why
+            raise
+
+    def _reply_to(self, request: FrontendRequest) -> Message:
+        try:
+            message = self.connection.receive()
+        except DeadlineExceeded as error:
+            self.broken = f"no reply to {request.name} within {error.timeout_s:g} s"
+            hint = "the back-end is stuck or slow"
+            raise DeadlineExceeded(request.name, error.timeout_s, device=self.peer, hint=hint) from None
+        except ProtocolError as error:
+            self.broken = error.why
+            raise
+        if message is None:
+            self.broken = "the back-end closed the connection"
+            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        if message.request != request or message.flags != REPLY_FLAGS:
+            message.close()
+            raise self._break(request, f"the reply is to request {message.request} with flags {message.flags:#x}")
+        return message
+
+    def _break(self, request: FrontendRequest, why: str) -> ProtocolError:
+        self.broken = why
+        return ProtocolError(request.name, peer=self.peer, why=why, request=request)

@@ -1,0 +1,116 @@
+"""The front-end's memory: its regions in the device, and its user addresses translated to the guest's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...abi.vhost_user_payloads import Region
+from ...device import Device, MemoryRegion
+from ...errors import VdpaBridgeError
+from .offer import MEMORY_SLOTS
+
+__all__ = ["FrontendMemory"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    region: Region
+    mapped: MemoryRegion
+    file: tuple[int, int]
+    """Device and inode number: the same file comes as another descriptor each time."""
+
+    def same_mapping(self, region: Region, file: tuple[int, int]) -> bool:
+        mine = self.region
+        return (
+            file == self.file
+            and mine.guest_address == region.guest_address
+            and mine.size_bytes == region.size_bytes
+            and mine.mmap_offset == region.mmap_offset
+        )
+
+
+class FrontendMemory:
+    """What a front-end has shown of its guest's memory to ``device`` (borrowed). Descriptors are borrowed too."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._known: list[_Known] = []
+
+    def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
+        """The whole table anew. What stays as it was stays mapped: a running device needs it."""
+        wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        for position, each in enumerate(wanted):
+            _check_size(each.region)
+            _check_apart(each.region, [other.region for other in wanted[:position]])
+        kept = [old for old in self._known if any(old.same_mapping(new.region, new.file) for new in wanted)]
+        gone = [old for old in self._known if old not in kept]
+        new = [each for each in wanted if not any(old.same_mapping(each.region, each.file) for old in kept)]
+        if gone:
+            self._device.unmap([each.mapped for each in gone])
+            self._known = kept
+        if new:
+            self._device.map([each.mapped for each in new])
+        self._known = wanted
+
+    def add(self, region: Region, fd: int) -> None:
+        """One region more."""
+        _check_size(region)
+        _check_apart(region, [each.region for each in self._known])
+        if len(self._known) >= MEMORY_SLOTS:
+            raise VdpaBridgeError("add a memory region", why=f"all {MEMORY_SLOTS} slots are in use")
+        known = _known(region, fd)
+        self._device.map([known.mapped])
+        self._known.append(known)
+
+    def remove(self, region: Region) -> None:
+        """One region less: guest address, user address and size must be those of one; the offset does not matter."""
+
+        def key(each: Region) -> tuple[int, int, int]:
+            return each.guest_address, each.user_address, each.size_bytes
+
+        found = [each for each in self._known if key(each.region) == key(region)]
+        if not found:
+            why = f"there is none of {region.size_bytes:#x} bytes at {region.guest_address:#x}"
+            raise VdpaBridgeError("remove a memory region", why=why)
+        self._device.unmap([found[0].mapped])
+        self._known.remove(found[0])
+
+    def guest_address(self, user_address: int) -> int:
+        """The guest address of what the front-end has at ``user_address``."""
+        for each in self._known:
+            offset = user_address - each.region.user_address
+            if 0 <= offset < each.region.size_bytes:
+                return each.region.guest_address + offset
+        raise VdpaBridgeError("find a ring", why=f"no memory region has user address {user_address:#x}")
+
+    def clear(self) -> None:
+        """The front-end is gone, and its memory with it."""
+        known, self._known = self._known, []
+        if known:
+            self._device.unmap([each.mapped for each in known])
+
+
+def _known(region: Region, fd: int) -> _Known:
+    status = os.fstat(fd)
+    mapped = MemoryRegion(region.guest_address, region.size_bytes, fd, region.mmap_offset)
+    return _Known(region, mapped, (status.st_dev, status.st_ino))
+
+
+def _check_size(region: Region) -> None:
+    for what, start in (("guest", region.guest_address), ("user", region.user_address), ("file", region.mmap_offset)):
+        if not 0 < region.size_bytes <= (1 << 64) - start:
+            why = f"{region.size_bytes:#x} bytes at {what} address {start:#x}"
+            raise VdpaBridgeError("map a memory region", why=why)
+
+
+def _check_apart(region: Region, others: Sequence[Region]) -> None:
+    for other in others:
+        apart = (
+            region.guest_address + region.size_bytes <= other.guest_address
+            or other.guest_address + other.size_bytes <= region.guest_address
+        )
+        if not apart:
+            why = f"the one at {region.guest_address:#x} overlaps the one at {other.guest_address:#x}"
+            raise VdpaBridgeError("map a memory region", why=why)

@@ -1,0 +1,313 @@
+"""What is done for each request of a front-end: one method each, found by the request's name.
+
+A method gets the decoded payload and owns the descriptors in ``fds``; what it leaves there is closed. It returns
+the payload of the reply, where the request has one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ...abi.vhost import VHOST_F_LOG_ALL
+from ...abi.vhost_user import (
+    DEVICE_STATE_NO_FD,
+    VHOST_USER_F_PROTOCOL_FEATURES,
+    VRING_INDEX_MASK,
+    VRING_NO_FD,
+    BackendRequest,
+    ConfigFlags,
+    FrontendRequest,
+    ProtocolFeature,
+)
+from ...abi.vhost_user_payloads import U64, Config, Inflight, VringState
+from ...device import (
+    Capability,
+    Device,
+    DirtyLog,
+    InflightRegion,
+    Operation,
+    RunState,
+    StateDirection,
+    StatePhase,
+)
+from ...errors import VdpaBridgeError
+from ...vhost_user.connection import Connection
+from .memory import FrontendMemory
+from .offer import MEMORY_SLOTS, features_of, protocol_features_of
+from .rings import Rings
+
+__all__ = ["Answer", "Requests"]
+
+_LOG_ALL = 1 << VHOST_F_LOG_ALL
+_PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
+#: The low byte is the error; with "no descriptor" set beside it every front-end sees that none comes.
+_STATE_REFUSED = DEVICE_STATE_NO_FD | 1
+_RUNNABLE = (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED)
+
+
+class Answer:
+    """A reply: its payload, and descriptors to go with it, which are closed when it was sent."""
+
+    __slots__ = ("error", "fds", "payload")
+
+    def __init__(self, payload: Any, fds: tuple[int, ...] = (), error: VdpaBridgeError | None = None) -> None:
+        self.payload = payload
+        self.fds = fds
+        self.error = error
+        """What the reply tells in a number, for the log."""
+
+
+class Requests:
+    """One front-end's use of ``device``, which is borrowed."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.memory = FrontendMemory(device)
+        self.rings = Rings(device, self.memory)
+        self.protocol_features = 0
+        self.channel: Connection | None = None
+        """For our own requests to the front-end."""
+        self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._log: DirtyLog | None = None
+        self._log_all = False
+        self._transferring = False
+
+    def has(self, feature: ProtocolFeature) -> bool:
+        """Whether the front-end has negotiated ``feature``."""
+        return bool(self.protocol_features >> feature & 1)
+
+    def perform(self, request: FrontendRequest, payload: Any, fds: list[int]) -> Answer | None:
+        """Do what ``request`` asks for. Raises `VdpaBridgeError`, ValueError, OSError as the device does."""
+        answer: Answer | None = getattr(self, request.name.lower())(payload, fds)
+        return answer
+
+    # --- features ---
+
+    def get_features(self, _payload: Any, _fds: list[int]) -> Answer:
+        """Legal at any time: QEMU uses it as a barrier."""
+        return Answer(U64(features_of(self.device)))
+
+    def set_features(self, payload: U64, _fds: list[int]) -> None:
+        """Accept features, and switch the dirty log. A change of the device's features takes a reset."""
+        offered = features_of(self.device)
+        if unknown := payload.value & ~offered:
+            raise VdpaBridgeError("SET_FEATURES", why=f"bits {unknown:#x} were not offered")
+        wanted = payload.value & ~(_LOG_ALL | _PROTOCOL_FEATURES)
+        if self.device.state is RunState.FAILED:
+            self._reset()
+        if self.device.state is not RunState.RESET and self.device.accepted_features != wanted:
+            if self.device.state is RunState.RUNNING:
+                raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
+            self._reset()
+        if self.device.state is RunState.RESET:
+            self.device.accept_features(wanted)
+        if Capability.CONFIG_CALL in self.device.capabilities and self.device.config_call is None:
+            self.device.set_config_call(self.config_changed)
+        self._log_all = bool(payload.value & _LOG_ALL)
+        self._switch_log()
+        # with the bit, the rings' own enable states stand
+        if not payload.value & _PROTOCOL_FEATURES:
+            self.rings.enable_all()
+
+    def get_protocol_features(self, _payload: Any, _fds: list[int]) -> Answer:
+        """Legal before SET_FEATURES."""
+        return Answer(U64(protocol_features_of(self.device)))
+
+    def set_protocol_features(self, payload: U64, _fds: list[int]) -> None:
+        """Also from a front-end that did not ask what there is: Cloud Hypervisor when it restores."""
+        if unknown := payload.value & ~protocol_features_of(self.device):
+            raise VdpaBridgeError("SET_PROTOCOL_FEATURES", why=f"bits {unknown:#x} were not offered")
+        self.protocol_features = payload.value
+
+    def set_owner(self, _payload: Any, _fds: list[int]) -> None:
+        """The connection is the owner."""
+
+    def reset_owner(self, _payload: Any, _fds: list[int]) -> None:
+        """Deprecated; the specification lets us ignore it."""
+
+    def reset_device(self, _payload: Any, _fds: list[int]) -> None:
+        """The guest's driver has reset its device."""
+        self._reset()
+
+    def get_queue_num(self, _payload: Any, _fds: list[int]) -> Answer:
+        """How many queues there are."""
+        return Answer(U64(self.device.identity.queue_count))
+
+    def _reset(self) -> None:
+        self.device.reset()
+        self._transferring = False
+        self.rings.forget()
+
+    # --- configuration space ---
+
+    def get_config(self, payload: Config, _fds: list[int]) -> Answer:
+        """Reads beyond the end are zeros: front-ends ask for the newest structure, whatever the device has."""
+        whole = self.device.identity.config_size_bytes
+        here = max(0, min(payload.size_bytes, whole - payload.offset))
+        try:
+            data = self.device.read_config(payload.offset, here) if here else b""
+        except VdpaBridgeError as error:
+            return Answer(Config(payload.offset, 0, payload.flags, b""), error=error)
+        data = data.ljust(payload.size_bytes, b"\0")
+        return Answer(Config(payload.offset, payload.size_bytes, payload.flags, data))
+
+    def set_config(self, payload: Config, _fds: list[int]) -> None:
+        """What a guest may write. What only a migration may write, no device here lets anybody write."""
+        if payload.flags != ConfigFlags.GUEST_WRITE:
+            raise VdpaBridgeError("SET_CONFIG", why=f"flags {payload.flags:#x}: read-only fields stay as they are")
+        self.device.write_config(payload.offset, payload.data)
+
+    def set_backend_req_fd(self, _payload: Any, fds: list[int]) -> None:
+        """The channel for our own requests."""
+        channel = Connection.from_fd(fds.pop(), timeout_s=self.device.timeout_s)
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = channel
+
+    def announce_config_change(self) -> None:
+        """Pass the device's notification on. A suspended device has promised not to change."""
+        os.eventfd_read(self.config_changed)
+        if self.channel is not None and self.has(ProtocolFeature.CONFIG):
+            self.channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+
+    # --- memory ---
+
+    def set_mem_table(self, payload: Any, fds: list[int]) -> None:
+        """All regions anew."""
+        self.memory.replace(payload.regions, fds)
+
+    def get_max_mem_slots(self, _payload: Any, _fds: list[int]) -> Answer:
+        """How many regions there can be."""
+        return Answer(U64(MEMORY_SLOTS))
+
+    def add_mem_reg(self, payload: Any, fds: list[int]) -> None:
+        """One region more."""
+        self.memory.add(payload.region, fds[0])
+
+    def rem_mem_reg(self, payload: Any, _fds: list[int]) -> None:
+        """One region less. A descriptor may come with it, and is closed."""
+        self.memory.remove(payload.region)
+
+    # --- rings ---
+
+    def set_vring_num(self, payload: VringState, _fds: list[int]) -> None:
+        """Size."""
+        self.rings.set_size(payload.index, payload.num)
+
+    def set_vring_addr(self, payload: Any, _fds: list[int]) -> None:
+        """Addresses. The used ring is logged, where a log is kept, whatever the flag says: that is never too little."""
+        self.rings.set_address(payload.index, payload)
+
+    def set_vring_base(self, payload: VringState, _fds: list[int]) -> None:
+        """Where to go on."""
+        self.rings.set_base(payload.index, payload.num)
+
+    def get_vring_base(self, payload: VringState, _fds: list[int]) -> Answer:
+        """Stop, with everything finished that was taken."""
+        return Answer(VringState(payload.index, self.rings.stop(payload.index, drain=True)))
+
+    def get_vring_base_skip_drain(self, payload: VringState, _fds: list[int]) -> Answer:
+        """Stop, and leave what was taken to the in-flight region."""
+        return Answer(VringState(payload.index, self.rings.stop(payload.index, drain=False)))
+
+    def set_vring_kick(self, payload: U64, fds: list[int]) -> None:
+        """Start."""
+        if payload.value & VRING_NO_FD:
+            raise VdpaBridgeError("SET_VRING_KICK", why="the device does not poll: it needs a descriptor")
+        self._set_eventfd(Operation.SET_KICK, payload, fds)
+
+    def set_vring_call(self, payload: U64, fds: list[int]) -> None:
+        """Where used buffers are signalled."""
+        self._set_eventfd(Operation.SET_CALL, payload, fds)
+
+    def set_vring_err(self, payload: U64, fds: list[int]) -> None:
+        """Where errors are signalled."""
+        self._set_eventfd(Operation.SET_ERR, payload, fds)
+
+    def set_vring_enable(self, payload: VringState, _fds: list[int]) -> None:
+        """Enable or disable."""
+        if payload.num > 1:
+            raise VdpaBridgeError("SET_VRING_ENABLE", why=f"{payload.num} is neither 0 nor 1")
+        self.rings.enable(payload.index, bool(payload.num))
+
+    def _set_eventfd(self, operation: Operation, payload: U64, fds: list[int]) -> None:
+        if bool(fds) == bool(payload.value & VRING_NO_FD) or payload.value & ~(VRING_INDEX_MASK | VRING_NO_FD):
+            raise VdpaBridgeError(operation.value, why=f"{len(fds)} descriptors with {payload.value:#x}")
+        self.rings.set_eventfd(operation, payload.value & VRING_INDEX_MASK, fds.pop() if fds else None)
+
+    # --- dirty log and in-flight requests ---
+
+    def set_log_base(self, payload: Any, fds: list[int]) -> Answer:
+        """Where the log is. The reply is what came: rust-vmm's front-end waits for all 16 bytes, others for any."""
+        self._drop_log()
+        self._log = DirtyLog(fds.pop(), payload.size_bytes, payload.offset)
+        self._switch_log()
+        return Answer(payload)
+
+    def set_log_fd(self, _payload: Any, _fds: list[int]) -> None:
+        """An eventfd for somebody who waits for the log to change; nobody does."""
+
+    def get_inflight_fd(self, payload: Inflight, _fds: list[int]) -> Answer:
+        """A region for requests in flight."""
+        region = self.device.get_inflight(payload.queue_count, payload.queue_size)
+        reply = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
+        return Answer(reply, (region.fd,))
+
+    def set_inflight_fd(self, payload: Inflight, fds: list[int]) -> None:
+        """A region that holds requests in flight, or will."""
+        region = InflightRegion(fds[0], payload.size_bytes, payload.offset, payload.queue_count, payload.queue_size)
+        self.device.set_inflight(region)
+
+    def _switch_log(self) -> None:
+        """The log is kept while the front-end says so and has said where; in either order."""
+        if self.device.state in _RUNNABLE and Capability.DIRTY_LOG in self.device.capabilities:
+            self.device.set_dirty_log(self._log if self._log_all else None)
+
+    def _drop_log(self) -> None:
+        if self._log is not None:
+            os.close(self._log.fd)
+            self._log = None
+
+    # --- device state ---
+
+    def set_device_state_fd(self, payload: Any, fds: list[int]) -> Answer:
+        """Begin a transfer; the descriptor goes straight to the device."""
+        try:
+            direction, phase = StateDirection(payload.direction), StatePhase(payload.phase)
+        except ValueError as error:
+            refused = VdpaBridgeError("SET_DEVICE_STATE_FD", why=str(error))
+            return Answer(U64(_STATE_REFUSED), error=refused)
+        try:
+            instead = self.device.set_state_fd(direction, phase, fds.pop())
+        except VdpaBridgeError as error:
+            return Answer(U64(_STATE_REFUSED), error=error)
+        self._transferring = True
+        return Answer(U64(DEVICE_STATE_NO_FD)) if instead is None else Answer(U64(0), (instead,))
+
+    def check_device_state(self, _payload: Any, _fds: list[int]) -> Answer:
+        """Wait for the end of the transfer, as long as the device's deadline allows."""
+        self._transferring = False
+        try:
+            self.device.check_state()
+        except VdpaBridgeError as error:
+            return Answer(U64(1), error=error)
+        return Answer(U64(0))
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """The front-end is gone: the device stops, remembers everything, and lets go of what was the front-end's."""
+        try:
+            self.rings.suspend()
+            if self._transferring:
+                self.device.abandon_state()
+            self._log_all = False
+            self._switch_log()
+            self.memory.clear()
+        finally:
+            self.rings.close()
+            self._drop_log()
+            if self.channel is not None:
+                self.channel.close()
+            os.close(self.config_changed)

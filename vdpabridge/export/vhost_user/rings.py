@@ -1,0 +1,276 @@
+"""The rings as a front-end wants them, and the policy that brings the device there.
+
+A front-end speaks of rings one by one; a device starts, suspends and resumes as a whole. A ring is started by
+SET_VRING_KICK and stopped by GET_VRING_BASE; the device runs when a ring that is started is also enabled, and is
+suspended when the last is stopped. Source: docs/interop/vhost-user.rst, "Ring states".
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from ...abi.vhost_user_payloads import VringAddr
+from ...abi.virtio import VIRTIO_F_RING_PACKED
+from ...device import Capability, Device, Operation, QueueBase, QueueSetup, RunState, decode_base
+from ...errors import VdpaBridgeError
+from .memory import FrontendMemory
+
+__all__ = ["Rings"]
+
+_BINDERS = {Operation.SET_KICK: Device.set_kick, Operation.SET_CALL: Device.set_call, Operation.SET_ERR: Device.set_err}
+
+
+@dataclass(slots=True)
+class Ring:
+    """One ring as the front-end has described it."""
+
+    size: int = 0
+    address: VringAddr | None = None
+    base_word: int | None = None
+    eventfds: dict[Operation, int] = field(default_factory=dict)
+    """Owned."""
+    started: bool = False
+    enabled: bool = False
+    decided: bool = False
+    """Whether `enabled` is what the front-end has said, since the ring was last stopped and disabled."""
+    live: bool = False
+    """Whether the running device has it."""
+
+
+class Rings:
+    """The rings of ``device``, with ``memory`` to find them in; both are borrowed. Owns the front-end's eventfds."""
+
+    def __init__(self, device: Device, memory: FrontendMemory) -> None:
+        self._device = device
+        self._memory = memory
+        self._rings: dict[int, Ring] = {}
+
+    # --- what the front-end says ---
+
+    def set_size(self, index: int, size: int) -> None:
+        """SET_VRING_NUM."""
+        if size == 0 or size > self._device.identity.queue_size_max:
+            raise VdpaBridgeError(f"queue {index}", why=f"{size} descriptors; at most {self._size_max}")
+        self._stopped(index).size = size
+
+    def set_address(self, index: int, address: VringAddr) -> None:
+        """SET_VRING_ADDR. Of a ring at work only the logging may change, which the device does in any case."""
+        ring = self._ring(index)
+        if ring.live and ring.address is not None and self._setup(index, ring, address) != self._setup(index, ring):
+            raise VdpaBridgeError(f"queue {index}", why="it is at work and cannot be moved")
+        ring.address = address
+
+    def set_base(self, index: int, word: int) -> None:
+        """SET_VRING_BASE."""
+        self._stopped(index).base_word = word
+
+    def set_eventfd(self, operation: Operation, index: int, fd: int | None) -> None:
+        """SET_VRING_KICK, CALL or ERR. Takes ``fd``. A kick descriptor starts the ring."""
+        if fd is not None:
+            try:
+                ring = self._ring(index)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._keep(ring, operation, fd)
+        else:
+            ring = self._ring(index)
+            self._keep(ring, operation, None)
+        if ring.live:
+            _BINDERS[operation](self._device, index, fd)
+        elif operation is Operation.SET_KICK and fd is not None:
+            ring.started = True
+            self._advance()
+
+    def enable(self, index: int, enabled: bool) -> None:
+        """SET_VRING_ENABLE."""
+        ring = self._ring(index)
+        ring.enabled, ring.decided = enabled, True
+        if ring.live:
+            self._enable_live(index, enabled)
+        else:
+            self._advance()
+
+    def enable_all(self) -> None:
+        """What SET_FEATURES without PROTOCOL_FEATURES means."""
+        for index in range(self._device.identity.queue_count):
+            ring = self._ring(index)
+            ring.enabled = ring.decided = True
+        self._advance()
+
+    def stop(self, index: int, *, drain: bool) -> int:
+        """GET_VRING_BASE: stop the ring and return the word that says where it stands."""
+        ring = self._ring(index)
+        device = self._device
+        if ring.live:
+            if Capability.QUEUE_CONTROL in device.capabilities:
+                ring.base_word = device.stop_queue(index, drain=drain).encode()
+                ring.live = False
+                if not any(each.live for each in self._rings.values()):
+                    device.suspend()
+            else:
+                # the device stops as a whole; the others' positions are asked for next
+                device.suspend(drain=drain)
+                self._collect_bases()
+        ring.started = False
+        if not ring.enabled:
+            ring.decided = False
+        self._keep(ring, Operation.SET_KICK, None)
+        return self._base(ring).encode()
+
+    def suspend(self) -> None:
+        """Stop everything that is at work, as for a front-end that has left."""
+        if self._device.state is RunState.RUNNING:
+            self._device.suspend()
+            self._collect_bases()
+
+    def forget(self) -> None:
+        """RESET_DEVICE was done: every ring is stopped and disabled, and at its beginning."""
+        for ring in self._rings.values():
+            ring.started = ring.enabled = ring.decided = ring.live = False
+            ring.base_word = None
+            self._keep(ring, Operation.SET_KICK, None)
+
+    def close(self) -> None:
+        """Close the eventfds. Idempotent."""
+        for ring in self._rings.values():
+            for fd in ring.eventfds.values():
+                os.close(fd)
+        self._rings.clear()
+
+    # --- what the device is told ---
+
+    def _advance(self) -> None:
+        """Start, or go on, where the front-end has said all that there is to wait for."""
+        device = self._device
+        started = {index: ring for index, ring in self._rings.items() if ring.started}
+        if device.state is RunState.RUNNING:
+            if any(ring.enabled and not ring.live for ring in started.values()):
+                self._join()
+        elif any(ring.enabled for ring in started.values()) and all(ring.decided for ring in started.values()):
+            if device.state is RunState.RESET:
+                raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
+            self._go()
+
+    def _go(self) -> None:
+        device = self._device
+        if device.state is RunState.CONFIGURED:
+            self._install_all()
+            device.start()
+        elif Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
+            self._disable_absent()
+            self._install_all()
+            device.resume()
+        elif Capability.RESUME in device.capabilities and self._unchanged():
+            for index, ring in self._rings.items():
+                if ring.started:
+                    self._bind(index, ring)
+            device.resume()
+        else:
+            self._replay()
+        for ring in self._rings.values():
+            ring.live = ring.started
+
+    def _join(self) -> None:
+        """Rings that were started after the device was."""
+        if Capability.QUEUE_CONTROL in self._device.capabilities:
+            for index, ring in self._rings.items():
+                if ring.started and ring.enabled and not ring.live:
+                    self._install(index, ring)
+                    ring.live = True
+        else:
+            self._device.suspend()
+            self._collect_bases()
+            self._go()
+
+    def _enable_live(self, index: int, enabled: bool) -> None:
+        if Capability.ENABLE_WHILE_RUNNING in self._device.capabilities:
+            self._device.enable_queue(index, enabled)
+        elif not any(ring.enabled for ring in self._rings.values() if ring.live):
+            # a front-end that pauses (Cloud Hypervisor) or is about to stop every ring (QEMU): the same for us
+            self._device.suspend()
+            self._collect_bases()
+
+    def _replay(self) -> None:
+        """Reset and set up anew, as the only way for what this device is not able to change otherwise."""
+        device = self._device
+        features = device.accepted_features
+        device.reset()
+        device.accept_features(features)
+        self._install_all()
+        device.start()
+
+    def _install_all(self) -> None:
+        for index, ring in self._rings.items():
+            if ring.started:
+                self._install(index, ring)
+
+    def _install(self, index: int, ring: Ring) -> None:
+        self._device.set_queue(index, self._setup(index, ring))
+        self._device.set_base(index, self._base(ring))
+        self._bind(index, ring)
+        self._device.enable_queue(index, ring.enabled)
+
+    def _bind(self, index: int, ring: Ring) -> None:
+        for operation, bind in _BINDERS.items():
+            bind(self._device, index, ring.eventfds.get(operation))
+
+    def _disable_absent(self) -> None:
+        for index in self._device.queues:
+            if not self._ring(index).started:
+                self._device.enable_queue(index, False)
+
+    def _unchanged(self) -> bool:
+        """Whether the suspended device has every ring as the front-end wants it, so that it can simply resume."""
+        known = self._device.queues
+        wanted = {index: ring for index, ring in self._rings.items() if ring.started}
+        return {index for index, record in known.items() if record.setup is not None} == set(wanted) and all(
+            known[index].setup == self._setup(index, ring)
+            and known[index].enabled == ring.enabled
+            and self._device.get_base(index) == self._base(ring)
+            for index, ring in wanted.items()
+        )
+
+    def _collect_bases(self) -> None:
+        for index, ring in self._rings.items():
+            if ring.live:
+                ring.base_word = self._device.get_base(index).encode()
+                ring.live = False
+
+    # --- a ring in the device's terms ---
+
+    @property
+    def _size_max(self) -> int:
+        return self._device.identity.queue_size_max
+
+    def _setup(self, index: int, ring: Ring, address: VringAddr | None = None) -> QueueSetup:
+        where = address or ring.address
+        if where is None or not ring.size:
+            raise VdpaBridgeError(f"queue {index}", why="it was kicked before its size and addresses were set")
+        desc, avail, used = (self._memory.guest_address(each) for each in (where.desc, where.avail, where.used))
+        return QueueSetup(ring.size, desc, avail, used)
+
+    def _base(self, ring: Ring) -> QueueBase:
+        packed = bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
+        initial = 1 << 15 | 1 << 31 if packed else 0
+        return decode_base(initial if ring.base_word is None else ring.base_word, packed=packed)
+
+    def _ring(self, index: int) -> Ring:
+        if index >= self._device.identity.queue_count:
+            why = f"the device has {self._device.identity.queue_count}, numbered from 0"
+            raise VdpaBridgeError(f"queue {index}", why=why)
+        return self._rings.setdefault(index, Ring())
+
+    def _stopped(self, index: int) -> Ring:
+        ring = self._ring(index)
+        if ring.live:
+            raise VdpaBridgeError(f"queue {index}", why="it is at work: GET_VRING_BASE stops it")
+        return ring
+
+    @staticmethod
+    def _keep(ring: Ring, operation: Operation, fd: int | None) -> None:
+        if (old := ring.eventfds.pop(operation, None)) is not None:
+            os.close(old)
+        if fd is not None:
+            ring.eventfds[operation] = fd

@@ -1,0 +1,161 @@
+"""Front-ends one after the other: wait for one, serve it, wait for the next."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+from collections.abc import Callable
+from typing import Self
+
+from ...device import Device
+from ...errors import DeadlineExceeded, VdpaBridgeError
+from ...vhost_user.connection import Connection
+from ...vhost_user.errors import ProtocolError
+from .session import Session, require_servable
+
+__all__ = ["Server", "listen"]
+
+#: What fits a ``struct sockaddr_un``, with the zero at the end.
+_PATH_BYTES_MAX = 107
+
+
+def listen(path: str) -> socket.socket:
+    """A socket that listens at ``path``, owned by the caller, who removes the file.
+
+    A socket file that nobody listens on is replaced. Raises `VdpaBridgeError` where somebody does, where something
+    else is there, and for a path that is too long; OSError as bind(2) does.
+    """
+    if len(os.fsencode(path)) > _PATH_BYTES_MAX:
+        why = f"a socket's path has {_PATH_BYTES_MAX} bytes at the most, and this has {len(os.fsencode(path))}"
+        raise VdpaBridgeError("listen", device=path, why=why, hint="use a shorter one, relative if need be")
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(path)
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        why = os.strerror(error.errno or 0)
+        raise VdpaBridgeError("listen", device=path, why=why, hint="is the directory there, and yours?") from error
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody has bound; see to it that no back-end takes the question for its front-end."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise _occupied(path, "something is there that is no socket")
+    # of another type than a back-end's, which the kernel notices before anybody hears of it
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise _occupied(path, f"a socket is there: {error.strerror}") from None
+    raise _occupied(path, "another process listens there")
+
+
+def _occupied(path: str, why: str) -> VdpaBridgeError:
+    return VdpaBridgeError("listen", device=path, why=why, hint="use another path")
+
+
+class Server:
+    """Serves ``device`` (borrowed). `stop` may be called by a signal handler or another thread."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        report: Callable[[str], None],
+        trace: Callable[[str], None] | None = None,
+        timeout_s: float | None = 10.0,
+    ) -> None:
+        """``timeout_s`` bounds a message on its way; a front-end may be silent for ever between two."""
+        require_servable(device)
+        self._device = device
+        self._report = report
+        self._trace = trace
+        self._timeout_s = timeout_s
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def stop(self) -> None:
+        """Have `serve` and `serve_connection` return soon."""
+        os.eventfd_write(self._stop, 1)
+
+    def serve(self, listener: socket.socket, *, once: bool = False) -> None:
+        """Serve whoever connects to ``listener`` (borrowed), one at a time, until `stop`; with ``once``, only one.
+
+        Who connects while another is served is sent away.
+        """
+        listener.setblocking(False)
+        while True:
+            if self._wait([listener.fileno()]) is None:
+                return
+            connected = _accept(listener)
+            if connected is not None:
+                connection = Connection(connected, "the front-end", timeout_s=self._timeout_s)
+                if not self.serve_connection(connection, listener) or once:
+                    return
+
+    def serve_connection(self, connection: Connection, listener: socket.socket | None = None) -> bool:
+        """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
+        with Session(self._device, connection, report=self._report, trace=self._trace) as session:
+            fds = [session.fileno(), session.config_changed, *([listener.fileno()] if listener else [])]
+            while True:
+                ready = self._wait(fds)
+                if ready is None:
+                    return False
+                if listener is not None and listener.fileno() in ready:
+                    self._send_away(listener)
+                try:
+                    if session.config_changed in ready:
+                        session.announce_config_change()
+                    if session.fileno() in ready and not session.serve_one():
+                        return True
+                except (ProtocolError, DeadlineExceeded) as error:
+                    self._report(str(error))
+                    return True
+
+    def close(self) -> None:
+        """Let go of what `stop` uses. Idempotent."""
+        if self._stop >= 0:
+            os.close(self._stop)
+            self._stop = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait(self, fds: list[int]) -> set[int] | None:
+        """Those of ``fds`` that are ready; None where it is time to stop."""
+        poll = select.poll()
+        for fd in (*fds, self._stop):
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll()}
+        return None if self._stop in ready else ready
+
+    def _send_away(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            second = _accept(listener)
+            if second is not None:
+                second.close()
+                self._report("a second front-end was sent away: the device is in use")
+
+
+def _accept(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except (BlockingIOError, ConnectionAbortedError):
+        return None

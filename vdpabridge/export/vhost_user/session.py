@@ -1,0 +1,193 @@
+"""One front-end, from its first message to its last: decode, validate, have it done, reply.
+
+Source: docs/interop/vhost-user.rst, "Communication"; each request's row in `abi.vhost_user_table`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
+from ...abi.vhost_user_payloads import U64, PayloadError
+from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
+from ...device import Capability, Device
+from ...errors import MissingCapability, VdpaBridgeError
+from ...transitions import ALTERNATIVES
+from ...vhost_user.connection import Connection, Message
+from ...vhost_user.errors import ConnectionLost, ProtocolError
+from .requests import Answer, Requests
+
+__all__ = ["Session"]
+
+_FAILED = 1
+
+
+class Session:
+    """Serves ``device`` (borrowed) to the front-end at the other end of ``connection`` (taken). One thread.
+
+    ``report`` is told, in a line each, what a front-end cannot be told: the protocol has numbers, not reasons.
+    ``trace`` is told of every message.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        connection: Connection,
+        *,
+        report: Callable[[str], None],
+        trace: Callable[[str], None] | None = None,
+    ) -> None:
+        try:
+            require_servable(device)
+            self._requests = Requests(device)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._report = report
+        self._trace = trace
+        self._closed = False
+
+    @property
+    def config_changed(self) -> int:
+        """Readable when the device's configuration has changed: call `announce_config_change` then. Borrowed."""
+        return self._requests.config_changed
+
+    def fileno(self) -> int:
+        """The front-end's socket: call `serve_one` when it is readable. Borrowed."""
+        return self._connection.fileno()
+
+    def serve_one(self) -> bool:
+        """Take one message and answer it; False where the front-end has left.
+
+        Raises `ProtocolError` where the two do not understand each other: the connection is of no use then.
+        """
+        message = self._connection.receive()
+        if message is None:
+            return False
+        with message:
+            self._serve(message)
+        return True
+
+    def announce_config_change(self) -> None:
+        """Tell the front-end. Raises `ConnectionLost` where it does not listen any more."""
+        self._requests.announce_config_change()
+
+    def close(self) -> None:
+        """Stop the device, which remembers everything, and hang up. Idempotent.
+
+        What goes wrong with the device is reported: it is no reason to stay.
+        """
+        if not self._closed:
+            self._closed = True
+            try:
+                self._requests.close()
+            except VdpaBridgeError as error:
+                self._report(f"when the front-end had left: {error}")
+            finally:
+                self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Session of {self._requests.device!r}, {self._connection!r}>"
+
+    # --- one message ---
+
+    def _serve(self, message: Message) -> None:
+        fds = message.take_fds()
+        try:
+            request, spec, payload = self._understand(message, len(fds))
+            answer, error = self._perform(request, payload, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if self._trace:
+            self._trace(_line(request, payload, answer, error))
+        if answer is not None:
+            self._reply(message.request, answer)
+        elif error is not None and spec.reply is not None:
+            # it waits for a reply that does not exist
+            raise ProtocolError(request.name, peer=self._connection.peer, why=str(error), request=request) from error
+        else:
+            self._acknowledge(message, error)
+
+    def _understand(self, message: Message, fd_count: int) -> tuple[FrontendRequest, RequestSpec, Any]:
+        """The request, what belongs to it, and its payload. Raises `ProtocolError` for what is no request."""
+        try:
+            request = FrontendRequest(message.request)
+        except ValueError:
+            raise self._broken(message, f"there is no request {message.request}") from None
+        spec = FRONTEND_REQUESTS[request]
+        if message.flags & FLAG_REPLY:
+            raise self._broken(message, "it is a reply, and nothing was asked")
+        if not hasattr(Requests, request.name.lower()):
+            raise self._broken(message, "the device has no use for it, and did not offer it")
+        if spec.needs is not None and not self._requests.has(spec.needs):
+            raise self._broken(message, f"{spec.needs.name} was not negotiated")
+        try:
+            payload = spec.payload.unpack(message.payload)
+        except PayloadError as error:
+            raise self._broken(message, str(error)) from None
+        fewest, most = spec.fds
+        if fewest == PER_REGION:
+            fewest = most = len(payload.regions)
+        if not fewest <= fd_count <= most:
+            expected = str(most) if fewest == most else f"{fewest} to {most}"
+            raise self._broken(message, f"{fd_count} descriptors came with it, not {expected}")
+        return request, spec, payload
+
+    def _perform(
+        self, request: FrontendRequest, payload: Any, fds: list[int]
+    ) -> tuple[Answer | None, Exception | None]:
+        try:
+            answer = self._requests.perform(request, payload, fds)
+        except (VdpaBridgeError, ValueError, OSError) as error:
+            self._report(f"{request.name}: {error}")
+            return None, error
+        if answer is not None and answer.error is not None:
+            self._report(f"{request.name}: {answer.error}")
+        return answer, None
+
+    def _reply(self, request: int, answer: Answer) -> None:
+        try:
+            self._connection.send(request, answer.payload.pack(), answer.fds, flags=REPLY_FLAGS)
+        finally:
+            for fd in answer.fds:
+                os.close(fd)
+
+    def _acknowledge(self, message: Message, error: Exception | None) -> None:
+        if message.flags & FLAG_NEED_REPLY and self._requests.has(ProtocolFeature.REPLY_ACK):
+            self._connection.send(message.request, U64(_FAILED if error else 0).pack(), flags=REPLY_FLAGS)
+        elif error is not None:
+            # it cannot be told in a reply, and must not go on as if all were well
+            why = f"it failed, and no acknowledgement was asked for: {error}"
+            raise self._broken(message, why) from error
+
+    def _broken(self, message: Message, why: str) -> ProtocolError:
+        name = FrontendRequest(message.request).name if message.request in _NUMBERS else f"message {message.request}"
+        return ProtocolError(name, peer=self._connection.peer, why=why, request=message.request)
+
+
+_NUMBERS = frozenset(map(int, FrontendRequest))
+
+
+def require_servable(device: Device) -> None:
+    """Raise `MissingCapability` for a device that cannot be stopped without losing where its queues stand."""
+    if Capability.SUSPEND not in device.capabilities:
+        alternative = ALTERNATIVES[Capability.SUSPEND]
+        raise MissingCapability(device.name, "serve by vhost-user", Capability.SUSPEND.value, alternative)
+
+
+def _line(request: FrontendRequest, payload: Any, answer: Answer | None, error: Exception | None) -> str:
+    outcome = f"failed: {error}" if error else ("ok" if answer is None else repr(answer.payload))
+    return f"{request.name} {payload!r} -> {outcome}"
+
+
+__all__ += ["ConnectionLost", "require_servable"]
