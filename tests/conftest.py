@@ -11,7 +11,7 @@ IN_VM = os.environ.get("VDPABRIDGE_IN_VM") == "1"
 ALLOW_SKIPS = os.environ.get("VDPABRIDGE_ALLOW_SKIPS") == "1"
 
 # the tests of a real kernel run inside the test machine only, and everything else outside of it
-collect_ignore = [] if IN_VM else ["vm"]
+collect_ignore = ["peers"] if IN_VM else ["vm"]
 
 
 def open_descriptors():

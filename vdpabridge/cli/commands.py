@@ -8,7 +8,7 @@ from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
-__all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
+__all__ = ["add", "bind", "delete", "list", "serve", "show", "udev_rules"]
 
 
 def list(words: argparse.Namespace) -> None:  # the subcommand's name
@@ -65,6 +65,13 @@ def bind(words: argparse.Namespace) -> None:
     bus = Bus()
     device = bus.bind(bus.device(words.device).name, words.driver, force=words.force)
     _print_place(device, words)
+
+
+def serve(words: argparse.Namespace) -> None:
+    """``vdpabridge serve``."""
+    from .serve import serve as run
+
+    run(words)
 
 
 def udev_rules(words: argparse.Namespace) -> None:

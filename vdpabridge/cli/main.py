@@ -80,6 +80,21 @@ def _udev_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--helper", action="store_true", help="print the helper that the rules run")
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    from ..opening import DEVICE_HELP
+
+    parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket-path", metavar="PATH", help="listen here; the file is removed at the end")
+    where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
+    text = "print what the back-end can do, as JSON, and do nothing else"
+    parser.add_argument("--print-capabilities", action="store_true", help=text)
+    parser.add_argument("--once", action="store_true", help="end when the first front-end has left")
+    parser.add_argument("--trace", action="store_true", help="print every message on standard error")
+    text = "bounds every wait for the device or for a front-end in the middle of a message (default: 30)"
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", default=30.0, help=text)
+
+
 def _nothing(_parser: argparse.ArgumentParser) -> None: ...
 
 
@@ -90,6 +105,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "add": ("add", "make a device", _add),
     "del": ("delete", "delete a device; refused while a process has its node open", _delete),
     "bind": ("bind", "hand a device to another driver; refused while a process has its node open", _bind),
+    "serve": ("serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
     "udev-rules": ("udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
 }
 

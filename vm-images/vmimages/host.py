@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["BUILD_KERNEL", "BUILD_ROOT", "RUN", "HostError", "as_root", "command", "need", "step"]
+__all__ = ["BUILD_KERNEL", "BUILD_ROOT", "EXTRACT", "RUN", "HostError", "as_root", "command", "need", "step"]
 
 #: What each step needs: path or program -> the Debian package that brings it.
 RUN = {"qemu-system-x86_64": "qemu-system-x86"}
 BUILD_ROOT = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "zstd": "zstd"}
+EXTRACT = {"debugfs": "e2fsprogs"}
 BUILD_KERNEL = {
     "gcc": "gcc",
     "make": "make",

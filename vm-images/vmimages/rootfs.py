@@ -21,6 +21,8 @@ PACKAGES = (
     *("python3", "python3-pytest", "python3-hypothesis", "python3-pyroute2", "python3-cffi"),
     *("udev", "iproute2", "kmod", "procps", "strace", "e2fsprogs"),
     *("qemu-system-x86", "qemu-utils", "qemu-block-extra", "virtiofsd", "fio"),
+    # of which the smallest guest is made
+    "busybox-static",
 )
 SPARE_BYTES = 512 << 20
 

@@ -67,6 +67,14 @@ class Sim(Device):
         return cls(BlockModel.in_memory(size_bytes, queue_count=queue_count), "sim:blk", timeout_s=timeout_s)
 
     @classmethod
+    def blk_file(
+        cls, path: str, *, read_only: bool = False, queue_count: int = 2, timeout_s: float | None = None
+    ) -> Self:
+        """A disk in file ``path``, whose content is not part of the state. Raises OSError as open(2) does."""
+        model = BlockModel.of_file(path, read_only=read_only, queue_count=queue_count)
+        return cls(model, f"sim:blk,file={path}", timeout_s=timeout_s)
+
+    @classmethod
     def fs(cls, tree: Directory | None = None, *, tag: str = "", timeout_s: float | None = None) -> Self:
         """A file system of ``tree``, by default of a few files."""
         return cls(FsModel(tree, tag=tag), "sim:fs", timeout_s=timeout_s)
@@ -302,14 +310,16 @@ class Sim(Device):
         self._engine.call(lambda: self._guest.set_log(log))
 
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
-        size = queue_count * queue_region_bytes(queue_size)
+        # room for the largest ring: QEMU 10.0 asks for a region for 128 descriptors, whereupon SeaBIOS makes a ring
+        # of 256 and Linux one of 1024
+        size = queue_count * queue_region_bytes(max(queue_size, QUEUE_SIZE_MAX))
         fd = os.memfd_create("vdpabridge-inflight", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         return InflightRegion(fd, size, 0, queue_count, queue_size)
 
     def _set_inflight(self, region: InflightRegion) -> None:
-        part_bytes = queue_region_bytes(region.queue_size)
-        if region.queue_count * part_bytes > region.size_bytes:
+        part_bytes = region.size_bytes // max(region.queue_count, 1) & ~63
+        if not region.queue_count or part_bytes < queue_region_bytes(region.queue_size):
             why = f"{region.size_bytes} bytes do not hold {region.queue_count} queues of {region.queue_size}"
             raise ValueError(f"{self.name}: in-flight region: {why}")
         mapping = SharedMapping(region.fd, region.size_bytes, region.offset)
@@ -319,9 +329,9 @@ class Sim(Device):
     def _inflight_table(self, index: int, queue_size: int) -> InflightTable | None:
         if self._inflight is None or index >= self._inflight[1].queue_count:
             return None
-        mapping, region, part_bytes = self._inflight
-        if queue_size > region.queue_size:
-            raise ValueError(f"{queue_size} descriptors, and the in-flight region has room for {region.queue_size}")
+        mapping, _, part_bytes = self._inflight
+        if queue_region_bytes(queue_size) > part_bytes:
+            raise ValueError(f"{queue_size} descriptors do not fit the in-flight region's {part_bytes} bytes for each")
         return InflightTable(mapping.view[index * part_bytes : (index + 1) * part_bytes], queue_size)
 
     def _drop_inflight(self) -> None:

@@ -31,15 +31,18 @@ class InflightTable:
     def recover(self, used_index: int) -> list[int]:
         """The heads that were taken and never used, oldest first. ``used_index`` is the ring's.
 
-        A fresh region is initialised, and has none.
+        A fresh region is initialised, and has none; so is one of a ring of another size that has none left. Raises
+        ValueError for one that is not ours, or is of another ring.
         """
         features, version, size, last_head, noted_used = QUEUE_REGION_SPLIT.unpack(self._bytes)
-        if version == 0:
+        if version not in (0, VERSION):
+            raise ValueError(f"an in-flight region of version {version}, not {VERSION}")
+        if version == 0 or size != self._size:
+            if any(self._bytes[self._at(head) + _INFLIGHT] for head in range(size)):
+                raise ValueError(f"an in-flight region of a ring of {size} descriptors, and this has {self._size}")
             head = QUEUE_REGION_SPLIT.pack(features, VERSION, self._size, 0, used_index)
             self._bytes[: len(head)] = head
             return []
-        if version != VERSION or size != self._size:
-            raise ValueError(f"an in-flight region of version {version} for {size} descriptors, not {self._size}")
         if noted_used != used_index:
             # it died between publishing the used index and noting so
             self._bytes[self._at(last_head) + _INFLIGHT] = 0

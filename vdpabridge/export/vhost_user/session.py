@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
-from ...abi.vhost_user_payloads import U64, PayloadError
+from ...abi.vhost_user_payloads import U64, Config, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
 from ...device import Capability, Device
 from ...errors import MissingCapability, VdpaBridgeError
@@ -186,8 +187,13 @@ def require_servable(device: Device) -> None:
 
 
 def _line(request: FrontendRequest, payload: Any, answer: Answer | None, error: Exception | None) -> str:
-    outcome = f"failed: {error}" if error else ("ok" if answer is None else repr(answer.payload))
-    return f"{request.name} {payload!r} -> {outcome}"
+    outcome = f"failed: {error}" if error else ("ok" if answer is None else _brief(answer.payload))
+    return f"{request.name} {_brief(payload)} -> {outcome}"
+
+
+def _brief(payload: Any) -> str:
+    """``payload`` without the content of a configuration space."""
+    return repr(replace(payload, data=b"...") if isinstance(payload, Config) else payload)
 
 
 __all__ += ["ConnectionLost", "require_servable"]
