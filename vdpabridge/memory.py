@@ -5,15 +5,17 @@ A device behind vhost-vdpa needs memory that is shared and has a file behind it;
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import stat
 import sys
 from functools import cache
 from typing import Any, Self
 
 from .values import MemoryRegion
 
-__all__ = ["GuestMemory", "SharedMapping", "atomic_set_bit", "store_barrier"]
+__all__ = ["GuestMemory", "SharedMapping", "atomic_set_bit", "check_inside", "store_barrier"]
 
 
 @cache
@@ -21,6 +23,23 @@ def _libc() -> tuple[Any, Any]:
     from ._libc import ffi  # here because most commands need no memory
 
     return ffi, ffi.dlopen(None)
+
+
+#: The largest number that mmap(2) takes for a size or an offset.
+_OFFSET_MAX = (1 << 63) - 1
+
+
+def check_inside(fd: int, size_bytes: int, offset: int) -> None:
+    """Raise OSError (EINVAL) unless ``size_bytes`` from ``offset`` lie in file ``fd`` (borrowed).
+
+    Somebody else's description of memory has to pass here first: what is mapped beyond the end of a file kills the
+    process that touches it (SIGBUS). What is no regular file has no end to be beyond.
+    """
+    status = os.fstat(fd)
+    if size_bytes <= 0 or offset < 0 or offset + size_bytes > _OFFSET_MAX:
+        raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} are no part of any file")
+    if stat.S_ISREG(status.st_mode) and offset + size_bytes > status.st_size:
+        raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} of a file of {status.st_size} bytes")
 
 
 class SharedMapping:

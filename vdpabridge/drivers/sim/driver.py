@@ -26,7 +26,7 @@ from ...device import (
     StatePhase,
 )
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
-from ...memory import SharedMapping
+from ...memory import SharedMapping, check_inside
 from .blk import BlockModel
 from .engine import Engine, Worker
 from .fs import FsModel
@@ -149,6 +149,8 @@ class Sim(Device):
         return SplitBase(self._bases.get(index, 0))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        if eventfd is not None and os.readlink(f"/proc/self/fd/{eventfd}") != "anon_inode:[eventfd]":
+            raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is no eventfd")
         old = self._eventfds.pop((index, operation), None)
         if eventfd is not None:
             self._eventfds[index, operation] = os.dup(eventfd)
@@ -310,9 +312,11 @@ class Sim(Device):
         self._engine.call(lambda: self._guest.set_log(log))
 
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
+        if not 0 < queue_count <= self.model.queue_count or not 0 < queue_size <= QUEUE_SIZE_MAX:
+            raise ValueError(f"{self.name}: an in-flight region for {queue_count} queues of {queue_size}")
         # room for the largest ring: QEMU 10.0 asks for a region for 128 descriptors, whereupon SeaBIOS makes a ring
         # of 256 and Linux one of 1024
-        size = queue_count * queue_region_bytes(max(queue_size, QUEUE_SIZE_MAX))
+        size = queue_count * queue_region_bytes(QUEUE_SIZE_MAX)
         fd = os.memfd_create("vdpabridge-inflight", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         return InflightRegion(fd, size, 0, queue_count, queue_size)
@@ -322,6 +326,7 @@ class Sim(Device):
         if not region.queue_count or part_bytes < queue_region_bytes(region.queue_size):
             why = f"{region.size_bytes} bytes do not hold {region.queue_count} queues of {region.queue_size}"
             raise ValueError(f"{self.name}: in-flight region: {why}")
+        check_inside(region.fd, region.size_bytes, region.offset)
         mapping = SharedMapping(region.fd, region.size_bytes, region.offset)
         self._drop_inflight()
         self._inflight = (mapping, region, part_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import select
@@ -137,12 +138,12 @@ class Engine:
                 commands, self._commands = self._commands, []
             for command in commands:
                 command()
-            if not self.failed:
-                try:
+            try:
+                if not self.failed:
                     self._work()
-                except Exception as error:  # noqa: BLE001  # a mistake of ours is the device's death, not a hang
-                    self._die(str(error) if isinstance(error, Died) else f"{type(error).__name__}: {error}")
-            self._wait()
+                self._wait()
+            except Exception as error:  # noqa: BLE001  # a mistake of ours is the device's death, not a hang
+                self._die(str(error) if isinstance(error, Died) else f"{type(error).__name__}: {error}")
         for command in self._commands:
             command()
         self._commands = []
@@ -211,26 +212,31 @@ class Engine:
         heapq.heapify(self._due)
 
     def _wait(self) -> None:
-        busy = any(
-            worker.look and worker.enabled and not worker.stopping and not worker.broken
-            for worker in self.workers.values()
-        )
-        timeout_s: float | None = None
-        if busy and not self.failed:
-            timeout_s = 0.0
-        elif self._due and not self.failed:
-            timeout_s = max(0.0, self._due[0][0] - time.monotonic())
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        kicks: dict[int, list[Worker]] = {}
-        for worker in self.workers.values():
-            if worker.kick is not None:
-                poll.register(worker.kick, select.POLLIN)
-                kicks.setdefault(worker.kick, []).append(worker)
+        kicks: dict[int, Worker] = {}
+        if not self.failed:
+            for worker in self.workers.values():
+                if worker.kick is not None:
+                    poll.register(worker.kick, select.POLLIN)
+                    kicks[worker.kick] = worker
+        timeout_s = self._patience_s()
         for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000):
-            try:
-                os.eventfd_read(fd)
-            except BlockingIOError:
-                continue
-            for worker in kicks.get(fd, ()):
-                worker.look = True
+            _clear(fd)
+            if fd in kicks:
+                kicks[fd].look = True
+
+    def _patience_s(self) -> float | None:
+        """How long there is nothing to do without being woken."""
+        if self.failed:
+            return None
+        for worker in self.workers.values():
+            if worker.look and worker.enabled and not worker.stopping and not worker.broken:
+                return 0.0
+        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+
+
+def _clear(eventfd: int) -> None:
+    """Read ``eventfd`` without waiting, whatever its own mode is: somebody else may have read it meanwhile."""
+    with contextlib.suppress(BlockingIOError):
+        os.preadv(eventfd, [bytearray(8)], -1, os.RWF_NOWAIT)

@@ -7,7 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from ...memory import SharedMapping, atomic_set_bit
+from ...memory import SharedMapping, atomic_set_bit, check_inside
 from ...values import DirtyLog, MemoryRegion
 
 __all__ = ["BadAddress", "DirtyBitmap", "GuestView"]
@@ -24,6 +24,7 @@ class DirtyBitmap:
     """A dirty log, mapped. ``log.fd`` is borrowed. Other processes set and clear bits of it at the same time."""
 
     def __init__(self, log: DirtyLog) -> None:
+        check_inside(log.fd, log.size_bytes, log.offset)
         skipped = log.offset % mmap.ALLOCATIONGRANULARITY
         self._first_bit = 8 * skipped
         self._bits = 8 * log.size_bytes
@@ -47,6 +48,7 @@ class _Mapped:
 
     def __init__(self, region: MemoryRegion) -> None:
         self.region = region
+        check_inside(region.fd, region.size_bytes, region.offset)
         # of hugetlbfs, the size of its pages
         granule_bytes = max(mmap.ALLOCATIONGRANULARITY, os.fstat(region.fd).st_blksize)
         skipped = region.offset % granule_bytes

@@ -82,6 +82,8 @@ class Requests:
                 code = U64.unpack(message.payload).value
             except PayloadError as error:
                 raise self._break(request, str(error)) from None
+            if message.fd_count:
+                raise self._break(request, f"{message.fd_count} descriptors came with the acknowledgement")
         if code:
             why = f"the back-end refused it (code {code:#x})"
             raise PeerRefused(request.name, peer=self.peer, why=why, request=request, code=code)
