@@ -282,8 +282,11 @@ class Device(DriverHooks):
         self._permit(Operation.GET_INFLIGHT)
         return self._get_inflight(queue_count, queue_size)
 
-    def set_inflight(self, region: InflightRegion) -> None:
-        """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed."""
+    def set_inflight(self, region: InflightRegion | None) -> None:
+        """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed.
+
+        None: requests are not recorded any more. A back-end that cannot be told so keeps the region it has.
+        """
         self._permit(Operation.SET_INFLIGHT)
         self._set_inflight(region)
 

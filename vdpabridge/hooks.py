@@ -86,5 +86,5 @@ class DriverHooks(ABC):
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
         raise self._lacks(Operation.GET_INFLIGHT, Capability.INFLIGHT)
 
-    def _set_inflight(self, region: InflightRegion) -> None:
+    def _set_inflight(self, region: InflightRegion | None) -> None:
         raise self._lacks(Operation.SET_INFLIGHT, Capability.INFLIGHT)

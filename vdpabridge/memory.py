@@ -6,6 +6,7 @@ A device behind vhost-vdpa needs memory that is shared and has a file behind it;
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -15,7 +16,7 @@ from typing import Any, Self
 
 from .values import MemoryRegion
 
-__all__ = ["GuestMemory", "SharedMapping", "atomic_set_bit", "check_inside", "store_barrier"]
+__all__ = ["GuestMemory", "SharedMapping", "atomic_set_bit", "check_inside", "memory_file", "store_barrier"]
 
 
 @cache
@@ -40,6 +41,19 @@ def check_inside(fd: int, size_bytes: int, offset: int) -> None:
         raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} are no part of any file")
     if stat.S_ISREG(status.st_mode) and offset + size_bytes > status.st_size:
         raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} of a file of {status.st_size} bytes")
+
+
+def memory_file(name: str, size_bytes: int, *, sealed: bool = False) -> int:
+    """A memfd of ``size_bytes``, owned by the caller; ``sealed``: nobody can change its size any more."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealed else 0))
+    try:
+        os.ftruncate(fd, size_bytes)
+        if sealed:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class SharedMapping:
@@ -87,8 +101,7 @@ class GuestMemory:
     """
 
     def __init__(self, size_bytes: int, guest_address: int = 0x1000_0000) -> None:
-        self._fd = os.memfd_create("vdpabridge-guest", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size_bytes)
+        self._fd = memory_file("vdpabridge-guest", size_bytes)
         self._mapping = SharedMapping(self._fd, size_bytes)
         self.guest_address = guest_address
         self.size_bytes = size_bytes
@@ -143,7 +156,9 @@ class GuestMemory:
 
 _MEMBARRIER_GLOBAL_EXPEDITED = 2
 #: System call number of membarrier(2) on machines that reorder stores; x86 does not and needs nothing.
-_MEMBARRIER_NUMBER = {"aarch64": 283, "riscv64": 283, "loongarch64": 283, "s390x": 356}.get(os.uname().machine)
+_MEMBARRIER_NUMBER = {"aarch64": 283, "riscv64": 283, "loongarch64": 283, "s390x": 356, "ppc64le": 365}.get(
+    os.uname().machine
+)
 
 
 def store_barrier() -> None:

@@ -1,69 +1,15 @@
-"""From what people type to an open device: ``/dev/vhost-vdpa-0``, ``vdpa:NAME``, ``vhost-user:SOCKET``, ``sim:blk``."""
+"""From what people type to an open device."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from .device import Device
+from .device_names import DEVICE_IDS, DeviceName
 from .errors import VdpaBridgeError
 
-__all__ = ["DEVICE_HELP", "DeviceName", "device_id_of", "open_device"]
-
-DEVICE_HELP = (
-    "/dev/vhost-vdpa-N, vdpa:NAME, vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
-    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME]"
-)
-_IDS = {"net": 1, "blk": 2, "block": 2, "fs": 26}
-_UNITS = {"K": 10, "M": 20, "G": 30}
-_FLAG = "yes"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceName:
-    """A device as it was named: ``kind:target,option=value``. A path is of kind ``vhost-vdpa``."""
-
-    text: str
-    kind: str
-    target: str
-    options: Mapping[str, str]
-
-    @classmethod
-    def parse(cls, text: str) -> DeviceName:
-        """Take ``text`` apart. Raises `VdpaBridgeError` for what names no device."""
-        if text.startswith("/"):
-            return cls(text, "vhost-vdpa", text, {})
-        kind, colon, rest = text.partition(":")
-        target, *words = rest.split(",")
-        if not colon or kind not in _OPTIONS or not target or (kind == "sim" and target not in _SIM_OPTIONS):
-            raise VdpaBridgeError("open", device=text, why="that is no device", hint=f"one of {DEVICE_HELP}")
-        options = dict(_pair(word) for word in words)
-        allowed = _SIM_OPTIONS[target] if kind == "sim" else _OPTIONS[kind]
-        for name in options:
-            if name not in allowed:
-                why = f"it has no option {name!r}"
-                raise VdpaBridgeError("open", device=text, why=why, hint=f"one of {DEVICE_HELP}")
-        return cls(text, kind, target, options)
-
-    def number(self, option: str, default: int) -> int:
-        """The value of a numeric option; K, M and G are powers of 1024."""
-        word = self.options.get(option)
-        if word is None:
-            return default
-        try:
-            return int(word[:-1]) << _UNITS[word[-1]] if word[-1:] in _UNITS else int(word)
-        except ValueError:
-            raise VdpaBridgeError("open", device=self.text, why=f"{option}={word} is no number") from None
-
-
-_OPTIONS: Mapping[str, tuple[str, ...]] = {"vdpa": (), "vhost-user": ("id", "queues", "config-size"), "sim": ()}
-_SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", "tag")}
-
-
-def _pair(word: str) -> tuple[str, str]:
-    name, _, value = word.partition("=")
-    return name, value or _FLAG
+__all__ = ["device_id_of", "open_device"]
 
 
 def open_device(text: str, *, timeout_s: float | None = None) -> Device:
@@ -83,9 +29,9 @@ def device_id_of(text: str) -> int | None:
     """The virtio device id of what ``text`` names, without opening it; None where that cannot be known."""
     name = DeviceName.parse(text)
     if name.kind == "sim":
-        return _IDS[name.target]
+        return DEVICE_IDS[name.target]
     if name.kind == "vhost-user":
-        return _device_id(name)
+        return name.device_id
     from .bus import Bus
     from .bus.netlink import VdpaNetlink
 
@@ -116,7 +62,7 @@ def _open_vhost_user(name: DeviceName, timeout_s: float | None) -> Device:
 
     return VhostUser.open(
         name.target,
-        device_id=_device_id(name),
+        device_id=name.device_id,
         queue_count=name.number("queues", 0) or None,
         config_size_bytes=name.number("config-size", 0) or None,
         timeout_s=timeout_s,
@@ -135,11 +81,6 @@ def _open_sim(name: DeviceName, timeout_s: float | None) -> Device:
         return Sim.blk(name.number("size", 64 << 20), queue_count=queue_count, timeout_s=timeout_s)
     read_only = "read-only" in name.options
     return Sim.blk_file(name.options["file"], read_only=read_only, queue_count=queue_count, timeout_s=timeout_s)
-
-
-def _device_id(name: DeviceName) -> int | None:
-    word = name.options.get("id")
-    return _IDS[word] if word in _IDS else name.number("id", 0) or None
 
 
 _OPENERS: Mapping[str, Callable[[DeviceName, float | None], Device]] = {

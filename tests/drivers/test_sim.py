@@ -562,3 +562,209 @@ def test_requests_fail_when_told_to():
         disk.driver.read(0, 512)
         with pytest.raises(BlockError, match="IOERR"):
             disk.driver.drain()
+
+
+# --- what must not be lost ---
+
+
+def tracked_disk(made, queue_count=2):
+    """A `KnownDisk` on ``made``, whose requests are noted in an in-flight region."""
+    region = made.device.get_inflight(queue_count, 256)
+    made.device.set_inflight(region)
+    os.close(region.fd)
+    made.device.accept_features(VERSION_1)
+    made.queue.attach(made.device, 0)
+    made.device.start()
+    return KnownDisk(BlockDriver(made.memory, made.queue))
+
+
+def leave_in_flight(made, disk, count):
+    """Have ``count`` requests taken and left, by a suspend that does not drain."""
+    made.device.faults.latency_s = 3600
+    for block in range(count):
+        disk.write(block)
+    made.queue.kick()
+    wait_until(lambda: len(made.device._engine.workers[0].ring.taken) == count)
+    made.device.suspend(drain=False)
+    made.device.faults.latency_s = 0
+
+
+def test_a_drain_includes_what_an_earlier_device_had_taken():
+    """More than one batch of it, and the suspend comes at once."""
+    with bench() as made:
+        disk = tracked_disk(made)
+        leave_in_flight(made, disk, 80)
+        made.device.resume()
+        made.device.suspend()
+        assert made.device.get_base(0) == SplitBase(80)
+        assert made.queue.device_used_index == 80
+        disk.settle(disk.driver.done())
+        assert disk.writes_confirmed == 80
+
+
+def test_a_queue_that_the_region_does_not_cover_is_not_stopped_without_a_drain():
+    with bench() as made, SplitQueue(made.memory, 64) as second:
+        tracked_disk(made, queue_count=1)
+        second.attach(made.device, 1)
+        with pytest.raises(VdpaBridgeError, match="queue 1 has no in-flight region"):
+            made.device.suspend(drain=False)
+        assert made.device.state is RunState.RUNNING
+        assert sorted(made.device._engine.workers) == [0, 1]
+
+
+def test_a_suspend_that_fails_leaves_disabled_queues_disabled():
+    with running_disk() as (made, disk), SplitQueue(made.memory, 64) as second_queue:
+        second_queue.attach(made.device, 1)
+        made.device.enable_queue(0, False)
+        made.device.timeout_s = 0.05
+        made.device.faults.latency_s = 0.4
+        second = BlockDriver(made.memory, second_queue)
+        second.get_id()
+        second_queue.kick()
+        wait_until(lambda: made.device._engine.workers[1].ring.taken)
+        with pytest.raises(DeadlineExceeded):
+            made.device.suspend()
+        made.device.timeout_s = 5
+        made.device.faults.latency_s = 0
+        disk.write(0)
+        made.queue.kick()
+        assert len(second.drain()) == 1
+        time.sleep(0.02)
+        assert disk.driver.done() == []
+
+
+def test_good_requests_are_answered_although_a_bad_one_follows():
+    with running_disk() as (made, disk):
+        made.device.faults.latency_s = 0.05
+        for block in range(3):
+            disk.write(block)
+        descriptor(made.memory, made.queue, made.queue.add([(ADDRESS, 16)]), flags=1, following=9999)
+        made.queue.kick()
+        wait_until(lambda: made.device._engine.workers[0].broken)
+        made.device.suspend()
+        assert made.queue.device_used_index == 3
+
+
+def test_the_driver_is_asked_to_kick_again():
+    """A device before may have asked it not to."""
+    with bench() as made:
+        made.memory.slice(made.queue.setup.used_address, 2)[:] = b"\1\0"
+        made.device.accept_features(VERSION_1)
+        made.queue.attach(made.device, 0)
+        made.device.start()
+        assert made.memory.slice(made.queue.setup.used_address, 2) == b"\0\0"
+
+
+def test_a_chain_that_wants_too_much_is_refused():
+    """An indirect table that names the same memory over and over."""
+    with running_disk() as (made, _), eventfd() as err:
+        os.set_blocking(err, False)
+        made.device.set_err(0, err)
+        rows = 2000
+        table = made.memory.allocate(16 * rows)
+        row = lambda n: struct.pack("<QIHH", ADDRESS, 1 << 20, int(n + 1 < rows), n + 1 if n + 1 < rows else 0)  # noqa: E731
+        made.memory.slice(table, 16 * rows)[:] = b"".join(map(row, range(rows)))
+        descriptor(made.memory, made.queue, made.queue.add([(table, 16 * rows)]), flags=4)
+        made.queue.kick()
+        wait_until(lambda: signalled(err))
+        assert "and more" in made.device._engine.workers[0].broken
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("=QHHHH", 0, 1, 60000, 0, 0),
+        struct.pack("=QHHHH", 0, 1, 256, 60000, 0),
+        struct.pack("=QHHHH", 0, 7, 256, 0, 0),
+    ],
+)
+def test_in_flight_regions_that_are_none(header):
+    with bench() as made, shared_file(1 << 14) as file:
+        os.pwrite(file, header, 0)
+        made.device.set_inflight(InflightRegion(file, 1 << 14, 0, 1, 256))
+        made.device.accept_features(VERSION_1)
+        made.queue.attach(made.device, 0)
+        with pytest.raises(VdpaBridgeError, match="in-flight region"):
+            made.device.start()
+        assert made.device.state is RunState.CONFIGURED
+
+
+def test_a_batch_that_was_published_is_not_done_again():
+    """Of another device, which uses several chains at a time: they are linked, last first."""
+    from vdpabridge.drivers.sim.inflight import InflightTable
+
+    table = bytearray(16 + 16 * 4)
+    struct.pack_into("=QHHHH", table, 0, 0, 1, 4, 2, 5)
+    for head, following in ((0, 0), (1, 0), (2, 1), (3, 0)):
+        struct.pack_into("=B5xHQ", table, 16 + 16 * head, 1, following, head)
+    assert InflightTable(memoryview(table), 4).recover(8) == [3]
+
+
+def test_a_page_that_was_written_is_logged_although_the_answer_breaks_off():
+    with running_disk() as (made, _), shared_file(8192) as file, shared_file(1 << 20) as log, eventfd() as err:
+        os.set_blocking(err, False)
+        made.device.set_err(0, err)
+        made.device.map([MemoryRegion(0x9000_0000, 4096, file)])
+        made.device.set_dirty_log(DirtyLog(log, 1 << 20))
+        header, status = made.memory.allocate(16), made.memory.allocate(1)
+        made.memory.slice(header, 16)[:] = struct.pack("<IIQ", 0, 0, 0)
+        made.queue.add([(header, 16)], [(0x9000_0800, 4096), (status, 1)])
+        made.queue.kick()
+        wait_until(lambda: signalled(err))
+        assert os.pread(log, 1, 0x90000 // 8) == b"\1"
+
+
+def test_a_short_write_is_an_error():
+    with bench() as made, shared_file(DISK_BYTES) as disk_file:
+        del made
+        path = f"/proc/self/fd/{disk_file}"
+        with disk_of(path) as device, GuestMemory(MEMORY_BYTES) as memory, SplitQueue(memory, 64) as queue:
+            attach(device, memory, queue)
+            os.ftruncate(disk_file, 4096)
+            driver = BlockDriver(memory, queue)
+            driver.read(0, 8192 // 2)
+            driver.drain()
+            driver.read(8, 4096)
+            with pytest.raises(BlockError, match="IOERR"):
+                driver.drain()
+
+
+def test_it_dies_again_and_again():
+    with bench() as made:
+        made.device.faults.die_after_requests = 2
+        for _ in range(2):
+            with SplitQueue(made.memory, 64) as queue:
+                made.device.accept_features(VERSION_1)
+                queue.attach(made.device, 0)
+                made.device.start()
+                driver = BlockDriver(made.memory, queue)
+                for _ in range(4):
+                    driver.get_id()
+                queue.kick()
+                wait_until(lambda: made.device._engine.failed)
+                assert queue.device_used_index == 2
+                made.device.reset()
+
+
+def test_a_kick_has_to_be_an_eventfd():
+    with bench() as made, shared_file(8) as file:
+        made.device.accept_features(VERSION_1)
+        with pytest.raises(ValueError, match="no eventfd"):
+            made.device.set_kick(0, file)
+
+
+def test_a_call_that_is_full_does_not_block():
+    with running_disk() as (made, disk), eventfd() as call:
+        os.eventfd_write(call, (1 << 64) - 2)
+        made.device.set_call(0, call)
+        disk.write(0)
+        made.queue.kick()
+        wait_until(lambda: made.queue.device_used_index == 1)
+        made.device.suspend()
+
+
+def test_an_empty_file_is_no_disk(tmp_path):
+    path = tmp_path / "empty"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no whole sector"):
+        Sim.blk_file(str(path))

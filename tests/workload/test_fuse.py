@@ -76,6 +76,8 @@ REFUSALS = {
     "a file opened for writing": (lambda fuse: fuse.open(fuse.lookup(ROOT, "README").nodeid, os.O_RDWR), errno.EROFS),
     "a directory opened as a file": (lambda fuse: fuse.open(ROOT), errno.EISDIR),
     "a file opened as a directory": (lambda fuse: fuse.opendir(fuse.lookup(ROOT, "README").nodeid), errno.ENOTDIR),
+    "a name that is a path": (lambda fuse: fuse.lookup(ROOT, "many/00001"), errno.EINVAL),
+    "no name": (lambda fuse: fuse.lookup(ROOT, ""), errno.EINVAL),
     "a name below a file": (lambda fuse: fuse.lookup(fuse.lookup(ROOT, "README").nodeid, "x"), errno.ENOENT),
     "a handle that is closed": (lambda fuse: fuse.release(ROOT, 5), errno.EBADF),
     "a file's handle read as a directory": (
@@ -173,3 +175,27 @@ def test_the_tag_is_in_the_configuration_space():
     with Sim.fs(tag="share") as tagged, Sim.fs() as untagged:
         assert tagged.read_config() == b"share".ljust(36, b"\0") + struct.pack("<I", 1)
         assert untagged.identity.config_size_bytes == 0
+
+
+def test_a_file_that_is_open_is_known_although_it_was_forgotten():
+    """FORGET has a queue of its own and may come first; what is open is part of the state all the same."""
+    with ready() as (device, fuse, _), Sim.fs(timeout_s=5) as other:
+        fuse.init()
+        nodeid = fuse.lookup(ROOT, "README").nodeid
+        handle = fuse.open(nodeid)
+        fuse.forget(nodeid)
+        assert fuse.read(nodeid, handle, 0, 5) == b"These"
+        device.suspend()
+        pump(device, other)
+        device.resume()
+        fuse.release(nodeid, handle)
+        assert set(device.model.session.inodes) == {ROOT}
+
+
+def test_versions_of_the_protocol():
+    server = FuseServer(default_tree())
+    newer = ask(server, FuseOpcode.FUSE_INIT, 0, struct.pack("=IIII", 8, 0, 0, 0))
+    assert struct.unpack("=iQII", newer[4:24]) == (0, 1, 7, 31), "the driver asks again, with this one"
+    assert server.session.minor == 0
+    older = ask(server, FuseOpcode.FUSE_INIT, 0, struct.pack("=IIII", 7, 12, 0, 0))
+    assert struct.unpack("=i", older[4:8]) == (-errno.EPROTO,)

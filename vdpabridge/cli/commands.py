@@ -8,7 +8,7 @@ from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
-__all__ = ["add", "bind", "delete", "list", "serve", "show", "udev_rules"]
+__all__ = ["add", "bind", "delete", "demo", "list", "serve", "show", "udev_rules"]
 
 
 def list(words: argparse.Namespace) -> None:  # the subcommand's name
@@ -72,6 +72,19 @@ def serve(words: argparse.Namespace) -> None:
     from .serve import serve as run
 
     run(words)
+
+
+def demo(words: argparse.Namespace) -> None:
+    """``vdpabridge demo``."""
+    from .demo import demonstrate
+    from .timeline import Broken
+
+    del words
+    try:
+        demonstrate()
+    except (Broken, VdpaBridgeError) as error:
+        print(f"demo: FAIL: {error}")
+        raise VdpaBridgeError("demo", why=str(error)) from error
 
 
 def udev_rules(words: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ def _udev_rules(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    from ..opening import DEVICE_HELP
+    from ..device_names import DEVICE_HELP
 
     parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
     where = parser.add_mutually_exclusive_group()
@@ -106,6 +106,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "del": ("delete", "delete a device; refused while a process has its node open", _delete),
     "bind": ("bind", "hand a device to another driver; refused while a process has its node open", _bind),
     "serve": ("serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
+    "demo": ("demo", "show a device's state going from one process into another; needs no root", _nothing),
     "udev-rules": ("udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
 }
 

@@ -14,12 +14,15 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
+from ..device import Device
+from ..device_names import DeviceName
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
-from ..opening import DeviceName, device_id_of, open_device
+from ..opening import device_id_of, open_device
 from ..vhost_user.connection import Connection, is_listening
 
 __all__ = ["serve"]
@@ -28,6 +31,8 @@ __all__ = ["serve"]
 _TYPES = {VIRTIO_ID_NET: "net", VIRTIO_ID_BLOCK: "block", VIRTIO_ID_FS: "fs"}
 #: Type -> what `--print-capabilities` lists; the fs one is virtiofsd's, which libvirt asks for.
 _FEATURES = {"fs": ["migrate-precopy"]}
+#: For a device to come to an end in; whoever sent SIGTERM may send SIGKILL soon.
+_GRACE_S = 2
 
 
 def serve(words: argparse.Namespace) -> None:
@@ -38,15 +43,19 @@ def serve(words: argparse.Namespace) -> None:
     if words.socket_path is None and words.fd is None:
         raise VdpaBridgeError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
     DeviceName.parse(words.device)
-    # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
-    with _socket(words) as (place, where), open_device(words.device, timeout_s=words.timeout) as device:
+    with ExitStack() as stack:
+        ending = stack.enter_context(_Ending())
+        # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
+        place, where = stack.enter_context(_socket(words))
+        device = stack.enter_context(open_device(words.device, timeout_s=words.timeout))
         trace = _say if words.trace else None
-        with Server(device, report=_say, trace=trace, timeout_s=words.timeout) as server, _signals(server):
-            _say(f"{device.name} is served at {where}")
-            if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                server.serve(place, once=words.once)
-            else:
-                server.serve_connection(Connection(place, "the front-end", timeout_s=words.timeout))
+        server = stack.enter_context(Server(device, report=_say, trace=trace, timeout_s=words.timeout))
+        ending.watch(device, server)
+        _say(f"{device.name} is served at {where}")
+        if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            server.serve(place, once=words.once)
+        else:
+            server.serve_connection(Connection(place, "the front-end", timeout_s=words.timeout))
 
 
 def _print_capabilities(device: str) -> None:
@@ -86,18 +95,42 @@ def _given_socket(fd: int) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-@contextmanager
-def _signals(server: Server) -> Iterator[None]:
-    """SIGTERM ends the server as it ends the process otherwise: at once, and with success. SIGINT too."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in handlers:
-        signal.signal(number, lambda *_: server.stop())
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
+class _Ending:
+    """SIGTERM and SIGINT end the server, with success; within seconds also where the device keeps it waiting."""
+
+    def __init__(self) -> None:
+        self._watched: tuple[Device, Server] | None = None
+        self._before: dict[int, Any] = {}
+
+    def watch(self, device: Device, server: Server) -> None:
+        """From now on there is something to end well."""
+        self._watched = device, server
+
+    def __enter__(self) -> Self:
+        for number, handler in ((signal.SIGTERM, self._end), (signal.SIGINT, self._end), (signal.SIGALRM, self._hurry)):
+            self._before[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _end(self, *_: object) -> None:
+        if self._watched is None:
+            raise SystemExit(0)
+        device, server = self._watched
+        # for all waits that are still to come; the one that lasts already is what the alarm is for
+        device.timeout_s = _GRACE_S
+        server.stop()
+        signal.alarm(_GRACE_S)
+
+    def _hurry(self, *_: object) -> None:
+        signal.alarm(_GRACE_S)
+        raise SystemExit(0)
 
 
 def _say(text: str) -> None:
-    print(f"vdpabridge: {text}", file=sys.stderr, flush=True)
+    # whoever listened there may be gone
+    with contextlib.suppress(OSError):
+        print(f"vdpabridge: {text}", file=sys.stderr, flush=True)

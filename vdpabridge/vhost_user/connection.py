@@ -81,6 +81,8 @@ class Connection:
         self._socket = connection
         self.peer = peer
         self.timeout_s = timeout_s
+        self.cut = False
+        """Whether a deadline has passed in the middle of a message."""
 
     @classmethod
     def connect(cls, path: str, *, timeout_s: float | None = None) -> Self:
@@ -105,8 +107,19 @@ class Connection:
 
     @classmethod
     def from_fd(cls, fd: int, *, timeout_s: float | None = None) -> Self:
-        """The connected socket ``fd``, which is taken, also where it is none and OSError (ENOTSOCK) is raised."""
-        return cls(_socket_of(fd), f"descriptor {fd}", timeout_s=timeout_s)
+        """The connected socket ``fd``, which is taken, also where OSError is raised.
+
+        ENOTSOCK for what is none, EPROTOTYPE for one that is no AF_UNIX stream, ENOTCONN for one without a peer.
+        """
+        connection = _socket_of(fd)
+        try:
+            if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+                raise OSError(errno.EPROTOTYPE, "it is no UNIX stream socket")
+            connection.getpeername()
+        except OSError:
+            connection.close()
+            raise
+        return cls(connection, f"descriptor {fd}", timeout_s=timeout_s)
 
     def fileno(self) -> int:
         """The socket; borrowed. -1 when closed."""
@@ -123,8 +136,8 @@ class Connection:
                 sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 continue
-            except (BrokenPipeError, ConnectionResetError):
-                raise self._lost(f"send message {request}", request) from None
+            except OSError as error:
+                raise self._lost(f"send message {request}", request, error) from None
             data = data[sent:]
             ancillary = []
 
@@ -136,13 +149,16 @@ class Connection:
         """
         deadline = Deadline(self.timeout_s)
         fds: list[int] = []
+        self.cut = False
         try:
             header = self._read(HEADER.size_bytes, deadline, fds, first=True)
             if not header:
                 return None
             request, flags, size = HEADER.unpack(header)
             self._check_header(request, flags, size)
+            self.cut = True  # until all of it is here
             payload = self._read(size, deadline, fds, first=False) if size else b""
+            self.cut = False
             return Message(request, flags, payload, fds)
         except BaseException:
             for fd in fds:
@@ -181,6 +197,7 @@ class Connection:
             came = self._receive_some(size - len(data), fds, may_have_fds=first and not data)
             if came is None:
                 continue
+            self.cut = bool(came)
             if not came:
                 if first and not data:
                     return b""
@@ -197,6 +214,8 @@ class Connection:
             return None
         except ConnectionResetError:
             return b""
+        except OSError as error:
+            raise self._lost("receive a message", error=error) from None
         before = len(fds)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -218,8 +237,10 @@ class Connection:
         if not poll.poll(None if left_s is None else left_s * 1000):
             raise DeadlineExceeded(what, deadline.timeout_s or 0, device=self.peer)
 
-    def _lost(self, what: str, request: int | None = None) -> ConnectionLost:
-        return ConnectionLost(what, peer=self.peer, why="the peer closed the connection", request=request)
+    def _lost(self, what: str, request: int | None = None, error: OSError | None = None) -> ConnectionLost:
+        gone = error is None or isinstance(error, ConnectionError)
+        why = "the peer closed the connection" if gone else os.strerror(error.errno or 0) if error else ""
+        return ConnectionLost(what, peer=self.peer, why=why, request=request)
 
 
 def is_listening(fd: int) -> bool:

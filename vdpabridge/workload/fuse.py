@@ -71,6 +71,7 @@ class FuseDriver:
         self._question = memory.allocate(_HEAD_ROOM_BYTES)
         self._answer = memory.allocate(READ_BYTES_MAX + _HEAD_ROOM_BYTES)
         self._unique = 0
+        self._stuck = False
 
     def init(self) -> int:
         """Begin a session; returns the minor version agreed on."""
@@ -84,6 +85,8 @@ class FuseDriver:
         body = name.encode() + b"\0"
         answer = self._ask(FuseOpcode.FUSE_LOOKUP, parent, body, FUSE_ENTRY_OUT.size_bytes)
         nodeid, *_, attributes = FUSE_ENTRY_OUT.unpack(answer)
+        if not nodeid:  # how FUSE says for how long there is none
+            raise FuseError(FuseOpcode.FUSE_LOOKUP, parent, errno.ENOENT)
         facts = FUSE_ATTR.decode(attributes)
         return Entry(nodeid, facts["size"], facts["mode"])
 
@@ -178,11 +181,16 @@ class FuseDriver:
 
     def _exchange(self, queue: SplitQueue, readable: list[tuple[int, int]], writable: list[tuple[int, int]]) -> int:
         """Submit, kick, wait; returns the bytes that the device wrote."""
+        if self._stuck:
+            why = "an earlier request was not answered, and its buffers are with the device still"
+            raise VdpaBridgeError("FUSE request", why=why, hint="begin anew, with another driver")
         deadline = Deadline(self._timeout_s)
+        self._stuck = True
         head = queue.add([piece for piece in readable if piece[1]], writable)
         queue.kick()
         while True:
             for used, written in queue.used():
                 if used == head:
+                    self._stuck = False
                     return written
             queue.wait(deadline)

@@ -10,11 +10,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from vdpabridge.bus import Bus
 from vdpabridge.bus.netlink import VdpaNetlink
+from vdpabridge.cli.timeline import Broken, Timeline, require
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.memory import GuestMemory
@@ -31,35 +30,6 @@ PENDING = 60
 SETTLE_S = 0.03
 #: Long enough for the simulator to do hundreds of requests, were it running.
 LOOK_S = 0.1
-
-
-class Broken(Exception):
-    """Something that must hold does not."""
-
-
-class Timeline:
-    """Prints each step when it is done, with the time since the start and the time it took."""
-
-    def __init__(self) -> None:
-        self._begin_s = time.monotonic()
-        print("       at      took")
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[list[str]]:
-        """Time the body; what it appends to the list is printed behind ``what``."""
-        facts: list[str] = []
-        begin_s = time.monotonic()
-        yield facts
-        now_s = time.monotonic()
-        at_ms, took_ms = (now_s - self._begin_s) * 1000, (now_s - begin_s) * 1000
-        detail = f": {', '.join(facts)}" if facts else ""
-        print(f"{at_ms:7.1f} ms {took_ms:6.1f} ms  {what}{detail}", flush=True)
-
-
-def require(truth: bool, what: str) -> None:
-    """Raise `Broken` unless ``truth``."""
-    if not truth:
-        raise Broken(what)
 
 
 def make_disk(name: str) -> str:

@@ -31,7 +31,8 @@ from ...abi.virtio_blk import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
-from .model import Loaded, Model, StateRefused
+from ...memory import memory_file
+from .model import Loaded, Model, StateRefused, facts_of
 from .ring import Chain
 from .stream import CHUNK_BYTES_MAX
 
@@ -59,7 +60,8 @@ class BlockModel(Model):
     def __init__(self, fd: int, *, in_memory: bool, read_only: bool = False, queue_count: int = 2) -> None:
         self._fd = fd
         self._in_memory = in_memory
-        self._size_bytes = os.fstat(fd).st_size // SECTOR_BYTES * SECTOR_BYTES
+        # by its end, which block devices have as well
+        self._size_bytes = os.lseek(fd, 0, os.SEEK_END) // SECTOR_BYTES * SECTOR_BYTES
         self._read_only = read_only
         self._writeback = True
         self.queue_count = queue_count
@@ -75,15 +77,17 @@ class BlockModel(Model):
     @classmethod
     def in_memory(cls, size_bytes: int, *, queue_count: int = 2) -> BlockModel:
         """A disk of zeros."""
-        fd = os.memfd_create("vdpabridge-disk", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size_bytes)
-        return cls(fd, in_memory=True, queue_count=queue_count)
+        return cls(memory_file("vdpabridge-disk", size_bytes), in_memory=True, queue_count=queue_count)
 
     @classmethod
     def of_file(cls, path: str, *, read_only: bool = False, queue_count: int = 2) -> BlockModel:
         """The disk in file ``path``. Raises OSError as open(2) does."""
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        return cls(fd, in_memory=False, read_only=read_only, queue_count=queue_count)
+        model = cls(fd, in_memory=False, read_only=read_only, queue_count=queue_count)
+        if not model._size_bytes:
+            model.close()
+            raise ValueError(f"{path} has no whole sector: it is empty, or no disk")
+        return model
 
     # --- configuration space ---
 
@@ -106,8 +110,7 @@ class BlockModel(Model):
 
     # --- requests ---
 
-    def handle(self, queue: int, chain: Chain, *, fail: bool) -> None:
-        del queue
+    def handle(self, chain: Chain, *, fail: bool) -> None:
         request = chain.read()
         if len(request) < VIRTIO_BLK_OUTHDR.size_bytes or not chain.room_bytes:
             chain.written_bytes = 0
@@ -123,10 +126,14 @@ class BlockModel(Model):
         data = memoryview(request)[VIRTIO_BLK_OUTHDR.size_bytes :]
         room = chain.room_bytes - 1
         try:
-            if kind == VIRTIO_BLK_T_IN and offset + room <= self._size_bytes and room % SECTOR_BYTES == 0:
-                chain.write(os.pread(self._fd, room, offset))
-            elif kind == VIRTIO_BLK_T_OUT and offset + len(data) <= self._size_bytes and len(data) % SECTOR_BYTES == 0:
-                os.pwrite(self._fd, data, offset)
+            if kind == VIRTIO_BLK_T_IN and self._is_there(offset, room):
+                content = os.pread(self._fd, room, offset)
+                chain.write(content)
+                if len(content) < room:
+                    return VIRTIO_BLK_S_IOERR
+            elif kind == VIRTIO_BLK_T_OUT and self._is_there(offset, len(data)):
+                if os.pwrite(self._fd, data, offset) < len(data):
+                    return VIRTIO_BLK_S_IOERR
                 if not self._writeback:
                     os.fdatasync(self._fd)
             elif kind == VIRTIO_BLK_T_FLUSH:
@@ -138,6 +145,9 @@ class BlockModel(Model):
         except OSError:
             return VIRTIO_BLK_S_IOERR
         return VIRTIO_BLK_S_OK
+
+    def _is_there(self, offset: int, size_bytes: int) -> bool:
+        return offset + size_bytes <= self._size_bytes and size_bytes % SECTOR_BYTES == 0
 
     # --- state ---
 
@@ -153,7 +163,7 @@ class BlockModel(Model):
 
     def load(self, chunks: Iterable[bytes]) -> Loaded:
         content = iter(chunks)
-        facts = _facts(next(content, b""))
+        facts = facts_of(next(content, b""))
         for what, mine in (("size_bytes", self._size_bytes), ("in_memory", self._in_memory)):
             if facts.get(what) != mine:
                 raise StateRefused(f"its disk has {what} {facts.get(what)}, and this one {mine}")
@@ -162,11 +172,12 @@ class BlockModel(Model):
             for _ in content:
                 raise StateRefused("it has content, and this disk is a file")
             return Loaded(lambda: self._adopt(-1, writeback))
-        fd = os.memfd_create("vdpabridge-disk", os.MFD_CLOEXEC)
+        fd = memory_file("vdpabridge-disk", self._size_bytes)
         try:
-            os.ftruncate(fd, self._size_bytes)
             for chunk in content:
-                at = _EXTENT.unpack_from(chunk)[0] if len(chunk) > _EXTENT.size else self._size_bytes
+                if len(chunk) <= _EXTENT.size:
+                    raise StateRefused("it has a piece of the disk without content")
+                at = _EXTENT.unpack_from(chunk)[0]
                 if at + len(chunk) - _EXTENT.size > self._size_bytes:
                     raise StateRefused("it has content outside of the disk")
                 os.pwrite(fd, memoryview(chunk)[_EXTENT.size :], at)
@@ -189,16 +200,6 @@ class BlockModel(Model):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _facts(chunk: bytes) -> dict[str, object]:
-    try:
-        facts = json.loads(chunk)
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise StateRefused("it does not begin with facts about a disk")
-    return facts
 
 
 def _data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

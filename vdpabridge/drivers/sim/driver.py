@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Set
-from functools import partial
-from typing import Self
+from collections.abc import Callable, Sequence, Set
+from typing import Self, TypeVar
 
 from ...abi.inflight import queue_region_bytes
 from ...abi.virtio import VIRTIO_F_VERSION_1
 from ...abi.virtio_ring import VIRTIO_RING_F_INDIRECT_DESC
+from ...deadline import StillRunning
 from ...device import (
     Capability,
     Device,
@@ -26,19 +26,22 @@ from ...device import (
     StatePhase,
 )
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
-from ...memory import SharedMapping, check_inside
+from ...eventfds import is_eventfd, signal
+from ...memory import SharedMapping, check_inside, memory_file
 from .blk import BlockModel
-from .engine import Engine, Worker
+from .engine import Engine
 from .fs import FsModel
 from .guest_view import GuestView
 from .inflight import InflightTable
 from .model import Died, Faults, Model, StateRefused
-from .ring import DeviceRing, RingBroken, notify
+from .ring import DeviceRing, RingBroken
 from .state import StateTransfer
 from .tree import Directory
+from .worker import Worker
 
 __all__ = ["Sim"]
 
+Value = TypeVar("Value")
 QUEUE_SIZE_MAX = 1024
 _EVENTFDS = {Operation.SET_KICK: "kick", Operation.SET_CALL: "call", Operation.SET_ERR: "err"}
 
@@ -51,15 +54,15 @@ class Sim(Device):
 
     def __init__(self, model: Model, name: str, *, timeout_s: float | None = None) -> None:
         """Take ``model`` over."""
+        self._faults = Faults()
+        self._model = model
+        self._engine = Engine(model, self._faults)
         super().__init__(name, timeout_s=timeout_s)
-        self.faults = Faults()
-        self.model = model
-        self._engine = Engine(model, self.faults)
         self._guest = GuestView()
         self._eventfds: dict[tuple[int, Operation], int] = {}
         self._bases: dict[int, int] = {}
         self._inflight: tuple[SharedMapping, InflightRegion, int] | None = None
-        self._state_transfer = StateTransfer(model, self.faults)
+        self._state_transfer = StateTransfer(model, self._faults)
 
     @classmethod
     def blk(cls, size_bytes: int = 64 << 20, *, queue_count: int = 2, timeout_s: float | None = None) -> Self:
@@ -80,6 +83,25 @@ class Sim(Device):
         return cls(FsModel(tree, tag=tag), "sim:fs", timeout_s=timeout_s)
 
     # --- what it is ---
+
+    @property
+    def faults(self) -> Faults:
+        """What is to go wrong."""
+        return self._faults
+
+    @property
+    def model(self) -> Model:
+        """What the device does with requests."""
+        return self._model
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Bounds every wait for the device's thread; None waits for ever."""
+        return self._engine.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self._engine.timeout_s = timeout_s
 
     @property
     def identity(self) -> Identity:
@@ -112,8 +134,8 @@ class Sim(Device):
 
     def _write_config(self, offset: int, data: bytes) -> None:
         self._require_alive()
-        if self._engine.call(lambda: self.model.write_config(offset, data)):
-            notify(self.config_call)
+        if self._call(lambda: self.model.write_config(offset, data)):
+            signal(self.config_call)
 
     def _set_config_call(self, eventfd: int | None) -> None:
         # the device's record of it, a duplicate, is what is signalled
@@ -124,16 +146,18 @@ class Sim(Device):
     def _map(self, regions: Sequence[MemoryRegion]) -> None:
         if any(region.address_space for region in regions):
             raise ValueError(f"{self.name}: the device has one address space, 0")
-        self._engine.call(lambda: self._guest.map(regions))
+        self._call(lambda: self._guest.map(regions))
 
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        self._engine.call(lambda: self._guest.unmap(regions))
+        self._call(lambda: self._guest.unmap(regions))
 
     # --- queues ---
 
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
         if setup.size & (setup.size - 1) or not 0 < setup.size <= QUEUE_SIZE_MAX:
             raise ValueError(f"{self.name}: queue {index} with {setup.size} descriptors, not a power of two up to 1024")
+        if setup.address_space:
+            raise ValueError(f"{self.name}: queue {index}: the device has one address space, 0")
         for address, align in ((setup.desc_address, 16), (setup.avail_address, 2), (setup.used_address, 4)):
             if address % align:
                 raise ValueError(f"{self.name}: queue {index}: {address:#x} is no multiple of {align}")
@@ -149,17 +173,18 @@ class Sim(Device):
         return SplitBase(self._bases.get(index, 0))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        if eventfd is not None and os.readlink(f"/proc/self/fd/{eventfd}") != "anon_inode:[eventfd]":
+        if eventfd is not None and not is_eventfd(eventfd):
             raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is no eventfd")
+        duplicate = None if eventfd is None else os.dup(eventfd)
         old = self._eventfds.pop((index, operation), None)
-        if eventfd is not None:
-            self._eventfds[index, operation] = os.dup(eventfd)
+        if duplicate is not None:
+            self._eventfds[index, operation] = duplicate
 
         def replace() -> None:
             if (worker := self._engine.workers.get(index)) is not None:
                 setattr(worker, _EVENTFDS[operation], self._eventfds.get((index, operation)))
 
-        self._engine.call(replace)
+        self._call(replace)
         if old is not None:
             os.close(old)
 
@@ -168,8 +193,7 @@ class Sim(Device):
             return
         self._require_alive()
         if enabled and index not in self._engine.workers:
-            self._engine.call(lambda: self._add_worker(index))
-            self._engine.wake()
+            self._call(lambda: self._add_worker(index, enabled=True))
             return
 
         def switch() -> None:
@@ -177,11 +201,13 @@ class Sim(Device):
                 worker.enabled = enabled
                 worker.look = True
 
-        self._engine.call(switch)
+        self._call(switch)
 
     def _stop_queue(self, index: int, *, drain: bool) -> QueueBase:
         self._require_alive()
-        self._stop_worker(index, drain=drain)
+        if index in self._engine.workers:
+            self._stop_workers([index], drain=drain)
+        self._require_alive()
         return self._get_base(index)
 
     # --- run control ---
@@ -196,22 +222,13 @@ class Sim(Device):
         if self.state is RunState.SUSPENDED:
             return
         self._require_alive()
-        stopped: list[int] = []
-        try:
-            for index in list(self._engine.workers):
-                self._stop_worker(index, drain=drain)
-                stopped.append(index)
-        except BaseException:
-            for index in stopped:
-                self._engine.call(partial(self._add_worker, index))
-            self._engine.wake()
-            raise
-        self._engine.stop()
+        self._stop_workers(list(self._engine.workers), drain=drain)
+        self._wait_for(self._engine.stop, "suspend")
         self._require_alive()
 
     def _reset(self) -> None:
         self._state_transfer.drop()
-        self._engine.close_rings()
+        self._wait_for(self._engine.close_rings, "reset")
         for eventfd in self._eventfds.values():
             os.close(eventfd)
         self._eventfds.clear()
@@ -235,13 +252,13 @@ class Sim(Device):
         try:
             for index, record in self.queues.items():
                 if record.setup is not None and record.enabled:
-                    self._add_worker(index)
+                    self._add_worker(index, enabled=True)
         except BaseException:
             self._engine.workers.clear()
             raise
         self._engine.start()
 
-    def _add_worker(self, index: int) -> None:
+    def _add_worker(self, index: int, *, enabled: bool) -> None:
         """Let queue ``index`` be processed; one that was not set up never is."""
         record = self.queues.get(index)
         if record is None or record.setup is None:
@@ -252,20 +269,32 @@ class Sim(Device):
             ring = DeviceRing(self._guest, record.setup, self._bases.get(index, 0), table)
         except (RingBroken, ValueError) as error:
             raise VdpaBridgeError(f"start queue {index}", device=self.name, why=str(error)) from None
-        self._engine.workers[index] = Worker(ring, kick, call, err)
+        self._engine.workers[index] = Worker(ring, kick, call, err, enabled=enabled)
 
-    def _stop_worker(self, index: int, *, drain: bool) -> None:
-        worker = self._engine.workers.get(index)
-        if worker is None:
-            return
-        if not drain and self._inflight is None:
-            why = "no in-flight region was set: requests would be lost"
+    def _stop_workers(self, indices: list[int], *, drain: bool) -> None:
+        """Stop these queues, all or none, and note where they stand."""
+        untracked = [index for index in indices if not self._engine.workers[index].ring.tracked]
+        if untracked and not drain:
+            why = f"queue {untracked[0]} has no in-flight region: its requests would be lost"
             raise VdpaBridgeError("stop without draining", device=self.name, why=why, hint="call set_inflight() first")
         try:
-            self._bases[index] = self._engine.stop_ring(worker, index, drain=drain, timeout_s=self.timeout_s)
-        except TimeoutError:
-            why = f"requests of queue {index} are in flight still"
-            raise DeadlineExceeded("suspend", self.timeout_s or 0, device=self.name, why=why) from None
+            self._bases |= self._wait_for(lambda: self._engine.stop_rings(indices, drain=drain), "stop queues")
+        except TimeoutError as error:
+            if isinstance(error, DeadlineExceeded):
+                raise
+            why = "requests are in flight still"
+            raise DeadlineExceeded("stop queues", self.timeout_s or 0, device=self.name, why=why) from None
+
+    def _call(self, function: Callable[[], Value]) -> Value:
+        """Have the device's thread run ``function``."""
+        return self._wait_for(lambda: self._engine.call(function), "ask the device")
+
+    def _wait_for(self, wait: Callable[[], Value], what: str) -> Value:
+        try:
+            return wait()
+        except StillRunning:
+            why = "its thread is busy with one request"
+            raise DeadlineExceeded(what, self.timeout_s or 0, device=self.name, why=why) from None
 
     def _require_stopped(self, index: int, operation: Operation) -> None:
         if index in self._engine.workers:
@@ -309,7 +338,7 @@ class Sim(Device):
     # --- dirty log and in-flight requests ---
 
     def _set_dirty_log(self, log: DirtyLog | None) -> None:
-        self._engine.call(lambda: self._guest.set_log(log))
+        self._call(lambda: self._guest.set_log(log))
 
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
         if not 0 < queue_count <= self.model.queue_count or not 0 < queue_size <= QUEUE_SIZE_MAX:
@@ -317,11 +346,13 @@ class Sim(Device):
         # room for the largest ring: QEMU 10.0 asks for a region for 128 descriptors, whereupon SeaBIOS makes a ring
         # of 256 and Linux one of 1024
         size = queue_count * queue_region_bytes(QUEUE_SIZE_MAX)
-        fd = os.memfd_create("vdpabridge-inflight", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
+        fd = memory_file("vdpabridge-inflight", size, sealed=True)
         return InflightRegion(fd, size, 0, queue_count, queue_size)
 
-    def _set_inflight(self, region: InflightRegion) -> None:
+    def _set_inflight(self, region: InflightRegion | None) -> None:
+        if region is None:
+            self._drop_inflight()
+            return
         part_bytes = region.size_bytes // max(region.queue_count, 1) & ~63
         if not region.queue_count or part_bytes < queue_region_bytes(region.queue_size):
             why = f"{region.size_bytes} bytes do not hold {region.queue_count} queues of {region.queue_size}"

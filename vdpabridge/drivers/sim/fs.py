@@ -15,7 +15,7 @@ from ...abi.fuse import FUSE_IN_HEADER, FUSE_ROOT_ID
 from ...abi.virtio import VIRTIO_ID_FS
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from .fuse_server import FuseServer, Handle, Inode, Session
-from .model import Loaded, Model, StateRefused
+from .model import Loaded, Model, StateRefused, facts_of
 from .ring import Chain
 from .stream import CHUNK_BYTES_MAX
 from .tree import Directory, default_tree, find
@@ -23,6 +23,8 @@ from .tree import Directory, default_tree, find
 __all__ = ["FsModel"]
 
 _TAG_BYTES = 36
+#: More than as many inodes and handles as a session may have.
+_STATE_BYTES_MAX = 256 << 20
 
 
 class FsModel(Model):
@@ -47,8 +49,7 @@ class FsModel(Model):
     def config(self) -> bytes:
         return VIRTIO_FS_CONFIG.pack(self._tag, self.queue_count - 1) if self._tag else b""
 
-    def handle(self, queue: int, chain: Chain, *, fail: bool) -> None:
-        del queue
+    def handle(self, chain: Chain, *, fail: bool) -> None:
         request = chain.read()
         if len(request) < FUSE_IN_HEADER.size_bytes:
             return
@@ -62,9 +63,13 @@ class FsModel(Model):
             yield text[at : at + CHUNK_BYTES_MAX]
 
     def load(self, chunks: Iterable[bytes]) -> Loaded:
-        text = b"".join(chunks)
+        text = b""
+        for chunk in chunks:
+            text += chunk
+            if len(text) > _STATE_BYTES_MAX:
+                raise StateRefused(f"it has more than {_STATE_BYTES_MAX} bytes")
         try:
-            session = _session(json.loads(text))
+            session = _session(facts_of(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateRefused(f"it is no session of a file server: {error}") from None
         for number, inode in session.inodes.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 
 from ...abi.fuse import (
@@ -44,6 +44,9 @@ _WRITE_BYTES_MAX = 1 << 17
 _BLOCK_BYTES = 4096
 _WRITING = 0o3  # O_WRONLY | O_RDWR
 _DT_DIR, _DT_REG = 4, 8
+_UNKNOWN_INODE = 0xFFFFFFFF
+#: Inodes that a guest may know, and handles that it may have.
+_KNOWN_MAX = 1 << 20
 #: Requests that have no answer.
 _SILENT = (FuseOpcode.FUSE_FORGET, FuseOpcode.FUSE_BATCH_FORGET, FuseOpcode.FUSE_INTERRUPT)
 
@@ -138,10 +141,14 @@ class FuseServer:
 
     def _init(self, _nodeid: int, body: bytes) -> bytes:
         major, minor, readahead, flags, *_ = FUSE_INIT_IN.unpack(body.ljust(FUSE_INIT_IN.size_bytes, b"\0"))
-        if major != FUSE_KERNEL_VERSION:
+        if major > FUSE_KERNEL_VERSION:
+            # the driver asks again, with the version that this answer names
+            return FUSE_INIT_OUT.pack(FUSE_KERNEL_VERSION, _MINOR, *(0,) * 9)
+        if major < FUSE_KERNEL_VERSION or minor < _MINOR:
+            # the first Linux with virtiofs has 7.31
             raise _Refused(errno.EPROTO)
         accepted = flags & (FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS)
-        self.session = Session(minor=min(minor, _MINOR), flags=accepted)
+        self.session = Session(minor=_MINOR, flags=accepted)
         return FUSE_INIT_OUT.pack(
             FUSE_KERNEL_VERSION, _MINOR, readahead, accepted, 16, 12, _WRITE_BYTES_MAX, 1, 0, 0, 0
         )
@@ -155,12 +162,15 @@ class FuseServer:
     def _lookup(self, nodeid: int, body: bytes) -> bytes:
         parent = self._inode(nodeid)
         name = body.split(b"\0")[0].decode(errors="replace")
+        if not name or "/" in name:
+            raise _Refused(errno.EINVAL)
         path = f"{parent.path}/{name}".lstrip("/")
         node = find(self._tree, path)
         if node is None or not isinstance(find(self._tree, parent.path), Directory):
             raise _Refused(errno.ENOENT)
         number = self._number_of(path)
         if number is None:
+            self._check_room(self.session.inodes)
             number = self.session.next_nodeid
             self.session.next_nodeid += 1
             self.session.inodes[number] = Inode(path, 0)
@@ -190,11 +200,21 @@ class FuseServer:
         inode = self.session.inodes.get(nodeid)
         if inode is None or nodeid == FUSE_ROOT_ID:
             return
-        inode.lookups -= lookups
-        if inode.lookups <= 0:
+        inode.lookups = max(0, inode.lookups - lookups)
+        self._drop_unused(nodeid)
+
+    def _drop_unused(self, nodeid: int) -> None:
+        """Forget an inode that the guest neither knows nor has open: FORGET may overtake RELEASE, on its own queue."""
+        inode = self.session.inodes[nodeid]
+        if inode.lookups == 0 and all(handle.nodeid != nodeid for handle in self.session.handles.values()):
             self._number_of(inode.path)
             self._numbers.pop(inode.path, None)
             del self.session.inodes[nodeid]
+
+    @staticmethod
+    def _check_room(table: Sized) -> None:
+        if len(table) >= _KNOWN_MAX:
+            raise _Refused(errno.ENFILE)
 
     def _getattr(self, nodeid: int, _body: bytes) -> bytes:
         return FUSE_ATTR_OUT.pack(0, 0, 0, _attributes(nodeid, self._node(nodeid)))
@@ -215,6 +235,7 @@ class FuseServer:
         return self._new_handle(nodeid, directory=True)
 
     def _new_handle(self, nodeid: int, *, directory: bool) -> bytes:
+        self._check_room(self.session.handles)
         number = self.session.next_handle
         self.session.next_handle += 1
         self.session.handles[number] = Handle(nodeid, directory)
@@ -234,9 +255,12 @@ class FuseServer:
                 continue
             name, kind = entry
             encoded = name.encode()
-            record = FUSE_DIRENT.pack(position, position, len(encoded), kind) + encoded
+            known = self._number_of(f"{inode.path}/{name}".lstrip("/"))
+            record = FUSE_DIRENT.pack(known or _UNKNOWN_INODE, position, len(encoded), kind) + encoded
             record += bytes(-len(record) % DIRENT_ALIGN_BYTES)
             if len(listing) + len(record) > size:
+                if not listing:
+                    raise _Refused(errno.EINVAL)
                 break
             listing += record
         return listing
@@ -250,8 +274,11 @@ class FuseServer:
 
     def _release(self, _nodeid: int, body: bytes) -> bytes:
         number, *_ = FUSE_RELEASE_IN.unpack(_exactly(body, FUSE_RELEASE_IN.size_bytes))
-        if self.session.handles.pop(number, None) is None:
+        handle = self.session.handles.pop(number, None)
+        if handle is None:
             raise _Refused(errno.EBADF)
+        if handle.nodeid != FUSE_ROOT_ID and handle.nodeid in self.session.inodes:
+            self._drop_unused(handle.nodeid)
         return b""
 
     def _statfs(self, _nodeid: int, _body: bytes) -> bytes:

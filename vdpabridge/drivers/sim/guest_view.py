@@ -44,7 +44,10 @@ class DirtyBitmap:
 
 
 class _Mapped:
-    """A region and where this process sees it. The file is mapped from a multiple of its own page size on."""
+    """A region and where this process sees it. The file is mapped from a multiple of its own page size on.
+
+    A file that is made shorter later kills whoever touches what was its end; nothing can be done about that here.
+    """
 
     def __init__(self, region: MemoryRegion) -> None:
         self.region = region

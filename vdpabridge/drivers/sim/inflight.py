@@ -26,6 +26,7 @@ class InflightTable:
         self._words = view[: len(view) // 8 * 8].cast("H")
         self._longs = view[: len(view) // 8 * 8].cast("Q")
         self._size = queue_size
+        self._room = (len(view) - QUEUE_REGION_SPLIT.size_bytes) // DESC_STATE_SPLIT.size_bytes
         self._counter = 0
 
     def recover(self, used_index: int) -> list[int]:
@@ -37,15 +38,20 @@ class InflightTable:
         features, version, size, last_head, noted_used = QUEUE_REGION_SPLIT.unpack(self._bytes)
         if version not in (0, VERSION):
             raise ValueError(f"an in-flight region of version {version}, not {VERSION}")
+        if size > self._room or last_head >= self._room:
+            raise ValueError(f"an in-flight region of {size} descriptors, in {len(self._bytes)} bytes")
         if version == 0 or size != self._size:
             if any(self._bytes[self._at(head) + _INFLIGHT] for head in range(size)):
                 raise ValueError(f"an in-flight region of a ring of {size} descriptors, and this has {self._size}")
-            head = QUEUE_REGION_SPLIT.pack(features, VERSION, self._size, 0, used_index)
-            self._bytes[: len(head)] = head
+            fresh = QUEUE_REGION_SPLIT.pack(features, VERSION, self._size, 0, used_index)
+            self._bytes[: len(fresh)] = fresh
             return []
         if noted_used != used_index:
-            # it died between publishing the used index and noting so
-            self._bytes[self._at(last_head) + _INFLIGHT] = 0
+            # it died between publishing the used index, of one chain or of a batch, and noting so
+            head = last_head
+            for _ in range(min((used_index - noted_used) & 0xFFFF, self._size)):
+                self._bytes[self._at(head) + _INFLIGHT] = 0
+                head = min(self._words[(self._at(head) + _NEXT) // 2], self._room - 1)
             self._words[_USED_INDEX] = used_index
         taken = [head for head in range(self._size) if self._bytes[self._at(head) + _INFLIGHT]]
         taken.sort(key=self._counter_of)

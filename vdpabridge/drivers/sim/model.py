@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from ...errors import VdpaBridgeError
 from .ring import Chain
 
-__all__ = ["Died", "Faults", "Loaded", "Model", "StateRefused"]
+__all__ = ["Died", "Faults", "Loaded", "Model", "StateRefused", "facts_of"]
 
 
 class Died(Exception):
@@ -66,7 +67,6 @@ class Model(ABC):
     features: int
     """Virtio features beside those of the rings."""
     queue_count: int
-    read_only_config = True
 
     @abstractmethod
     def config(self) -> bytes:
@@ -78,7 +78,7 @@ class Model(ABC):
         return False
 
     @abstractmethod
-    def handle(self, queue: int, chain: Chain, *, fail: bool) -> None:
+    def handle(self, chain: Chain, *, fail: bool) -> None:
         """Answer the request in ``chain``; with an I/O error where ``fail``. Raises `BadAddress` for what is none."""
 
     @abstractmethod
@@ -96,3 +96,14 @@ class Model(ABC):
     def close(self) -> None:
         """Let go of what the model holds. Idempotent."""
         return
+
+
+def facts_of(text: bytes) -> dict[str, object]:
+    """The JSON object in ``text``, a part of some state. Raises `StateRefused`."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise StateRefused("it does not say what it is of")
+    return facts

@@ -6,7 +6,6 @@ are hints, and the one that a device must honour (event indices) is not offered.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 
@@ -24,6 +23,11 @@ from .inflight import InflightTable
 
 __all__ = ["Chain", "DeviceRing", "RingBroken"]
 
+#: What one chain may have. A guest's driver that asks for more wants to hurt: indirect tables can name the same memory
+#: over and over. Linux stays within the ring's size, QEMU allows 1024 descriptors as well.
+CHAIN_DESCRIPTORS_MAX = 1024
+CHAIN_BYTES_MAX = 32 << 20
+_FLAGS = 0
 _INDEX = 1  # of the 16-bit words of the available and the used ring
 _AVAIL_RING = 2
 _USED_RING = 1  # of the used ring's 32-bit words
@@ -65,10 +69,12 @@ class Chain:
             if rest and begin + size > start:
                 skip = max(0, start - begin)
                 here = min(size - skip, len(rest))
-                for piece in self._guest.pieces(address + skip, here, write=True):
+                place = address + skip
+                for piece in self._guest.pieces(place, here, write=True):
                     piece[:] = rest[: len(piece)]
                     rest = rest[len(piece) :]
-                self._guest.written(address + skip, here)
+                    self._guest.written(place, len(piece))
+                    place += len(piece)
             begin += size
         self.written_bytes = max(self.written_bytes, end)
 
@@ -90,6 +96,9 @@ class DeviceRing:
         self.taken: dict[int, Chain] = {}
         self._resolve()
         self.used_index = _le16(self._used_words[_INDEX])
+        # a device before us may have asked not to be kicked
+        self._used_words[_FLAGS] = 0
+        guest.written(setup.used_address, 2)
         self.again: list[int] = []
         """Heads that an earlier device took and did not answer: to be done first."""
         if inflight is not None:
@@ -98,11 +107,21 @@ class DeviceRing:
                 # whoever kept the base did not know of these
                 self.avail_index = (self.used_index + len(self.again)) & 0xFFFF
 
+    @property
+    def tracked(self) -> bool:
+        """Whether what is in flight is noted where the next device finds it."""
+        return self._inflight is not None
+
+    def take_again(self) -> Chain | None:
+        """The next chain that an earlier device has left; None where there is none any more."""
+        self._resolve()
+        return self._chain(self.again.pop(0)) if self.again else None
+
     def take(self) -> Chain | None:
         """The next chain that the driver has made available; None where there is none."""
-        self._resolve()
         if self.again:
-            return self._chain(self.again.pop(0))
+            return self.take_again()
+        self._resolve()
         store_barrier()
         published = _le16(self._avail_words[_INDEX])
         waiting = (published - self.avail_index) & 0xFFFF
@@ -156,7 +175,11 @@ class DeviceRing:
     def _chain(self, head: int) -> Chain:
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
+        count = total_bytes = 0
         for address, size, flags in self._descriptors(self._desc, self._setup.size, head):
+            count, total_bytes = count + 1, total_bytes + size
+            if count > CHAIN_DESCRIPTORS_MAX or total_bytes > CHAIN_BYTES_MAX:
+                raise RingBroken(f"chain {head} has {count} descriptors of {total_bytes} bytes, and more")
             if flags & VRING_DESC_F_WRITE:
                 writable.append((address, size))
             elif writable:
@@ -189,15 +212,6 @@ class DeviceRing:
         except BadAddress as error:
             raise RingBroken(f"an indirect table: {error}") from None
         yield from self._descriptors(inner, size // VRING_DESC.size_bytes, 0)
-
-
-def notify(eventfd: int | None) -> None:
-    """Signal ``eventfd``, if there is one. A full counter is signal enough."""
-    if eventfd is not None:
-        try:
-            os.eventfd_write(eventfd, 1)
-        except BlockingIOError:
-            return
 
 
 def _same(value: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 from ...values import StateDirection, StatePhase
 from .model import Died, Faults, Loaded, Model, StateRefused
@@ -20,7 +19,7 @@ class StateTransfer:
         self._model = model
         self._faults = faults
         self._transfer: Transfer | None = None
-        self._loaded: list[Loaded] = []
+        self._loaded: Loaded | None = None
 
     def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> None:
         """Start through ``fd``, which is taken. Ends one that was not checked. Raises `StateRefused`."""
@@ -28,7 +27,7 @@ class StateTransfer:
             os.close(fd)
             raise StateRefused("told to refuse it" if self._faults.refuse_transfer else f"no transfer in phase {phase}")
         self.drop()
-        work = self._save if direction is StateDirection.SAVE else partial(self._load, self._loaded)
+        work = self._save if direction is StateDirection.SAVE else self._load
         self._transfer = Transfer(fd, work, stall_s=self._faults.stall_s)
 
     def check(self, timeout_s: float | None) -> None:
@@ -47,16 +46,18 @@ class StateTransfer:
             raise
         self._transfer.close()
         self._transfer = None
-        while self._loaded:
-            self._loaded.pop().commit()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.commit()
 
     def drop(self) -> None:
         """End a transfer that was not checked; what a load brought is gone. Idempotent."""
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
-        while self._loaded:
-            self._loaded.pop().discard()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.discard()
 
     def _save(self, transfer: Transfer) -> None:
         version = STREAM_VERSION if self._faults.version is None else self._faults.version
@@ -64,8 +65,8 @@ class StateTransfer:
         transfer.write(stream, self._faults.cut_state_bytes)
         self._maybe_die()
 
-    def _load(self, loaded: list[Loaded], transfer: Transfer) -> None:
-        loaded.append(self._model.load(decode(self._model.device_id, transfer.read)))
+    def _load(self, transfer: Transfer) -> None:
+        self._loaded = self._model.load(decode(self._model.device_id, transfer.read))
         self._maybe_die()
 
     def _maybe_die(self) -> None:

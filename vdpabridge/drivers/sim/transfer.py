@@ -14,6 +14,7 @@ __all__ = ["Transfer"]
 
 #: What a thread asks for at a time.
 _READ_BYTES = 1 << 20
+_GRACE_S = 1.0
 
 
 class _Cancelled(Exception):
@@ -29,12 +30,16 @@ class Transfer:
 
     def __init__(self, fd: int, work: Callable[[Transfer], None], *, stall_s: float = 0.0) -> None:
         self._fd = fd
-        self._cancel_read, self._cancel_write = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.set_blocking(fd, False)
+            self._cancel_read, self._cancel_write = os.pipe2(os.O_CLOEXEC)
+        except BaseException:
+            os.close(fd)
+            raise
         self._error: BaseException | None = None
         self._buffer = bytearray()
         self._stall_s = stall_s
         self._work = work
-        os.set_blocking(fd, False)
         self._thread = threading.Thread(target=self._run, name="vdpabridge-sim-state", daemon=True)
         self._thread.start()
 
@@ -51,8 +56,8 @@ class Transfer:
         if self._cancel_write >= 0:
             os.close(self._cancel_write)
             self._cancel_write = -1
-            self._thread.join()
-            os.close(self._cancel_read)
+            # not for ever: the mode of the descriptor is the peer's too, who may have made writing block again
+            self._thread.join(_GRACE_S)
 
     # --- for the work ---
 
@@ -104,6 +109,7 @@ class Transfer:
             self._error = error
         finally:
             os.close(self._fd)
+            os.close(self._cancel_read)
 
     def _stall(self) -> None:
         end_s = time.monotonic() + self._stall_s

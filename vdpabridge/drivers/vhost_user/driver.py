@@ -68,7 +68,8 @@ class VhostUser(Device):
 
     Suspended means: every ring was stopped by GET_VRING_BASE. There is no message that suspends a device, and none
     that resets one on the way: its state stays where it is. After a reply that does not come, or is none, the
-    connection is of no use any more and the device has failed. One thread at a time.
+    connection is of no use any more and the device has failed; but GET_VRING_BASE and CHECK_DEVICE_STATE may last as
+    long as the device's work does: where their deadline passes, ask again. One thread at a time.
     """
 
     def __init__(
@@ -267,8 +268,9 @@ class VhostUser(Device):
                         self._rings.start(index, record, self.accepted_features, logged=self._logging)
                 if self._requests.has(ProtocolFeature.STATUS):
                     self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK))
-            except PeerRefused:
-                self._stop_rings(drain=True)
+            except BaseException:
+                with contextlib.suppress(ProtocolError, DeadlineExceeded):
+                    self._stop_rings(drain=True)
                 raise
 
     def _resume(self) -> None:
@@ -338,9 +340,9 @@ class VhostUser(Device):
                 self._check_state()
 
     def _check_state(self) -> None:
-        self._transferring = False
         with self._asking():
             code = self._requests.number(FrontendRequest.CHECK_DEVICE_STATE)
+        self._transferring = False
         if code:
             # passt's is an errno, or all ones; rust-vmm's is always 1
             why = f"the back-end failed to process its state (code {code:#x}): its own log may say why"
@@ -350,11 +352,16 @@ class VhostUser(Device):
     # --- dirty log and in-flight requests ---
 
     def _set_dirty_log(self, log: DirtyLog | None) -> None:
+        before = self._logging
         with self._asking():
             if log is not None:
                 self._requests.ask(FrontendRequest.SET_LOG_BASE, Log(log.size_bytes, log.offset), [log.fd])
             self._logging = log is not None
-            self._set_features(self.accepted_features)
+            try:
+                self._set_features(self.accepted_features)
+            except BaseException:
+                self._logging = before
+                raise
             for index in sorted(self._rings.started):
                 self._rings.send_address(index, self.queues[index], logged=self._logging)
 
@@ -368,7 +375,9 @@ class VhostUser(Device):
             raise PeerRefused(request.name, peer=self.name, why=why, request=request)
         return InflightRegion(fds[0], reply.size_bytes, reply.offset, reply.queue_count, reply.queue_size)
 
-    def _set_inflight(self, region: InflightRegion) -> None:
+    def _set_inflight(self, region: InflightRegion | None) -> None:
+        if region is None:
+            return
         payload = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
         with self._asking():
             self._requests.tell(FrontendRequest.SET_INFLIGHT_FD, payload, [region.fd])

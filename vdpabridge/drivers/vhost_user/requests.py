@@ -15,6 +15,15 @@ from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
 
 __all__ = ["Requests"]
 
+#: What a back-end answers when its work is done, which may last: requests in flight, a transfer.
+_LENGTHY = frozenset(
+    {
+        FrontendRequest.GET_VRING_BASE,
+        FrontendRequest.GET_VRING_BASE_SKIP_DRAIN,
+        FrontendRequest.CHECK_DEVICE_STATE,
+    }
+)
+
 
 class Requests:
     """Asks over ``connection``, which is taken. ``protocol_features`` are what was negotiated so far.
@@ -26,6 +35,8 @@ class Requests:
         self.connection = connection
         self.protocol_features = 0
         self.broken = ""
+        self._owed: tuple[FrontendRequest, bytes] | None = None
+        """What was asked and not answered in time, though it may be yet."""
 
     @property
     def peer(self) -> str:
@@ -50,8 +61,9 @@ class Requests:
     ) -> tuple[Any, list[int]]:
         """The same, with the descriptors of the reply, which the caller owns."""
         spec = FRONTEND_REQUESTS[request]
-        self._send(request, payload, fds, VERSION)
-        with self._reply_to(request) as message:
+        if self._owed != (request, _packed(payload)):
+            self._send(request, payload, fds, VERSION)
+        with self._reply_to(request, _packed(payload)) as message:
             try:
                 # back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes, and nothing in them matters
                 reply = None if request is FrontendRequest.SET_LOG_BASE else spec.reply.unpack(message.payload)
@@ -95,22 +107,41 @@ class Requests:
     def _send(self, request: FrontendRequest, payload: Any, fds: Sequence[int], flags: int) -> None:
         if self.broken:
             raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        self._collect_debt()
         try:
-            self.connection.send(request, b"" if payload is None else payload.pack(), fds, flags=flags)
+            self.connection.send(request, _packed(payload), fds, flags=flags)
         except (ProtocolError, DeadlineExceeded) as error:
             self.broken = error.why
             raise
 
-    def _reply_to(self, request: FrontendRequest) -> Message:
+    def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
+        """The error for a reply that is none."""
+        return self._break(request, why)
+
+    def _collect_debt(self) -> None:
+        """Take in the reply that came too late. Whether state had arrived is asked again where it matters; where a
+        ring stopped is not told twice."""
+        if self._owed is not None:
+            request, payload = self._owed
+            self._reply_to(request, payload).close()
+            if request is not FrontendRequest.CHECK_DEVICE_STATE:
+                raise self._break(request, "its reply came too late, and something else was asked first")
+
+    def _reply_to(self, request: FrontendRequest, payload: bytes = b"") -> Message:
         try:
             message = self.connection.receive()
         except DeadlineExceeded as error:
-            self.broken = f"no reply to {request.name} within {error.timeout_s:g} s"
+            why = f"no reply within {error.timeout_s:g} s"
+            if request in _LENGTHY and not self.connection.cut:
+                self._owed = (request, payload)
+            else:
+                self.broken = f"{request.name}: {why}"
             hint = "the back-end is stuck or slow"
             raise DeadlineExceeded(request.name, error.timeout_s, device=self.peer, hint=hint) from None
         except ProtocolError as error:
             self.broken = error.why
             raise
+        self._owed = None
         if message is None:
             self.broken = "the back-end closed the connection"
             raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
@@ -122,3 +153,8 @@ class Requests:
     def _break(self, request: FrontendRequest, why: str) -> ProtocolError:
         self.broken = why
         return ProtocolError(request.name, peer=self.peer, why=why, request=request)
+
+
+def _packed(payload: Any) -> bytes:
+    data: bytes = b"" if payload is None else payload.pack()
+    return data

@@ -6,13 +6,12 @@ stops with GET_VRING_BASE, after which a back-end has forgotten its eventfds: ev
 
 from __future__ import annotations
 
-import os
-
 from ...abi.vhost import VHOST_VRING_F_LOG
 from ...abi.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES, VRING_NO_FD, FrontendRequest
 from ...abi.vhost_user_payloads import U64, VringAddr, VringState
 from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...abi.vring_base import QueueBase, decode_base
+from ...eventfds import signal
 from ...transitions import Operation
 from ...values import QueueRecord
 from .requests import Requests
@@ -55,14 +54,18 @@ class Rings:
         self.started.add(index)
         if self._can_enable:
             tell(FrontendRequest.SET_VRING_ENABLE, VringState(index, 1))
-        kick(record)
+        # kicks of before it was started went to nobody
+        signal(record.eventfds.get(Operation.SET_KICK))
 
     def stop(self, index: int, accepted: int, *, drain: bool) -> None:
         """Stop queue ``index``, if it is started, and remember where it stands."""
         if index not in self.started:
             return
         request = FrontendRequest.GET_VRING_BASE if drain else FrontendRequest.GET_VRING_BASE_SKIP_DRAIN
-        word: int = self._requests.ask(request, VringState(index, 0)).num
+        reply = self._requests.ask(request, VringState(index, 0))
+        if reply.index != index:
+            raise self._requests.no_reply(request, f"it is about queue {reply.index}, not {index}")
+        word: int = reply.num
         self.bases[index] = decode_base(word, packed=_packed(accepted))
         self.started.discard(index)
 
@@ -86,16 +89,6 @@ class Rings:
         """After a reset."""
         self.started.clear()
         self.bases.clear()
-
-
-def kick(record: QueueRecord) -> None:
-    """Have the back-end look at the ring: kicks of before it was started went to nobody."""
-    eventfd = record.eventfds.get(Operation.SET_KICK)
-    if eventfd is not None:
-        try:
-            os.eventfd_write(eventfd, 1)
-        except BlockingIOError:
-            return  # it is as full of kicks as it can be
 
 
 def _packed(accepted: int) -> bool:

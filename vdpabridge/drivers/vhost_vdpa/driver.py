@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import time
 from collections.abc import Sequence, Set
 from typing import Self
@@ -46,6 +45,7 @@ from ...device import (
     decode_base,
 )
 from ...errors import DeadlineExceeded, FeatureError, KernelError
+from ...eventfds import signal
 from ...memory import SharedMapping
 from .iotlb import Iotlb
 from .node import Node
@@ -286,8 +286,7 @@ class VhostVdpa(Device):
 
     def _kick(self, index: int) -> None:
         """Write the queue's own kick eventfd: a kick from before it was enabled and started is lost."""
-        if (eventfd := self.queues[index].eventfds.get(Operation.SET_KICK)) is not None:
-            os.eventfd_write(eventfd, 1)
+        signal(self.queues[index].eventfds.get(Operation.SET_KICK))
 
     def _enabled_queues(self) -> list[int]:
         return [index for index, record in self.queues.items() if record.enabled and record.setup]

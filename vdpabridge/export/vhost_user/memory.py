@@ -38,6 +38,11 @@ class FrontendMemory:
         self._device = device
         self._known: list[_Known] = []
 
+    def takes_away(self, regions: Sequence[Region], fds: Sequence[int]) -> bool:
+        """Whether `replace` would take something away that the device may be using."""
+        wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
+        return any(not any(old.same_mapping(new.region, new.file) for new in wanted) for old in self._known)
+
     def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
         """The whole table anew. What stays as it was stays mapped: a running device needs it."""
         wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
@@ -87,9 +92,9 @@ class FrontendMemory:
 
     def clear(self) -> None:
         """The front-end is gone, and its memory with it."""
-        known, self._known = self._known, []
-        if known:
-            self._device.unmap([each.mapped for each in known])
+        self._known = []
+        if self._device.regions:
+            self._device.unmap(self._device.regions)
 
 
 def _known(region: Region, fd: int) -> _Known:

@@ -9,12 +9,24 @@ from collections.abc import Mapping
 
 from ...abi.vhost import VHOST_F_LOG_ALL
 from ...abi.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES, ProtocolFeature
+from ...abi.virtio import (
+    VIRTIO_F_ADMIN_VQ,
+    VIRTIO_F_NOTIFICATION_DATA,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_SR_IOV,
+    VIRTIO_F_SUSPEND,
+)
 from ...device import Capability, Device
 
 __all__ = ["MEMORY_SLOTS", "features_of", "protocol_features_of"]
 
 #: Regions of memory; QEMU uses 512 at the most.
 MEMORY_SLOTS = 512
+#: What the protocol has no means for: a kick by eventfd carries no data, a guest's administration and suspend requests
+#: do not reach a back-end.
+_NOT_BY_VHOST_USER = sum(
+    1 << bit for bit in (VIRTIO_F_SR_IOV, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_ADMIN_VQ, VIRTIO_F_SUSPEND)
+)
 #: Never STATUS: front-ends write 0 there whenever a guest stops, which to a device is a reset.
 _ALWAYS = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIGURE_MEM_SLOTS)
 _WITH: Mapping[ProtocolFeature, frozenset[Capability]] = {
@@ -31,7 +43,10 @@ _WITH: Mapping[ProtocolFeature, frozenset[Capability]] = {
 
 def features_of(device: Device) -> int:
     """The reply to GET_FEATURES."""
-    features = device.offered_features | 1 << VHOST_USER_F_PROTOCOL_FEATURES
+    features = device.offered_features & ~_NOT_BY_VHOST_USER | 1 << VHOST_USER_F_PROTOCOL_FEATURES
+    if Capability.QUEUE_CONTROL not in device.capabilities:
+        # the guest's driver would stop one queue, and all would stop
+        features &= ~(1 << VIRTIO_F_RING_RESET)
     if Capability.DIRTY_LOG in device.capabilities:
         features |= 1 << VHOST_F_LOG_ALL
     return features

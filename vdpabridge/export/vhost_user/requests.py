@@ -11,6 +11,7 @@ from typing import Any
 
 from ...abi.vhost import VHOST_F_LOG_ALL
 from ...abi.vhost_user import (
+    CONFIG_SIZE_MAX,
     DEVICE_STATE_NO_FD,
     VHOST_USER_F_PROTOCOL_FEATURES,
     VRING_INDEX_MASK,
@@ -32,6 +33,7 @@ from ...device import (
     StatePhase,
 )
 from ...errors import VdpaBridgeError
+from ...eventfds import clear
 from ...vhost_user.connection import Connection
 from .memory import FrontendMemory
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
@@ -43,6 +45,8 @@ _LOG_ALL = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 #: The low byte is the error; with "no descriptor" set beside it every front-end sees that none comes.
 _STATE_REFUSED = DEVICE_STATE_NO_FD | 1
+#: For a front-end to take an announcement in; its socket has room for hundreds.
+_ANNOUNCEMENT_S = 0.5
 _RUNNABLE = (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED)
 
 
@@ -72,6 +76,12 @@ class Requests:
         self._log: DirtyLog | None = None
         self._log_all = False
         self._transferring = False
+        self._features_set = False
+        self._loaded = False
+        self._inflight_set = False
+        if device.state is RunState.FAILED:
+            # what became of it with the last front-end is no concern of this one
+            device.reset()
 
     def has(self, feature: ProtocolFeature) -> bool:
         """Whether the front-end has negotiated ``feature``."""
@@ -93,22 +103,29 @@ class Requests:
         offered = features_of(self.device)
         if unknown := payload.value & ~offered:
             raise VdpaBridgeError("SET_FEATURES", why=f"bits {unknown:#x} were not offered")
-        wanted = payload.value & ~(_LOG_ALL | _PROTOCOL_FEATURES)
-        if self.device.state is RunState.FAILED:
-            self._reset()
-        if self.device.state is not RunState.RESET and self.device.accepted_features != wanted:
-            if self.device.state is RunState.RUNNING:
-                raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
-            self._reset()
-        if self.device.state is RunState.RESET:
-            self.device.accept_features(wanted)
-        if Capability.CONFIG_CALL in self.device.capabilities and self.device.config_call is None:
+        self._accept_features(payload.value & ~(_LOG_ALL | _PROTOCOL_FEATURES))
+        self._features_set = True
+        if Capability.CONFIG_CALL in self.device.capabilities:
             self.device.set_config_call(self.config_changed)
         self._log_all = bool(payload.value & _LOG_ALL)
         self._switch_log()
         # with the bit, the rings' own enable states stand
         if not payload.value & _PROTOCOL_FEATURES:
             self.rings.enable_all()
+
+    def _accept_features(self, wanted: int) -> None:
+        device = self.device
+        if device.state is RunState.FAILED:
+            self._reset()
+        if device.state is not RunState.RESET and device.accepted_features != wanted:
+            if device.state is RunState.RUNNING:
+                raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
+            if self._loaded:
+                why = "other features take a reset, and with it goes the state that was loaded"
+                raise VdpaBridgeError("SET_FEATURES", why=why)
+            self._reset()
+        if device.state is RunState.RESET:
+            device.accept_features(wanted)
 
     def get_protocol_features(self, _payload: Any, _fds: list[int]) -> Answer:
         """Legal before SET_FEATURES."""
@@ -136,13 +153,16 @@ class Requests:
 
     def _reset(self) -> None:
         self.device.reset()
-        self._transferring = False
+        self._transferring = self._loaded = self._features_set = self._inflight_set = False
         self.rings.forget()
 
     # --- configuration space ---
 
     def get_config(self, payload: Config, _fds: list[int]) -> Answer:
         """Reads beyond the end are zeros: front-ends ask for the newest structure, whatever the device has."""
+        if payload.size_bytes > CONFIG_SIZE_MAX or len(payload.data) != payload.size_bytes:
+            why = f"{payload.size_bytes} bytes asked for, and room for {len(payload.data)}"
+            raise VdpaBridgeError("GET_CONFIG", why=why)
         whole = self.device.identity.config_size_bytes
         here = max(0, min(payload.size_bytes, whole - payload.offset))
         try:
@@ -160,22 +180,35 @@ class Requests:
 
     def set_backend_req_fd(self, _payload: Any, fds: list[int]) -> None:
         """The channel for our own requests."""
-        channel = Connection.from_fd(fds.pop(), timeout_s=self.device.timeout_s)
+        channel = Connection.from_fd(fds.pop(), timeout_s=_ANNOUNCEMENT_S)
         if self.channel is not None:
             self.channel.close()
         self.channel = channel
 
     def announce_config_change(self) -> None:
-        """Pass the device's notification on. A suspended device has promised not to change."""
-        os.eventfd_read(self.config_changed)
+        """Pass the device's notification on. A suspended device has promised not to change.
+
+        Raises `VdpaBridgeError` where the front-end does not take it; it hears no more of these then.
+        """
+        clear(self.config_changed)
         if self.channel is not None and self.has(ProtocolFeature.CONFIG):
-            self.channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+            try:
+                self.channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+            except VdpaBridgeError:
+                self.channel.close()
+                self.channel = None
+                raise
 
     # --- memory ---
 
     def set_mem_table(self, payload: Any, fds: list[int]) -> None:
-        """All regions anew."""
-        self.memory.replace(payload.regions, fds)
+        """All regions anew. The device pauses where something is taken away that it may be using."""
+        if self.device.state is RunState.RUNNING and self.memory.takes_away(payload.regions, fds):
+            self.rings.suspend()
+        try:
+            self.memory.replace(payload.regions, fds)
+        finally:
+            self.rings.go_on()
 
     def get_max_mem_slots(self, _payload: Any, _fds: list[int]) -> Answer:
         """How many regions there can be."""
@@ -184,10 +217,15 @@ class Requests:
     def add_mem_reg(self, payload: Any, fds: list[int]) -> None:
         """One region more."""
         self.memory.add(payload.region, fds[0])
+        self.rings.go_on()
 
     def rem_mem_reg(self, payload: Any, _fds: list[int]) -> None:
-        """One region less. A descriptor may come with it, and is closed."""
-        self.memory.remove(payload.region)
+        """One region less. A descriptor may come with it, and is closed. Rings in it pause until it comes again."""
+        self.rings.suspend()
+        try:
+            self.memory.remove(payload.region)
+        finally:
+            self.rings.go_on()
 
     # --- rings ---
 
@@ -258,6 +296,7 @@ class Requests:
         """A region that holds requests in flight, or will."""
         region = InflightRegion(fds[0], payload.size_bytes, payload.offset, payload.queue_count, payload.queue_size)
         self.device.set_inflight(region)
+        self._inflight_set = True
 
     def _switch_log(self) -> None:
         """The log is kept while the front-end says so and has said where; in either order."""
@@ -279,11 +318,20 @@ class Requests:
             refused = VdpaBridgeError("SET_DEVICE_STATE_FD", why=str(error))
             return Answer(U64(_STATE_REFUSED), error=refused)
         try:
+            if direction is StateDirection.LOAD:
+                self._forget_the_last_front_end()
             instead = self.device.set_state_fd(direction, phase, fds.pop())
         except VdpaBridgeError as error:
             return Answer(U64(_STATE_REFUSED), error=error)
         self._transferring = True
+        self._loaded = direction is StateDirection.LOAD
         return Answer(U64(DEVICE_STATE_NO_FD)) if instead is None else Answer(U64(0), (instead,))
+
+    def _forget_the_last_front_end(self) -> None:
+        """State is loaded into a device that has no other: features come after it, and they may differ."""
+        fresh = self.device.state is RunState.RESET or self._features_set
+        if not fresh and Capability.STATE_RESET in self.device.capabilities:
+            self._reset()
 
     def check_device_state(self, _payload: Any, _fds: list[int]) -> Answer:
         """Wait for the end of the transfer, as long as the device's deadline allows."""
@@ -291,23 +339,48 @@ class Requests:
         try:
             self.device.check_state()
         except VdpaBridgeError as error:
+            self._loaded = False
             return Answer(U64(1), error=error)
         return Answer(U64(0))
 
     # --- the end ---
 
-    def close(self) -> None:
-        """The front-end is gone: the device stops, remembers everything, and lets go of what was the front-end's."""
+    def close(self) -> list[Exception]:
+        """The front-end is gone: the device stops, remembers everything, and lets go of what was the front-end's.
+
+        Returns what went wrong; each step is done whatever became of those before.
+        """
+        problems: list[Exception] = []
+        for step in (self._stop, self._abandon, self._let_go, self.memory.clear):
+            try:
+                step()
+            except (VdpaBridgeError, ValueError, OSError) as error:
+                problems.append(error)
+        self.rings.close()
+        self._drop_log()
+        if self.channel is not None:
+            self.channel.close()
+        os.close(self.config_changed)
+        return problems
+
+    def _stop(self) -> None:
+        """Nothing goes on in the memory of a guest that is gone: a device that does not suspend is reset."""
         try:
             self.rings.suspend()
-            if self._transferring:
-                self.device.abandon_state()
-            self._log_all = False
-            self._switch_log()
-            self.memory.clear()
-        finally:
-            self.rings.close()
-            self._drop_log()
-            if self.channel is not None:
-                self.channel.close()
-            os.close(self.config_changed)
+        except (VdpaBridgeError, OSError):
+            self.device.reset()
+            raise
+        if self.device.state is RunState.FAILED:
+            self.device.reset()
+
+    def _abandon(self) -> None:
+        if self._transferring:
+            self.device.abandon_state()
+
+    def _let_go(self) -> None:
+        self._log_all = False
+        self._switch_log()
+        if self.device.config_call is not None:
+            self.device.set_config_call(None)
+        if self._inflight_set:
+            self.device.set_inflight(None)

@@ -36,6 +36,8 @@ class Ring:
     """Whether `enabled` is what the front-end has said, since the ring was last stopped and disabled."""
     live: bool = False
     """Whether the running device has it."""
+    installed: QueueSetup | None = None
+    """Where the device was told that it is."""
 
 
 class Rings:
@@ -57,7 +59,7 @@ class Rings:
     def set_address(self, index: int, address: VringAddr) -> None:
         """SET_VRING_ADDR. Of a ring at work only the logging may change, which the device does in any case."""
         ring = self._ring(index)
-        if ring.live and ring.address is not None and self._setup(index, ring, address) != self._setup(index, ring):
+        if ring.live and self._setup(index, ring, address) != ring.installed:
             raise VdpaBridgeError(f"queue {index}", why="it is at work and cannot be moved")
         ring.address = address
 
@@ -108,7 +110,7 @@ class Rings:
                 ring.base_word = device.stop_queue(index, drain=drain).encode()
                 ring.live = False
                 if not any(each.live for each in self._rings.values()):
-                    device.suspend()
+                    device.suspend(drain=drain)
             else:
                 # the device stops as a whole; the others' positions are asked for next
                 device.suspend(drain=drain)
@@ -120,10 +122,20 @@ class Rings:
         return self._base(ring).encode()
 
     def suspend(self) -> None:
-        """Stop everything that is at work, as for a front-end that has left."""
+        """Stop everything that is at work: for a front-end that has left, or until `go_on`."""
         if self._device.state is RunState.RUNNING:
             self._device.suspend()
             self._collect_bases()
+
+    def go_on(self) -> None:
+        """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
+        try:
+            for index, ring in self._rings.items():
+                if ring.started:
+                    self._setup(index, ring)
+        except VdpaBridgeError:
+            return
+        self._advance()
 
     def forget(self) -> None:
         """RESET_DEVICE was done: every ring is stopped and disabled, and at its beginning."""
@@ -144,70 +156,88 @@ class Rings:
     def _advance(self) -> None:
         """Start, or go on, where the front-end has said all that there is to wait for."""
         device = self._device
-        started = {index: ring for index, ring in self._rings.items() if ring.started}
+        started = [ring for ring in self._rings.values() if ring.started]
+        if not any(ring.enabled for ring in started):
+            return
         if device.state is RunState.RUNNING:
-            if any(ring.enabled and not ring.live for ring in started.values()):
+            if any(ring.enabled and not ring.live for ring in started):
                 self._join()
-        elif any(ring.enabled for ring in started.values()) and all(ring.decided for ring in started.values()):
+        elif self._can_join or all(ring.decided for ring in started):
             if device.state is RunState.RESET:
                 raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
             self._go()
 
+    @property
+    def _can_join(self) -> bool:
+        """Whether a ring can be enabled later without much ado."""
+        return bool({Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} & self._device.capabilities)
+
     def _go(self) -> None:
         device = self._device
+        # all of them, before anything is touched
+        setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
         if device.state is RunState.CONFIGURED:
-            self._install_all()
+            self._install_all(setups)
             device.start()
         elif Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
-            self._disable_absent()
-            self._install_all()
+            for index in device.queues:
+                if index not in setups:
+                    device.enable_queue(index, False)
+            self._install_all(setups)
             device.resume()
-        elif Capability.RESUME in device.capabilities and self._unchanged():
-            for index, ring in self._rings.items():
-                if ring.started:
-                    self._bind(index, ring)
+        elif Capability.RESUME in device.capabilities and self._unchanged(setups):
+            for index in setups:
+                self._bind(index, self._rings[index])
             device.resume()
         else:
-            self._replay()
-        for ring in self._rings.values():
-            ring.live = ring.started
+            self._replay(setups)
+        for index, setup in setups.items():
+            self._rings[index].live, self._rings[index].installed = True, setup
 
     def _join(self) -> None:
         """Rings that were started after the device was."""
+        setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
         if Capability.QUEUE_CONTROL in self._device.capabilities:
-            for index, ring in self._rings.items():
-                if ring.started and ring.enabled and not ring.live:
-                    self._install(index, ring)
-                    ring.live = True
+            for index, setup in setups.items():
+                ring = self._rings[index]
+                if ring.enabled and not ring.live:
+                    self._install(index, ring, setup)
+                    ring.live, ring.installed = True, setup
         else:
-            self._device.suspend()
-            self._collect_bases()
+            self.suspend()
             self._go()
 
     def _enable_live(self, index: int, enabled: bool) -> None:
-        if Capability.ENABLE_WHILE_RUNNING in self._device.capabilities:
-            self._device.enable_queue(index, enabled)
-        elif not any(ring.enabled for ring in self._rings.values() if ring.live):
-            # a front-end that pauses (Cloud Hypervisor) or is about to stop every ring (QEMU): the same for us
-            self._device.suspend()
-            self._collect_bases()
+        device = self._device
+        if Capability.ENABLE_WHILE_RUNNING in device.capabilities:
+            device.enable_queue(index, enabled)
+        elif device.queues[index].enabled != enabled:
+            # where none is left that is enabled (a pause, or the beginning of the end) the device stays suspended
+            self.suspend()
+            self._advance()
 
-    def _replay(self) -> None:
+    def _replay(self, setups: dict[int, QueueSetup]) -> None:
         """Reset and set up anew, as the only way for what this device is not able to change otherwise."""
         device = self._device
         features = device.accepted_features
-        device.reset()
-        device.accept_features(features)
-        self._install_all()
+        config_call = None if device.config_call is None else os.dup(device.config_call)
+        try:
+            device.reset()
+            device.accept_features(features)
+            if config_call is not None:
+                device.set_config_call(config_call)
+        finally:
+            if config_call is not None:
+                os.close(config_call)
+        self._install_all(setups)
         device.start()
 
-    def _install_all(self) -> None:
-        for index, ring in self._rings.items():
-            if ring.started:
-                self._install(index, ring)
+    def _install_all(self, setups: dict[int, QueueSetup]) -> None:
+        for index, setup in setups.items():
+            self._install(index, self._rings[index], setup)
 
-    def _install(self, index: int, ring: Ring) -> None:
-        self._device.set_queue(index, self._setup(index, ring))
+    def _install(self, index: int, ring: Ring, setup: QueueSetup) -> None:
+        self._device.set_queue(index, setup)
         self._device.set_base(index, self._base(ring))
         self._bind(index, ring)
         self._device.enable_queue(index, ring.enabled)
@@ -216,20 +246,14 @@ class Rings:
         for operation, bind in _BINDERS.items():
             bind(self._device, index, ring.eventfds.get(operation))
 
-    def _disable_absent(self) -> None:
-        for index in self._device.queues:
-            if not self._ring(index).started:
-                self._device.enable_queue(index, False)
-
-    def _unchanged(self) -> bool:
+    def _unchanged(self, setups: dict[int, QueueSetup]) -> bool:
         """Whether the suspended device has every ring as the front-end wants it, so that it can simply resume."""
-        known = self._device.queues
-        wanted = {index: ring for index, ring in self._rings.items() if ring.started}
-        return {index for index, record in known.items() if record.setup is not None} == set(wanted) and all(
-            known[index].setup == self._setup(index, ring)
-            and known[index].enabled == ring.enabled
-            and self._device.get_base(index) == self._base(ring)
-            for index, ring in wanted.items()
+        known = {index: record for index, record in self._device.queues.items() if record.setup is not None}
+        return set(known) == set(setups) and all(
+            known[index].setup == setup
+            and known[index].enabled == self._rings[index].enabled
+            and self._device.get_base(index) == self._base(self._rings[index])
+            for index, setup in setups.items()
         )
 
     def _collect_bases(self) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
 import socket
 import stat
+import time
 from collections.abc import Callable
 from typing import Self
 
-from ...device import Device
-from ...errors import DeadlineExceeded, VdpaBridgeError
+from ...device import Device, RunState
+from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from ...vhost_user.connection import Connection
 from ...vhost_user.errors import ProtocolError
 from .session import Session, require_servable
@@ -21,6 +21,7 @@ __all__ = ["Server", "listen"]
 
 #: What fits a ``struct sockaddr_un``, with the zero at the end.
 _PATH_BYTES_MAX = 107
+_PATIENCE_S = 0.1
 
 
 def listen(path: str) -> socket.socket:
@@ -50,6 +51,8 @@ def _remove_stale(path: str) -> None:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise _occupied(path, os.strerror(error.errno or 0)) from None
     if not stat.S_ISSOCK(kind):
         raise _occupied(path, "something is there that is no socket")
     # of another type than a back-end's, which the kernel notices before anybody hears of it
@@ -95,13 +98,17 @@ class Server:
     def serve(self, listener: socket.socket, *, once: bool = False) -> None:
         """Serve whoever connects to ``listener`` (borrowed), one at a time, until `stop`; with ``once``, only one.
 
-        Who connects while another is served is sent away.
+        Who connects while another is served is sent away. Raises `DeviceFailed` where the device fails and a reset
+        does not help.
         """
         listener.setblocking(False)
         while True:
-            if self._wait([listener.fileno()]) is None:
+            ready = self._wait([listener.fileno()])
+            if ready is None:
                 return
-            connected = _accept(listener)
+            if self._device.fileno() in ready:
+                self._device.check_health()
+            connected = self._accept(listener)
             if connected is not None:
                 connection = Connection(connected, "the front-end", timeout_s=self._timeout_s)
                 if not self.serve_connection(connection, listener) or once:
@@ -109,22 +116,30 @@ class Server:
 
     def serve_connection(self, connection: Connection, listener: socket.socket | None = None) -> bool:
         """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
-        with Session(self._device, connection, report=self._report, trace=self._trace) as session:
-            fds = [session.fileno(), session.config_changed, *([listener.fileno()] if listener else [])]
-            while True:
-                ready = self._wait(fds)
-                if ready is None:
-                    return False
-                if listener is not None and listener.fileno() in ready:
-                    self._send_away(listener)
-                try:
-                    if session.config_changed in ready:
-                        session.announce_config_change()
-                    if session.fileno() in ready and not session.serve_one():
-                        return True
-                except (ProtocolError, DeadlineExceeded) as error:
-                    self._report(str(error))
-                    return True
+        try:
+            with Session(self._device, connection, report=self._report, trace=self._trace) as session:
+                return self._attend(session, listener)
+        except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
+            self._report(str(error))
+        if self._device.state is RunState.FAILED:
+            why, hint = self._device.failure, "a reset did not help"
+            raise DeviceFailed("the device failed", device=self._device.name, why=why, hint=hint)
+        return True
+
+    def _attend(self, session: Session, listener: socket.socket | None) -> bool:
+        fds = [session.fileno(), session.config_changed, *([listener.fileno()] if listener else [])]
+        while True:
+            ready = self._wait(fds)
+            if ready is None:
+                return False
+            if self._device.fileno() in ready:
+                self._device.check_health()
+            if session.config_changed in ready:
+                session.announce_config_change()
+            if session.fileno() in ready and not session.serve_one():
+                return True
+            if listener is not None and listener.fileno() in ready and not session.is_leaving():
+                self._send_away(listener)
 
     def close(self) -> None:
         """Let go of what `stop` uses. Idempotent."""
@@ -139,23 +154,27 @@ class Server:
         self.close()
 
     def _wait(self, fds: list[int]) -> set[int] | None:
-        """Those of ``fds`` that are ready; None where it is time to stop."""
+        """Those of ``fds`` that are ready, and the device where it hung up; None where it is time to stop."""
         poll = select.poll()
+        poll.register(self._device.fileno(), 0)
         for fd in (*fds, self._stop):
             poll.register(fd, select.POLLIN)
         ready = {fd for fd, _ in poll.poll()}
         return None if self._stop in ready else ready
 
     def _send_away(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            second = _accept(listener)
-            if second is not None:
-                second.close()
-                self._report("a second front-end was sent away: the device is in use")
+        second = self._accept(listener)
+        if second is not None:
+            second.close()
+            self._report("a second front-end was sent away: the device is in use")
 
-
-def _accept(listener: socket.socket) -> socket.socket | None:
-    try:
-        return listener.accept()[0]
-    except (BlockingIOError, ConnectionAbortedError):
-        return None
+    def _accept(self, listener: socket.socket) -> socket.socket | None:
+        try:
+            return listener.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        except OSError as error:
+            # out of descriptors, perhaps; whoever waits there still waits then
+            self._report(f"a front-end cannot be let in: {error.strerror}")
+            time.sleep(_PATIENCE_S)
+            return None

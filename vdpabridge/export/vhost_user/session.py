@@ -6,6 +6,7 @@ Source: docs/interop/vhost-user.rst, "Communication"; each request's row in `abi
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
@@ -72,9 +73,19 @@ class Session:
             self._serve(message)
         return True
 
+    def is_leaving(self) -> bool:
+        """Whether the front-end has hung up already, and only its last messages are left."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def announce_config_change(self) -> None:
-        """Tell the front-end. Raises `ConnectionLost` where it does not listen any more."""
-        self._requests.announce_config_change()
+        """Tell the front-end, and see whether the device itself is well: vDPA devices say so in the same way."""
+        try:
+            self._requests.announce_config_change()
+        except VdpaBridgeError as error:
+            self._report(f"a configuration change: {error}")
+        self._requests.device.check_health()
 
     def close(self) -> None:
         """Stop the device, which remembers everything, and hang up. Idempotent.
@@ -84,9 +95,8 @@ class Session:
         if not self._closed:
             self._closed = True
             try:
-                self._requests.close()
-            except VdpaBridgeError as error:
-                self._report(f"when the front-end had left: {error}")
+                for problem in self._requests.close():
+                    self._report(f"when the front-end had left: {problem}")
             finally:
                 self._connection.close()
 
@@ -149,8 +159,9 @@ class Session:
     ) -> tuple[Answer | None, Exception | None]:
         try:
             answer = self._requests.perform(request, payload, fds)
-        except (VdpaBridgeError, ValueError, OSError) as error:
-            self._report(f"{request.name}: {error}")
+        except Exception as error:  # noqa: BLE001  # whatever a front-end brings about ends no more than its request
+            kind = "" if isinstance(error, (VdpaBridgeError, ValueError, OSError)) else f"{type(error).__name__}: "
+            self._report(f"{request.name}: {kind}{error}")
             return None, error
         if answer is not None and answer.error is not None:
             self._report(f"{request.name}: {answer.error}")

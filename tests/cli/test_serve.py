@@ -1,0 +1,271 @@
+"""``vdpabridge serve``: the conventions of back-end programs, and bad input. Each test runs the real command."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from vdpabridge.drivers.vhost_user import VhostUser
+from vdpabridge.vhost_user.connection import Connection
+
+from ..support.waiting import wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+COMMAND = [sys.executable, "-m", "vdpabridge"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run(*words, **options):
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, timeout=30, env=ENVIRONMENT, check=False, **options
+    )
+
+
+@contextmanager
+def serving(*words, **options):
+    """A server; ended by SIGTERM, with which it must end well."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=10)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "s")
+
+
+def connect(path):
+    return VhostUser.open(path, timeout_s=10)
+
+
+# --- conventions ---
+
+
+def test_a_socket_path(path):
+    with serving("sim:fs", "--socket-path", path) as server:
+        with connect(path) as device:
+            assert device.identity.queue_count == 2
+        with connect(path) as device:
+            assert device.identity.queue_count == 2, "one after the other"
+        server.terminate()
+        _, said = server.communicate(timeout=10)
+        assert server.returncode == 0
+        assert said == f"vdpabridge: sim:fs is served at {path}\n"
+        assert not os.path.exists(path)
+
+
+def test_once(path):
+    with serving("sim:fs", "--socket-path", path, "--once") as server:
+        connect(path).close()
+        assert server.wait(10) == 0
+
+
+def test_a_descriptor_that_listens(path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with serving("sim:fs", "--fd", str(listener.fileno()), pass_fds=[listener.fileno()]):
+            for _ in range(2):
+                connect(path).close()
+
+
+def test_a_descriptor_that_is_connected():
+    ours, theirs = socket.socketpair()
+    with theirs, serving("sim:blk", "--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()]) as server:
+        with VhostUser(Connection(ours, "server", timeout_s=10)) as device:
+            assert device.identity.queue_count == 1
+        assert server.wait(10) == 0, "its front-end has left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_at_once_also_with_a_front_end(path, number):
+    with serving("sim:fs", "--socket-path", path) as server, connect(path):
+        begin = time.monotonic()
+        server.send_signal(number)
+        server.communicate(timeout=10)
+        assert server.returncode == 0
+        assert time.monotonic() - begin < 5
+        assert not os.path.exists(path)
+
+
+def test_a_second_front_end_is_sent_away_and_the_first_is_not_disturbed(path):
+    with serving("sim:fs", "--socket-path", path) as server, connect(path) as first:
+        with socket.socket(socket.AF_UNIX) as second:
+            second.connect(path)
+            second.settimeout(10)
+            assert second.recv(1) == b""
+        first.accept_features(1 << 32)
+        server.terminate()
+        _, said = server.communicate(timeout=10)
+        assert "a second front-end was sent away" in said
+
+
+def test_a_front_end_that_talks_nonsense_is_reported_and_the_next_is_served(path):
+    with serving("sim:fs", "--socket-path", path) as server:
+        wait_until(lambda: os.path.exists(path), 10)
+        with socket.socket(socket.AF_UNIX) as mad:
+            connect(path).close()
+            mad.connect(path)
+            mad.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            mad.settimeout(10)
+            with suppress(ConnectionResetError):  # what it has not read of us
+                assert mad.recv(1) == b""
+        connect(path).close()
+        server.terminate()
+        _, said = server.communicate(timeout=10)
+        assert "the front-end: message 542393671: version 3, not 1" in said
+
+
+def test_tracing(path):
+    with serving("sim:fs", "--socket-path", path, "--trace") as server:
+        connect(path).close()
+        server.terminate()
+        _, said = server.communicate(timeout=10)
+        assert "vdpabridge: GET_FEATURES Empty() -> U64(value=" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("sim:blk", {"type": "block", "features": []}),
+        ("sim:fs", {"type": "fs", "features": ["migrate-precopy"]}),
+        ("vhost-user:/nowhere,id=fs", {"type": "fs", "features": ["migrate-precopy"]}),
+        ("vhost-user:/nowhere,id=1", {"type": "net", "features": []}),
+    ],
+)
+def test_print_capabilities_does_nothing_else(device, expected, path):
+    done = run("serve", device, "--print-capabilities", "--socket-path", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == expected
+    assert not os.path.exists(path)
+
+
+def test_the_json_descriptors_describe_what_there_is():
+    folder = ROOT / "vdpabridge" / "export" / "vhost_user"
+    descriptors = sorted(folder.glob("*.json"))
+    assert descriptors
+    for descriptor in descriptors:
+        facts = json.loads(descriptor.read_text())
+        assert set(facts) <= {"description", "type", "binary", "tags"}
+        assert facts["binary"].startswith("/")
+        program = facts["binary"].rsplit("/", 1)[1]
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.argv[0] = {program!r}; from vdpabridge.cli.backend_program import main; sys.exit(main())",
+             "--print-capabilities"],
+            capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["type"] == facts["type"]
+
+
+# --- bad input ---
+
+
+def refused(*words, code=1, **options):
+    done = run("serve", *words, **options)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("vdpabridge: ") or code == 2
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_somebody_listens_there_already(path):
+    with serving("sim:fs", "--socket-path", path), connect(path) as device:
+        assert "another process listens there" in refused("sim:fs", "--socket-path", path)
+        device.accept_features(1 << 32)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        assert "another process listens there" in refused("sim:fs", "--socket-path", path)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_socket_file_that_was_left_behind_is_replaced(path):
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(path)
+    with serving("sim:fs", "--socket-path", path):
+        connect(path).close()
+
+
+def test_something_else_is_there(path):
+    Path(path).write_text("mine")
+    assert "something is there that is no socket" in refused("sim:fs", "--socket-path", path)
+    assert Path(path).read_text() == "mine"
+
+
+def test_a_path_that_is_too_long(tmp_path):
+    said = refused("sim:fs", "--socket-path", str(tmp_path / ("x" * 100)))
+    assert "107 bytes at the most" in said
+
+
+def test_a_directory_that_is_not_there():
+    assert "No such file or directory" in refused("sim:fs", "--socket-path", "/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("nonsense", "that is no device"),
+        ("sim:tape", "that is no device"),
+        ("sim:blk,colour=red", "no option 'colour'"),
+        ("sim:blk,size=much", "size=much is no number"),
+        ("sim:blk,file=/nowhere", "No such file or directory"),
+        ("sim:fs,tag=" + "x" * 40, "36 bytes"),
+        ("/dev/null", "/dev/null"),
+        ("/dev/vhost-vdpa-99", "/dev/vhost-vdpa-99"),
+        ("vhost-user:/nowhere/at/all", "nobody listens there"),
+    ],
+)
+def test_devices_that_are_none(device, why, path):
+    assert why in refused(device, "--socket-path", path, "--timeout", "0.2")
+    assert not os.path.exists(path)
+
+
+def test_a_descriptor_that_is_no_socket():
+    assert "it is no socket" in refused("sim:fs", "--fd", "0", stdin=subprocess.DEVNULL)
+    assert "Bad file descriptor" in refused("sim:fs", "--fd", "99")
+
+
+def test_nowhere():
+    assert "--socket-path PATH or --fd N" in refused("sim:fs")
+
+
+def test_both_places():
+    refused("sim:fs", "--fd", "3", "--socket-path", "x", code=2)
+
+
+def test_errors_as_json(path):
+    done = run("-j", "serve", "nonsense", "--socket-path", path)
+    assert json.loads(done.stderr)["error"]["why"] == "that is no device"
+
+
+def test_a_disk_that_may_not_be_read(path, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    assert "Is a directory" in refused(f"sim:blk,file={disk}", "--socket-path", path)
+
+
+# --- the demonstration ---
+
+
+def test_the_demonstration():
+    done = run("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("demo: PASS\n")
+    assert "refused by CHECK_DEVICE_STATE" in done.stdout

@@ -1,0 +1,377 @@
+"""How the exporter brings devices of lesser abilities where front-ends want them, and what is left when one leaves.
+
+The devices are simulated ones from which capabilities were taken: what a vDPA device of some kernel can do.
+"""
+
+import os
+import socket
+import struct
+from contextlib import contextmanager
+
+import pytest
+
+from vdpabridge.abi.vhost_user import FLAG_NEED_REPLY
+from vdpabridge.abi.vhost_user_payloads import (
+    U64,
+    Config,
+    DeviceStateTransfer,
+    Inflight,
+    MemoryTable,
+    Region,
+    SingleRegion,
+    VringAddr,
+    VringState,
+)
+from vdpabridge.device import Capability, RunState
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import DeviceFailed, MissingCapability
+from vdpabridge.export.vhost_user import Server, Session
+from vdpabridge.vhost_user.connection import Connection
+
+from ..support.front_end import ALL, MEMORY_BYTES, PROTOCOL, USER, VERSION_1, F, FrontEnd, P, one_region, ring
+from ..support.pair import bridged, served
+from ..support.transitions import eventfd, shared_file
+from ..support.waiting import wait_until
+
+C = Capability
+#: What kernels' vhost-vdpa offers of a device that suspends.
+VDPA_6_1 = {C.SUSPEND, C.CONFIG_WRITE, C.CONFIG_CALL, C.STATE_RESET}
+VDPA_6_12 = VDPA_6_1 | {C.RESUME, C.ENABLE_WHILE_RUNNING}
+KERNELS = {"6.1": VDPA_6_1, "6.12": VDPA_6_12, "all": set(Capability)}
+
+
+def able(capabilities):
+    class Lesser(Sim):
+        pass
+
+    Lesser.capabilities = frozenset(capabilities)
+    return Lesser
+
+
+@contextmanager
+def front_on(sim, file, reports=None):
+    """A front-end that has shown its memory."""
+    with served(sim, reports) as ours:
+        front = FrontEnd(ours, sim)
+        front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
+        front.file = file
+        assert front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file]) == 0
+        yield front
+
+
+@contextmanager
+def serving(capabilities=frozenset(Capability), reports=None):
+    with (
+        able(capabilities).blk(1 << 20, timeout_s=2) as sim,
+        shared_file(MEMORY_BYTES) as file,
+        front_on(sim, file, reports) as front,
+    ):
+        yield front
+
+
+def enable(front, index, enabled):
+    assert front.tell(F.SET_VRING_ENABLE, VringState(index, enabled).pack()) == 0
+
+
+def base_of(front, index):
+    return struct.unpack("=II", front.ask(F.GET_VRING_BASE, VringState(index, 0).pack()))[1]
+
+
+def working(sim):
+    return sorted(index for index, worker in sim._engine.workers.items() if worker.enabled)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_stop_and_go_on_as_qemu_does(kernel):
+    """ENABLE 0 of every ring, GET_VRING_BASE of every ring; then everything again, KICK before ENABLE."""
+    with serving(KERNELS[kernel]) as front:
+        for _ in range(3):
+            for index in (0, 1):
+                ring(front, index, enable=False)
+            for index in (0, 1):
+                enable(front, index, 1)
+            assert front.sim.state is RunState.RUNNING
+            assert working(front.sim) == [0, 1]
+            for index in (0, 1):
+                enable(front, index, 0)
+            assert [base_of(front, index) for index in (0, 1)] == [0, 0]
+            assert front.sim.state is RunState.SUSPENDED
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rings_one_after_the_other_as_crosvm_does(kernel):
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0)
+        ring(front, 1)
+        assert working(front.sim) == [0, 1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_pause_by_disabling_as_cloud_hypervisor_does(kernel):
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0)
+        ring(front, 1)
+        for enabled, at_work in ((0, []), (1, [0, 1])):
+            for index in (0, 1):
+                enable(front, index, enabled)
+            assert working(front.sim) == at_work
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_ring_that_is_disabled_alone(kernel):
+    """As QEMU does with the queue pairs that a guest does not use."""
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+        enable(front, 1, 0)
+        assert working(front.sim) == [0]
+        enable(front, 1, 1)
+        assert working(front.sim) == [0, 1]
+        enable(front, 0, 0)
+        assert working(front.sim) == [1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_new_place_after_a_stop(kernel):
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0)
+        base_of(front, 0)
+        ring(front, 0, place=USER + 0x40000)
+        assert front.sim.queues[0].setup.desc_address == one_region()[0].guest_address + 0x40000
+        assert front.sim.state is RunState.RUNNING
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_configuration_changes_are_announced_also_after_a_restart(kernel):
+    ours, theirs = socket.socketpair()
+    with ours, theirs, serving(KERNELS[kernel]) as front:
+        ours.settimeout(5)
+        assert front.tell(F.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+        ring(front, 0)
+        base_of(front, 0)
+        ring(front, 0, place=USER + 0x40000)
+        assert front.tell(F.SET_CONFIG, Config(32, 1, 0, b"\0").pack()) == 0
+        assert ours.recv(100) == struct.pack("=III", 2, 1, 0)
+
+
+def test_every_front_end_hears_of_configuration_changes():
+    with Sim.blk(1 << 20, timeout_s=2) as sim, shared_file(MEMORY_BYTES) as file:
+        for value in (b"\0", b"\1"):
+            ours, theirs = socket.socketpair()
+            with ours, theirs, front_on(sim, file) as front:
+                ours.settimeout(5)
+                assert front.tell(F.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+                ring(front, 0)
+                assert front.tell(F.SET_CONFIG, Config(32, 1, 0, value).pack()) == 0
+                assert ours.recv(100) == struct.pack("=III", 2, 1, 0)
+
+
+def test_a_front_end_that_does_not_take_announcements_keeps_its_device():
+    ours, theirs = socket.socketpair()
+    reports = []
+    with theirs, serving(reports=reports) as front:
+        assert front.tell(F.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+        theirs.close()
+        ours.close()
+        ring(front, 0)
+        assert front.tell(F.SET_CONFIG, Config(32, 1, 0, b"\0").pack()) == 0
+        wait_until(lambda: any("configuration change" in report for report in reports))
+        assert front.is_alive()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_sockets_that_are_no_channel(family, kind):
+    with serving() as front, socket.socket(family, kind) as useless:
+        assert front.tell(F.SET_BACKEND_REQ_FD, b"", [useless.fileno()]) == 1
+        assert front.is_alive()
+
+
+def test_a_device_that_cannot_suspend_is_not_served():
+    with able(set()).blk(1 << 20) as sim:
+        with pytest.raises(MissingCapability, match="SUSPEND"):
+            Server(sim, report=print)
+        ours, theirs = socket.socketpair()
+        with ours, pytest.raises(MissingCapability):
+            Session(sim, Connection(theirs, "front-end"), report=print)
+
+
+def test_a_bad_ring_leaves_the_good_ones_at_work():
+    with serving(VDPA_6_1) as front:
+        ring(front, 0)
+        with eventfd() as event:
+            front.send(F.SET_VRING_NUM, VringState(1, 64).pack())
+            front.send(F.SET_VRING_ADDR, VringAddr(1, 0, 0x10, 0x10, 0x10, 0).pack())
+            front.send(F.SET_VRING_ENABLE, VringState(1, 1).pack())
+            front.send(F.SET_VRING_KICK, U64(1).pack(), [event], flags=1 | FLAG_NEED_REPLY)
+        assert front.receive()[2] == struct.pack("=Q", 1)
+        assert working(front.sim) == [0]
+
+
+# --- memory under a running device ---
+
+
+def test_memory_that_moves_under_a_running_ring():
+    """The same memory as other descriptors and at other user addresses: the device does not even pause."""
+    with serving() as front, shared_file(MEMORY_BYTES) as other:
+        ring(front, 0)
+        worker = front.sim._engine.workers[0]
+        one = one_region()[0]
+        moved = Region(one.guest_address, one.size_bytes, USER * 2, 0)
+        files = os.open(f"/proc/self/fd/{front.file}", os.O_RDWR)
+        assert front.tell(F.SET_MEM_TABLE, MemoryTable((moved,)).pack(), [files]) == 0
+        os.close(files)
+        assert front.sim._engine.workers[0] is worker
+        place = USER * 2
+        same = VringAddr(0, 1, place, place + 0x2000, place + 0x1000, 0)
+        assert front.tell(F.SET_VRING_ADDR, same.pack()) == 0
+        assert front.tell(F.SET_MEM_TABLE, MemoryTable((moved,)).pack(), [other]) == 0
+        assert front.sim._engine.workers[0] is not worker, "other memory: it was stopped, and goes on there"
+        assert front.sim.state is RunState.RUNNING
+        assert not front.sim._engine.workers[0].broken
+
+
+def test_a_region_that_goes_and_comes_back_takes_its_rings_along():
+    with serving() as front, shared_file(MEMORY_BYTES) as file:
+        ring(front, 0)
+        assert front.tell(F.REM_MEM_REG, SingleRegion(one_region()[0]).pack()) == 0
+        assert front.sim.state is RunState.SUSPENDED
+        assert front.tell(F.ADD_MEM_REG, SingleRegion(one_region()[0]).pack(), [file]) == 0
+        assert front.sim.state is RunState.RUNNING
+        assert working(front.sim) == [0]
+
+
+# --- what is left when a front-end leaves ---
+
+
+@contextmanager
+def left_by(act, **options):
+    """A device that a front-end has used and left, by way of ``act``; the reports; another front-end's memory."""
+    reports = []
+    with Sim.blk(1 << 20, timeout_s=0.2, **options) as sim, shared_file(MEMORY_BYTES) as file:
+        with front_on(sim, file, reports) as front:
+            ring(front, 0)
+            act(front)
+        yield sim, reports, file
+
+
+def test_a_device_that_died_is_whole_for_the_next():
+    def die(front):
+        front.sim._engine.failed = "a test killed it"
+
+    with left_by(die) as (sim, reports, file):
+        assert "a test killed it" in reports[-1]
+        assert sim.regions == []
+        with front_on(sim, file) as front:
+            ring(front, 0)
+            assert sim.state is RunState.RUNNING
+
+
+def test_a_device_that_does_not_suspend_is_reset():
+    """Nothing may go on in the memory of a guest that is gone."""
+
+    def get_stuck(front):
+        front.sim.faults.latency_s = 3600
+        submit_one(front)
+        wait_until(lambda: front.sim._engine.workers[0].ring.taken)
+
+    with left_by(get_stuck) as (sim, reports, file):
+        assert "in flight still" in reports[-1]
+        assert (sim.state, sim.regions) == (RunState.RESET, [])
+        sim.faults.latency_s = 0
+        with front_on(sim, file) as front:
+            ring(front, 0)
+            assert sim.state is RunState.RUNNING
+
+
+def submit_one(front):
+    """Make a request available in ring 0, by hand."""
+    memory = front.file
+    os.pwrite(memory, struct.pack("<QIHH", one_region()[0].guest_address + 0x8000, 16, 1, 1), 0)
+    os.pwrite(memory, struct.pack("<QIHH", one_region()[0].guest_address + 0x9000, 1, 2, 0), 16)
+    os.pwrite(memory, struct.pack("<HHH", 0, 1, 0), 0x1000)
+    front.kick()
+
+
+def test_state_is_loaded_into_a_device_that_has_no_other():
+    """The last front-end's features are gone; those that come after the load do not take the state with them."""
+    with Sim.blk(1 << 20, timeout_s=2) as source, shared_file(0) as state, shared_file(MEMORY_BYTES) as file:
+        source.model.write_config(32, b"\0")
+        with served(source) as ours:
+            transfer(FrontEnd(ours, source).negotiate(), 0, state)
+        with left_by(lambda front: None) as (sim, _, _), served(sim) as ours:
+            front = FrontEnd(ours, sim).negotiate(features=None)
+            transfer(front, 1, state)
+            assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL | 1 << 28).pack()) == 0
+            assert sim.read_config(32, 1) == b"\0"
+            other = U64(VERSION_1 | PROTOCOL).pack()
+            assert front.tell(F.SET_FEATURES, other) == 1, "a reset, and with it goes what was loaded"
+            assert file
+
+
+def transfer(front, direction, state):
+    os.lseek(state, 0, os.SEEK_SET)
+    assert front.number(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(direction, 0).pack(), [state]) == 0x100
+    assert front.number(F.CHECK_DEVICE_STATE) == 0
+
+
+def test_the_in_flight_region_of_one_guest_is_not_the_next_ones():
+    def keep_one(front):
+        base_of(front, 0)
+        front.send(F.GET_INFLIGHT_FD, Inflight(0, 0, 1, 64).pack())
+        _, _, payload, fds = front.receive()
+        assert front.tell(F.SET_INFLIGHT_FD, payload, fds) == 0
+        os.close(fds[0])
+        ring(front, 0)
+        assert front.sim._engine.workers[0].ring.tracked
+
+    with left_by(keep_one) as (sim, _, _):
+        assert sim._inflight is None
+
+
+def test_a_back_end_behind_us_that_dies_ends_the_service():
+    """The front-end is hung up on, and whoever serves hears of it: no reset brings a process back."""
+    with Sim.blk(1 << 20, timeout_s=2) as sim, bridged(sim, timeout_s=1) as device:
+        ours, theirs = socket.socketpair()
+        with ours, Server(device, report=lambda _text: None) as server:
+            device._requests.connection._socket.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(DeviceFailed, match="a reset did not help"):
+                server.serve_connection(Connection(theirs, "front-end", timeout_s=1))
+            ours.settimeout(5)
+            assert ours.recv(1) == b""
+
+
+@pytest.mark.parametrize("size", [257, 1 << 26, 0xFFFFFFFF])
+def test_a_configuration_space_of_any_size_is_not_made_up(size):
+    with serving() as front:
+        front.send(F.GET_CONFIG, struct.pack("=III", 0, size, 0))
+        assert front.receive() is None
+
+
+def test_bits_that_the_protocol_cannot_carry_are_not_offered():
+    class Wide(Sim):
+        offered_features = (1 << 50) - 1
+
+    with Wide.blk(1 << 20) as sim, served(sim) as ours:
+        offered = FrontEnd(ours, sim).number(F.GET_FEATURES)
+        assert [bit for bit in range(50) if not offered >> bit & 1] == [37, 38, 41, 43]
+    Wide.capabilities = frozenset(Capability) - {C.QUEUE_CONTROL}
+    with Wide.blk(1 << 20) as sim, served(sim) as ours:
+        assert not FrontEnd(ours, sim).number(F.GET_FEATURES) >> 40 & 1
+
+
+def test_rings_that_skip_the_drain():
+    with serving() as front:
+        front.send(F.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64).pack())
+        _, _, payload, fds = front.receive()
+        assert front.tell(F.SET_INFLIGHT_FD, payload, fds) == 0
+        os.close(fds[0])
+        ring(front, 0)
+        front.sim.faults.latency_s = 3600
+        submit_one(front)
+        wait_until(lambda: front.sim._engine.workers[0].ring.taken)
+        reply = front.ask(F.GET_VRING_BASE_SKIP_DRAIN, VringState(0, 0).pack())
+        assert reply == struct.pack("=II", 0, 1)
+        assert front.sim.state is RunState.SUSPENDED
+        assert ALL >> P.GET_VRING_BASE_SKIP_DRAIN & 1

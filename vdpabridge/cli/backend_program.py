@@ -1,0 +1,40 @@
+"""``vdpabridge-vhost-user-blk``: a disk as a vhost-user back-end, called as management software calls one.
+
+Source: docs/interop/vhost-user.rst, "Backend program conventions", "vhost-user-blk"; docs/interop/vhost-user.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .main import main as command
+
+__all__ = ["main"]
+
+_CAPABILITIES = {"type": "block", "features": ["blk-file", "read-only"]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the disk in ``--blk-file``; the same as ``vdpabridge serve sim:blk,file=…``."""
+    parser = argparse.ArgumentParser(prog="vdpabridge-vhost-user-blk", description="serve a file as a vhost-user disk")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket-path", metavar="PATH", help="listen here")
+    where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
+    parser.add_argument("--print-capabilities", action="store_true", help="print them, as JSON, and do nothing else")
+    parser.add_argument("--blk-file", metavar="PATH", help="the disk")
+    parser.add_argument("--read-only", action="store_true", help="let nobody write it")
+    words = parser.parse_args(argv)
+    if words.print_capabilities:
+        print(json.dumps(_CAPABILITIES))
+        return 0
+    if words.blk_file is None:
+        parser.error("--blk-file is needed")
+    if "," in words.blk_file:
+        print("vdpabridge-vhost-user-blk: a file's name with a comma cannot be served", file=sys.stderr)
+        return 1
+    device = f"sim:blk,file={words.blk_file}" + (",read-only" if words.read_only else "")
+    place = ["--fd", str(words.fd)] if words.fd is not None else ["--socket-path", words.socket_path or ""]
+    return command(["serve", device, *place])
