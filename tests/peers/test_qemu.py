@@ -81,7 +81,7 @@ def test_a_simulated_file_system(lab):
 
 LINE_BYTES = 36
 READ_LINES = (
-    "exec 4</mnt/many/00009; (exec 3</mnt/lines; while dd bs=36 count=1 <&3 >>/tmp/read 2>>/tmp/errors; do"
+    ": >/tmp/read; exec 4</mnt/many/00009; (exec 3</mnt/lines; while dd bs=36 count=1 <&3 >>/tmp/read 2>>/tmp/errors; do"
     " usleep 20000; done) &"
 )
 

@@ -131,10 +131,10 @@ class Connection:
         data = memoryview(HEADER.pack(request, flags, len(payload)) + payload)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while data:
-            self._wait(select.POLLOUT, deadline, f"send message {request}")
             try:
                 sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
+                self._wait(select.POLLOUT, deadline, f"send message {request}")
                 continue
             except OSError as error:
                 raise self._lost(f"send message {request}", request, error) from None
@@ -193,9 +193,9 @@ class Connection:
         """``size`` bytes; none where the peer closed before the first of a header. Descriptors go to ``fds``."""
         data = b""
         while len(data) < size:
-            self._wait(select.POLLIN, deadline, "receive a message")
             came = self._receive_some(size - len(data), fds, may_have_fds=first and not data)
             if came is None:
+                self._wait(select.POLLIN, deadline, "receive a message")
                 continue
             self.cut = bool(came)
             if not came:

@@ -43,6 +43,7 @@ __all__ = ["Sim"]
 
 Value = TypeVar("Value")
 QUEUE_SIZE_MAX = 1024
+_EVERYTHING = frozenset(Capability)
 _EVENTFDS = {Operation.SET_KICK: "kick", Operation.SET_CALL: "call", Operation.SET_ERR: "err"}
 
 
@@ -110,7 +111,7 @@ class Sim(Device):
 
     @property
     def capabilities(self) -> Set[Capability]:
-        return frozenset(Capability)
+        return _EVERYTHING
 
     @property
     def offered_features(self) -> int:

@@ -245,7 +245,7 @@ class VhostUser(Device):
             if index in self._rings.started:
                 self._rings.enable(index, enabled)
             elif enabled:
-                self._rings.start(index, self.queues[index], self.accepted_features, logged=self._logging)
+                self._rings.start({index: self.queues[index]}, self.accepted_features, logged=self._logging)
 
     def _stop_queue(self, index: int, *, drain: bool) -> QueueBase:
         with self._asking():
@@ -263,9 +263,8 @@ class VhostUser(Device):
         self._abandon_state()
         with self._asking():
             try:
-                for index, record in self.queues.items():
-                    if record.enabled and record.setup is not None:
-                        self._rings.start(index, record, self.accepted_features, logged=self._logging)
+                ready = {index: each for index, each in self.queues.items() if each.enabled and each.setup is not None}
+                self._rings.start(ready, self.accepted_features, logged=self._logging)
                 if self._requests.has(ProtocolFeature.STATUS):
                     self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK))
             except BaseException:
@@ -362,8 +361,7 @@ class VhostUser(Device):
             except BaseException:
                 self._logging = before
                 raise
-            for index in sorted(self._rings.started):
-                self._rings.send_address(index, self.queues[index], logged=self._logging)
+            self._rings.log(self.queues, logged=self._logging)
 
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
         with self._asking():

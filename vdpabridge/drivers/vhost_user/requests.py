@@ -83,12 +83,30 @@ class Requests:
 
         Raises `PeerRefused` where the back-end says so; one without REPLY_ACK can only close the connection.
         """
+        self.tell_all([(request, payload, fds)])
+
+    def tell_all(self, told: Sequence[tuple[FrontendRequest, Any, Sequence[int]]]) -> None:
+        """The same for several requests, which are on their way all at once: that takes the time of one.
+
+        Where some are refused, the first refusal is raised, when all have been answered.
+        """
         acknowledged = self.has(ProtocolFeature.REPLY_ACK)
-        self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0))
+        for request, payload, fds in told:
+            self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0))
         if not acknowledged:
             # any reply tells that what was sent before it is done; QEMU takes this one as well
             self.number(FrontendRequest.GET_FEATURES)
             return
+        refusals = []
+        for request, _, _ in told:
+            try:
+                self._acknowledged(request)
+            except PeerRefused as refusal:
+                refusals.append(refusal)
+        if refusals:
+            raise refusals[0]
+
+    def _acknowledged(self, request: FrontendRequest) -> None:
         with self._reply_to(request) as message:
             try:
                 code = U64.unpack(message.payload).value

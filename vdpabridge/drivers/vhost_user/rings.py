@@ -6,6 +6,9 @@ stops with GET_VRING_BASE, after which a back-end has forgotten its eventfds: ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ...abi.vhost import VHOST_VRING_F_LOG
 from ...abi.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES, VRING_NO_FD, FrontendRequest
 from ...abi.vhost_user_payloads import U64, VringAddr, VringState
@@ -13,11 +16,13 @@ from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...abi.vring_base import QueueBase, decode_base
 from ...eventfds import signal
 from ...transitions import Operation
-from ...values import QueueRecord
+from ...values import QueueRecord, QueueSetup
+from ...vhost_user.errors import PeerRefused
 from .requests import Requests
 
 __all__ = ["Rings"]
 
+Told = tuple[FrontendRequest, Any, Sequence[int]]
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: FrontendRequest.SET_VRING_KICK,
     Operation.SET_CALL: FrontendRequest.SET_VRING_CALL,
@@ -41,21 +46,38 @@ class Rings:
         packed = _packed(accepted)
         return self.bases.get(index) or decode_base(_INITIAL[packed], packed=packed)
 
-    def start(self, index: int, record: QueueRecord, accepted: int, *, logged: bool) -> None:
-        """Start and enable queue ``index`` as ``record``, which was set up, has it."""
+    def start(self, records: Mapping[int, QueueRecord], accepted: int, *, logged: bool) -> None:
+        """Start and enable the queues of ``records``, which were set up: all is sent at once, and then acknowledged."""
+        told: list[Told] = []
+        for index, record in records.items():
+            told += self._start_messages(index, record, accepted, logged=logged)
+        self.started.update(records)
+        try:
+            self._requests.tell_all(told)
+        except PeerRefused:
+            bases = dict(self.bases)
+            for index in records:
+                self.stop(index, accepted, drain=True)
+            self.bases = bases
+            raise
+        for record in records.values():
+            # kicks of before it was started went to nobody
+            signal(record.eventfds.get(Operation.SET_KICK))
+
+    def _start_messages(self, index: int, record: QueueRecord, accepted: int, *, logged: bool) -> list[Told]:
         if record.setup is None:
             raise ValueError(f"queue {index} was not set up")
-        tell = self._requests.tell
-        tell(FrontendRequest.SET_VRING_NUM, VringState(index, record.setup.size))
-        tell(FrontendRequest.SET_VRING_BASE, VringState(index, self.base(index, accepted).encode()))
-        self.send_address(index, record, logged=logged)
+        base = self.base(index, accepted).encode()
+        messages: list[Told] = [
+            (FrontendRequest.SET_VRING_NUM, VringState(index, record.setup.size), ()),
+            (FrontendRequest.SET_VRING_BASE, VringState(index, base), ()),
+            (FrontendRequest.SET_VRING_ADDR, _address(index, record.setup, logged=logged), ()),
+        ]
         for operation in (Operation.SET_CALL, Operation.SET_ERR, Operation.SET_KICK):
-            self.bind(operation, index, record.eventfds.get(operation))
-        self.started.add(index)
+            messages.append(_eventfd(operation, index, record.eventfds.get(operation)))
         if self._can_enable:
-            tell(FrontendRequest.SET_VRING_ENABLE, VringState(index, 1))
-        # kicks of before it was started went to nobody
-        signal(record.eventfds.get(Operation.SET_KICK))
+            messages.append((FrontendRequest.SET_VRING_ENABLE, VringState(index, 1), ()))
+        return messages
 
     def stop(self, index: int, accepted: int, *, drain: bool) -> None:
         """Stop queue ``index``, if it is started, and remember where it stands."""
@@ -75,20 +97,33 @@ class Rings:
 
     def bind(self, operation: Operation, index: int, eventfd: int | None) -> None:
         """Send ``eventfd`` (borrowed) for queue ``index``, or that there is none."""
-        word = index | (VRING_NO_FD if eventfd is None else 0)
-        self._requests.tell(_EVENTFD_REQUESTS[operation], U64(word), [] if eventfd is None else [eventfd])
+        self._requests.tell_all([_eventfd(operation, index, eventfd)])
 
-    def send_address(self, index: int, record: QueueRecord, *, logged: bool) -> None:
-        """Send where queue ``index`` lies, and whether writes to its used ring are to be logged."""
-        if (setup := record.setup) is not None:
-            flags, log = (1 << VHOST_VRING_F_LOG, setup.used_address) if logged else (0, 0)
-            address = VringAddr(index, flags, setup.desc_address, setup.used_address, setup.avail_address, log)
-            self._requests.tell(FrontendRequest.SET_VRING_ADDR, address)
+    def log(self, records: Mapping[int, QueueRecord], *, logged: bool) -> None:
+        """Say of every started queue whether writes to its used ring are to be logged."""
+        setups = {index: records[index].setup for index in sorted(self.started)}
+        self._requests.tell_all(
+            [
+                (FrontendRequest.SET_VRING_ADDR, _address(index, setup, logged=logged), ())
+                for index, setup in setups.items()
+                if setup is not None
+            ]
+        )
 
     def forget(self) -> None:
         """After a reset."""
         self.started.clear()
         self.bases.clear()
+
+
+def _address(index: int, setup: QueueSetup, *, logged: bool) -> VringAddr:
+    flags, log = (1 << VHOST_VRING_F_LOG, setup.used_address) if logged else (0, 0)
+    return VringAddr(index, flags, setup.desc_address, setup.used_address, setup.avail_address, log)
+
+
+def _eventfd(operation: Operation, index: int, eventfd: int | None) -> Told:
+    word = U64(index | (VRING_NO_FD if eventfd is None else 0))
+    return _EVENTFD_REQUESTS[operation], word, () if eventfd is None else (eventfd,)
 
 
 def _packed(accepted: int) -> bool:

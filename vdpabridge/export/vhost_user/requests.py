@@ -70,6 +70,7 @@ class Requests:
         self.memory = FrontendMemory(device)
         self.rings = Rings(device, self.memory)
         self.protocol_features = 0
+        self._offered = features_of(device)
         self.channel: Connection | None = None
         """For our own requests to the front-end."""
         self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -96,12 +97,11 @@ class Requests:
 
     def get_features(self, _payload: Any, _fds: list[int]) -> Answer:
         """Legal at any time: QEMU uses it as a barrier."""
-        return Answer(U64(features_of(self.device)))
+        return Answer(U64(self._offered))
 
     def set_features(self, payload: U64, _fds: list[int]) -> None:
         """Accept features, and switch the dirty log. A change of the device's features takes a reset."""
-        offered = features_of(self.device)
-        if unknown := payload.value & ~offered:
+        if unknown := payload.value & ~self._offered:
             raise VdpaBridgeError("SET_FEATURES", why=f"bits {unknown:#x} were not offered")
         self._accept_features(payload.value & ~(_LOG_ALL | _PROTOCOL_FEATURES))
         self._features_set = True
