@@ -16,7 +16,10 @@ KERNELS := 6.12 6.1 newest
 SKIPPABLE = || { code=$$?; [ $$code = 3 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
 SHARED_DISK := vdpa_sim_blk.shared_backend=1
 
-.PHONY: demo test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%) test-pinned
+# how long CI lets the fuzzer try
+FUZZ_S := 60
+
+.PHONY: demo bench fuzz test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%) test-pinned
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -42,6 +45,18 @@ $(KERNELS:%=test-kernel-%): test-kernel-%: image-%
 test-pinned: image-6.12
 	$(RUN) 6.12 --kernel-arguments "$(SHARED_DISK) vdpa_sim.use_va=0" --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) \
 		-- python3 -m tests.ktap tests/vm/test_mapping.py tests/vm/test_killed.py tests/vm/test_suspend.py $(SKIPPABLE)
+
+# never part of the tests: machines are shared and noisy
+bench: image-6.12
+	@PYTHONPATH=vm-images $(PYTHON) -m tests.bench $(BENCH)
+
+fuzz:
+	corpus=$$(mktemp -d) && trap 'rm -rf "$$corpus"' EXIT && "$$(.ci/environment fuzz)" -m tests.fuzz -max_total_time=$(FUZZ_S) \
+		-max_len=600 -verbosity=0 -artifact_prefix=tests/fuzz/regressions/found- "$$corpus" tests/fuzz/regressions
+
+# the package as its users have it: installed alone, used without root
+test-install:
+	tests/install.sh
 
 lint:
 	$(PYTHON) -m ruff check --quiet .

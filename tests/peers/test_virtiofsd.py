@@ -1,10 +1,7 @@
 """A real, stateful back-end: our driver mounts virtiofsd by FUSE messages, and carries its state into another."""
 
 import os
-import shutil
-import tempfile
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -33,11 +30,8 @@ OPENED = 3
 
 
 @pytest.fixture
-def shared():
-    # of an overlay there are no file handles
-    place = Path(tempfile.mkdtemp(prefix="vb-", dir="/dev/shm"))
-    yield place
-    shutil.rmtree(place)
+def shared(lab):
+    return lab.shared()
 
 
 def fill(shared, count):

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +135,7 @@ class Lab:
         self._kernel = kernel
         self._initramfs = initramfs
         self._ends = []
+        self._shared = None
 
     def guest(self, name, *devices, incoming=None, memory_mib=128, reboot=False):
         """A guest with ``devices``, words for QEMU's command line."""
@@ -180,6 +183,13 @@ class Lab:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def shared(self):
+        """A directory for file servers to share, on a file system that has file handles (an overlay has none)."""
+        if self._shared is None:
+            self._shared = Path(tempfile.mkdtemp(prefix="vb-", dir="/dev/shm"))
+            self._ends.append(lambda: shutil.rmtree(self._shared))
+        return self._shared
 
     def start(self, words, log, *, cwd=None, env=None):
         """A process whose output goes to file ``log``; ended with the lab."""

@@ -1,0 +1,27 @@
+#!/bin/sh
+# Installs the package alone, as its users do, and runs its demonstration as a user without any right.
+set -eu
+cd "$(dirname "$(readlink -f "$0")")/.."
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+chmod 755 "$place"
+# no symbolic link to a Python that another user may not reach
+"$VDPABRIDGE_PYTHON" -m venv --copies "$place/venv"
+"$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check .
+for program in vdpabridge vdpabridge-vhost-user-blk; do
+    "$place/venv/bin/$program" --help >"$place/help"
+done
+"$place/venv/bin/vdpabridge-vhost-user-blk" --print-capabilities
+cd /
+if [ "$(id -u)" = 0 ]; then
+    nobody="setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs"
+else
+    nobody=
+fi
+# shellcheck disable=SC2086  # a list of words
+if [ -n "$nobody" ] && ! $nobody "$place/venv/bin/python" -c pass 2>/dev/null; then
+    echo "that Python is not for everybody ($place/venv/bin/python): as $(id -un) then" >&2
+    nobody=
+fi
+# shellcheck disable=SC2086
+$nobody "$place/venv/bin/vdpabridge" demo
