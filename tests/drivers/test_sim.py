@@ -27,6 +27,7 @@ from vdpabridge.workload.block import BlockDriver, BlockError, KnownDisk
 from ..support.state import load, pump, state_of
 from ..support.transitions import PAIRS, Bench, check_pair, eventfd, shared_file
 from ..support.waiting import signalled, wait_until
+from ..support.walks import walk
 
 VERSION_1 = 1 << 32
 MEMORY_BYTES = 4 << 20
@@ -58,6 +59,10 @@ def running_disk(queue_size=256):
 def test_every_pair(operation, state):
     with bench() as made:
         check_pair(made, operation, state)
+
+
+def test_random_walks():
+    walk(bench, b"vdpabridge-sim", examples=25)
 
 
 def test_it_can_do_everything():

@@ -17,6 +17,7 @@ from ..support.pair import bridged
 from ..support.state import load, state_of
 from ..support.transitions import PAIRS, Bench, check_pair, eventfd, shared_file
 from ..support.waiting import signalled, wait_until
+from ..support.walks import walk
 
 VERSION_1 = 1 << 32
 MEMORY_BYTES = 4 << 20
@@ -50,6 +51,10 @@ def running_disk(**options):
 def test_every_pair(operation, state):
     with bench() as made:
         check_pair(made, operation, state)
+
+
+def test_random_walks():
+    walk(bench, b"vdpabridge-sim", examples=25)
 
 
 def test_capabilities_come_through():

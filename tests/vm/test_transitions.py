@@ -1,28 +1,15 @@
 """The state table on a real device: every pair, and walks of any length that hypothesis thinks of."""
 
-import os
 import random
-import time
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
-from hypothesis.strategies import sampled_from
 
-from vdpabridge.device import Capability, Operation, RunState
+from vdpabridge.device import Capability, RunState
 from vdpabridge.errors import MissingCapability, StateError
-from vdpabridge.state.replay import resume
-from vdpabridge.workload.block import BlockDriver
 
 from ..support.release import since
-from ..support.transitions import PAIRS, check_pair, expected
+from ..support.transitions import PAIRS, check_pair
+from ..support.walks import walk
 from .conftest import block_bench, running_disk
 
 
@@ -32,72 +19,10 @@ def test_every_pair(bench, operation, state):
 
 
 def test_random_walks(block_node):
-    """Any sequence of operations: the table foretells every outcome, and exactly a running device does I/O."""
+    def started(device, state):
+        assert bool(device.status & 4) == (state in (RunState.RUNNING, RunState.SUSPENDED))
 
-    class Walk(RuleBasedStateMachine):
-        @initialize()
-        def open(self):
-            self.manager = block_bench(block_node)
-            self.bench = self.manager.__enter__()
-            self.driver = BlockDriver(self.bench.memory, self.bench.queue)
-            self.model = RunState.RESET
-
-        @rule(operation=sampled_from([each for each in Operation if each is not Operation.RESET]))
-        def operate(self, operation):
-            outcome = expected(self.bench.device, operation, self.model)
-            if operation is Operation.START and self.model is RunState.CONFIGURED:
-                self.bench.queue.attach(self.bench.device, 0, self.bench.queue.avail_index)
-                self.bench.device.set_kick(0, self.bench.queue.kick_fd)
-            if isinstance(outcome, RunState):
-                self.bench.perform(operation)
-                self.model = outcome
-            else:
-                with pytest.raises(outcome):
-                    self.bench.perform(operation)
-
-        @rule()
-        def reset(self):
-            self.bench.device.reset()
-            self.model = RunState.RESET
-
-        @invariant()
-        def agrees(self):
-            if hasattr(self, "bench"):
-                device = self.bench.device
-                assert device.state is self.model
-                started = self.model in (RunState.RUNNING, RunState.SUSPENDED)
-                assert bool(device.status & 4) == started
-
-        @precondition(lambda self: self.model in (RunState.RUNNING, RunState.SUSPENDED))
-        @rule()
-        def get_id(self):
-            """A request is answered by a running device, and by a suspended one only after it goes on."""
-            driver = self.driver
-            driver.get_id()
-            if self.model is RunState.RUNNING:
-                assert driver.drain()[-1].data.startswith(b"vdpa_blk_sim")
-                return
-            self.bench.queue.kick()
-            time.sleep(0.002)
-            assert driver.done() == []
-            resume(self.bench.device)
-            self.model = RunState.RUNNING
-            assert driver.drain()[-1].data.startswith(b"vdpa_blk_sim")
-
-        def teardown(self):
-            if hasattr(self, "manager"):
-                self.manager.__exit__(None, None, None)
-
-    run_state_machine_as_test(
-        Walk,
-        settings=settings(
-            max_examples=int(os.environ.get("VDPABRIDGE_EXAMPLES", "12")),
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    walk(lambda: block_bench(block_node), b"vdpa_blk_sim", check=started)
 
 
 def test_io_after_random_suspends(block_node):
