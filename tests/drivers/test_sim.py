@@ -530,6 +530,34 @@ def test_faults_of_a_transfer(name, direction):
             assert state_of(faulty)
 
 
+@pytest.mark.parametrize(
+    ("faults", "why"),
+    [
+        ({"cut_state_bytes": 0}, "ends in the middle"),
+        ({"cut_state_bytes": 100}, "ends in the middle"),
+        ({"version": 2}, "of version 2, and this is version 1"),
+    ],
+)
+def test_state_that_is_short_or_of_another_version(faults, why):
+    with Sim.fs(timeout_s=5) as source, Sim.fs(timeout_s=5) as destination:
+        for name, value in faults.items():
+            setattr(source.faults, name, value)
+        with pytest.raises(VdpaBridgeError, match=why):
+            load(destination, state_of(source))
+
+
+def test_a_transfer_that_is_slow_to_begin():
+    with Sim.fs(timeout_s=5) as source:
+        source.faults.stall_s = 0.05
+        assert state_of(source)
+        source.timeout_s = 0.02
+        source.faults.stall_s = 30
+        with open(os.devnull, "wb") as nowhere:
+            source.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(nowhere.fileno()))
+            with pytest.raises(DeadlineExceeded):
+                source.check_state()
+
+
 def test_a_writer_that_stalls_is_a_deadline():
     with Sim.fs(timeout_s=0.05) as device:
         reader, writer = os.pipe()

@@ -112,6 +112,33 @@ def goes_on(guest):
     assert guest.run("cat /proc/self/fd/4").strip() == "this is file 9"
 
 
+READ_ON = "while true; do echo 3 >/proc/sys/vm/drop_caches; md5sum </mnt/big >>/tmp/sums; done &"
+
+
+def test_live_migration_while_a_disk_is_read(lab):
+    """What the disk writes into the guest's memory is in the dirty log, or the destination's memory would be wrong."""
+    disk = lab.work / "disk"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    device = f"sim:blk,file={disk}"
+    lab.serve(device, "a.sock")
+    lab.serve(device, "b.sock")
+    source = lab.guest("source", *blk(lab, "a.sock")).boot()
+    source.run(f"{MAKE_FS} && dd if=/dev/urandom of=/mnt/big bs=1M count=24 2>/dev/null && sync")
+    right = source.run("md5sum </mnt/big")
+    source.run("mount -o remount,ro /mnt && : >/tmp/sums")
+    source.run(READ_ON)
+    wait_until(lambda: source.run("wc -l </tmp/sums").strip() not in ("", "0"), timeout_s=20)
+    destination = lab.guest("destination", *blk(lab, "b.sock"), incoming=f"unix:{lab.path('migration')}")
+    prepare(source)
+    assert source.migrate(f"unix:{lab.path('migration')}")["status"] == "completed"
+    wait_until(lambda: destination.status() == "running", timeout_s=20)
+    before = int(destination.run("wc -l </tmp/sums"))
+    wait_until(lambda: int(destination.run("wc -l </tmp/sums")) > before + 1, timeout_s=20)
+    assert destination.run("sort -u /tmp/sums") == right
+    assert "SET_LOG_BASE" not in lab.log("a.sock"), "no word of it: it was not refused"
+
+
 RETURN_PATH = [{"capability": "return-path", "state": True}]
 
 
