@@ -1,14 +1,20 @@
 """A real, stateful back-end: our driver mounts virtiofsd by FUSE messages, and carries its state into another."""
 
 import os
+import threading
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from vdpabridge.deadline import Deadline
 from vdpabridge.device import Capability, DirtyLog, RunState
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import DeviceFailed, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
+from vdpabridge.state.channel import Limits
+from vdpabridge.state.procedures import ProcedureFailed, migrate, save, save_file
+from vdpabridge.state.procedures import load as load_image
+from vdpabridge.state.snapshot import QueueEventfds
 from vdpabridge.vhost_user.errors import PeerRefused
 from vdpabridge.virtqueue import SplitQueue
 from vdpabridge.workload.fuse import FuseDriver, FuseError
@@ -54,6 +60,11 @@ class Mount:
         self.hiprio = stack.enter_context(SplitQueue(self.memory, 128))
         self.requests = stack.enter_context(SplitQueue(self.memory, 128))
         self.fuse = FuseDriver(self.memory, self.hiprio, self.requests)
+
+    def eventfds(self):
+        return {
+            index: QueueEventfds(ring.kick_fd, ring.call_fd) for index, ring in enumerate((self.hiprio, self.requests))
+        }
 
     def attach(self, device, bases=(0, 0)):
         device.map([self.memory.region])
@@ -213,3 +224,58 @@ def test_a_reset_ends_the_session(lab, shared):
         mount.fuse.init()
         with pytest.raises(FuseError, match=r"EBADF|ESTALE|EINVAL|ENOENT"):
             mount.fuse.getattr(nodeid)
+
+
+@pytest.mark.parametrize("by", ["file", "pipe"])
+def test_by_an_image(lab, shared, by, tmp_path):
+    """Through an image in a file, and through one in a pipe, as between two machines."""
+    fill(shared, 50)
+    with mounted(lab, shared) as (source, mount):
+        nodeid = mount.fuse.walk("d0/f1").nodeid
+        handle = mount.fuse.open(nodeid)
+        lab.virtiofsd(shared, "b.sock")
+        with VhostUser.open(lab.path("b.sock"), device_id=FS, timeout_s=20) as destination:
+            destination.map([mount.memory.region])
+            if by == "file":
+                save_file(source, str(tmp_path / "image"), Limits(Deadline(20)), go_on=False)
+                with (tmp_path / "image").open("rb") as file:
+                    load_image(destination, file.fileno(), Limits(Deadline(20)), mount.eventfds())
+            else:
+                reader, writer = os.pipe()
+                thread = threading.Thread(
+                    target=load_image, args=[destination, reader, Limits(Deadline(20)), mount.eventfds()]
+                )
+                thread.start()
+                save(source, writer, Limits(Deadline(20)), go_on=False)
+                os.close(writer)
+                thread.join()
+                os.close(reader)
+            assert mount.fuse.read(nodeid, handle, 0, 4096) == b"this is file 1\n"
+            assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RUNNING)
+
+
+def test_migrate(lab, shared):
+    fill(shared, 50)
+    with mounted(lab, shared) as (source, mount):
+        nodeid = mount.fuse.walk("d0/f1").nodeid
+        handle = mount.fuse.open(nodeid)
+        lab.virtiofsd(shared, "b.sock")
+        with VhostUser.open(lab.path("b.sock"), device_id=FS, timeout_s=20) as destination:
+            destination.map([mount.memory.region])
+            report = migrate(source, destination, Limits(Deadline(20)))
+            assert report.state_bytes > 20
+            assert mount.fuse.read(nodeid, handle, 0, 4096) == b"this is file 1\n"
+
+
+def test_a_destination_that_fails_leaves_the_source_mounted(lab, shared):
+    fill(shared, 50)
+    with mounted(lab, shared, "--migration-mode", "file-handles") as (source, mount):
+        nodeid = mount.fuse.walk("d0/f1").nodeid
+        handle = mount.fuse.open(nodeid)
+        lab.virtiofsd(shared, "b.sock")  # which may not open files by handle
+        with VhostUser.open(lab.path("b.sock"), device_id=FS, timeout_s=20) as destination:
+            destination.map([mount.memory.region])
+            with pytest.raises(ProcedureFailed, match="failed to process its state") as caught:
+                migrate(source, destination, Limits(Deadline(20)))
+            assert caught.value.running == source.name
+            assert mount.fuse.read(nodeid, handle, 0, 4096) == b"this is file 1\n"

@@ -12,7 +12,16 @@ from ..device import Device, QueueBase, QueueSetup
 from ..errors import FeatureError, StateError, VdpaBridgeError
 from ..transitions import Operation, RunState
 
-__all__ = ["DeviceSnapshot", "QueueEventfds", "QueueSnapshot", "SnapshotError", "capture", "eventfds_of", "restore"]
+__all__ = [
+    "DeviceSnapshot",
+    "QueueEventfds",
+    "QueueSnapshot",
+    "SnapshotError",
+    "capture",
+    "check_snapshot",
+    "eventfds_of",
+    "restore",
+]
 
 
 class SnapshotError(VdpaBridgeError):
@@ -66,7 +75,7 @@ def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
     `FeatureError` or `StateError` before the device is touched where they do not fit; where a step fails, the device is
     reset.
     """
-    _check(device, snapshot)
+    check_snapshot(device, snapshot)
     try:
         device.accept_features(snapshot.features)
         for index, queue in snapshot.queues.items():
@@ -94,7 +103,8 @@ def eventfds_of(device: Device) -> dict[int, QueueEventfds]:
     }
 
 
-def _check(device: Device, snapshot: DeviceSnapshot) -> None:
+def check_snapshot(device: Device, snapshot: DeviceSnapshot) -> None:
+    """Raise `SnapshotError`, `FeatureError` or `StateError` where ``device`` cannot go on from ``snapshot``."""
     if device.state is not RunState.RESET:
         raise StateError(device.name, "restore", device.state.value, (RunState.RESET.value,))
     identity = device.identity

@@ -1,0 +1,138 @@
+"""Bytes from any kind of descriptor to any other, whole, within limits."""
+
+import errno
+import os
+import socket
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from vdpabridge.deadline import Deadline
+from vdpabridge.errors import DeadlineExceeded
+from vdpabridge.state import channel
+from vdpabridge.state.channel import Cancelled, ChannelError, Limits, copy, enlarge, read_some, write_all
+
+DATA = bytes(range(256)) * 12345
+KINDS = ["pipe", "socket", "file"]
+
+
+def limits(**options):
+    return Limits(Deadline(options.pop("timeout_s", 10)), **options)
+
+
+def pair(kind, stack, tmp_path, name):
+    """(reading end, writing end) of a channel; of a file, the same at two positions."""
+    if kind == "pipe":
+        ends = os.pipe()
+    elif kind == "socket":
+        ends = [each.detach() for each in socket.socketpair()]
+    else:
+        path = tmp_path / name
+        writer = os.open(path, os.O_RDWR | os.O_CREAT)
+        ends = [os.open(path, os.O_RDONLY), writer]
+    return list(ends)
+
+
+def fill(fd):
+    write_all(fd, DATA, limits())
+    os.close(fd)
+
+
+def drain(fd, into):
+    while came := os.read(fd, 1 << 20):
+        into.append(came)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("to", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ways", ["as the kernel can", "by hand"])
+def test_every_kind_to_every_kind(kind, to, ways, tmp_path, monkeypatch):
+    if ways == "by hand":
+        monkeypatch.setattr(channel, "_ways", lambda source, sink: [])
+    with ExitStack() as stack:
+        source, source_writer = pair(kind, stack, tmp_path, "source")
+        sink_reader, sink = pair(to, stack, tmp_path, "sink")
+        received = []
+        filler = threading.Thread(target=fill, args=[source_writer])
+        filler.start()
+        if kind == "file":
+            filler.join()
+        drainer = threading.Thread(target=drain, args=[sink_reader, received])
+        if to != "file":
+            drainer.start()
+        assert copy(source, sink, limits()) == len(DATA)
+        os.close(sink)
+        if to == "file":
+            drainer.start()
+        filler.join()
+        drainer.join()
+        os.close(source)
+        assert b"".join(received) == DATA
+
+
+def test_a_way_that_the_kernel_does_not_have(tmp_path, monkeypatch):
+    """Then the next is taken: file systems differ in what they can copy between."""
+
+    def refuse(*_words):
+        raise OSError(errno.EXDEV, "not between these two")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    with ExitStack() as stack:
+        source, writer = pair("file", stack, tmp_path, "source")
+        fill(writer)
+        reader, sink = pair("file", stack, tmp_path, "sink")
+        assert copy(source, sink, limits()) == len(DATA)
+        for fd in (source, reader, sink):
+            os.close(fd)
+    assert (tmp_path / "sink").read_bytes() == DATA
+
+
+def test_too_much():
+    reader, writer = os.pipe()
+    os.write(writer, b"x" * 100)
+    os.close(writer)
+    with open(os.devnull, "wb") as nowhere, pytest.raises(ChannelError, match="more than 99 bytes"):
+        copy(reader, nowhere.fileno(), limits(size_bytes=99))
+    os.close(reader)
+
+
+def test_nothing_comes():
+    reader, writer = os.pipe()
+    with open(os.devnull, "wb") as nowhere, pytest.raises(DeadlineExceeded, match=r"not done within 0\.05 s"):
+        copy(reader, nowhere.fileno(), limits(timeout_s=0.05))
+    with pytest.raises(DeadlineExceeded):
+        read_some(reader, memoryview(bytearray(10)), limits(timeout_s=0.05))
+    os.close(writer)
+    os.close(reader)
+
+
+def test_nobody_takes_it():
+    reader, writer = os.pipe()
+    with pytest.raises(DeadlineExceeded):
+        write_all(writer, bytes(1 << 20), limits(timeout_s=0.05))
+    os.close(writer)
+    os.close(reader)
+
+
+def test_somebody_cancels():
+    reader, writer = os.pipe()
+    event = os.eventfd(1)
+    with open(os.devnull, "wb") as nowhere, pytest.raises(Cancelled):
+        copy(reader, nowhere.fileno(), limits(cancel_fd=event))
+    for fd in (reader, writer, event):
+        os.close(fd)
+
+
+def test_pipes_are_enlarged_and_nothing_else():
+    import fcntl
+
+    reader, writer = os.pipe()
+    enlarge(writer)
+    assert fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) == 1 << 20
+    enlarge(reader)
+    with open(os.devnull, "wb") as nowhere:
+        enlarge(nowhere.fileno())
+    os.close(reader)
+    os.close(writer)

@@ -1,0 +1,88 @@
+"""The state image: magic, part headers and parts. `vdpabridge/state/IMAGE.md` is the specification.
+
+Source: VIRTIO 1.4 "Device parts" for the header of a part and for types 0x100 to 0x104; the rest is of this project.
+All little-endian.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from .layout import Layout
+
+__all__ = [
+    "COMPATIBLE_VERSION",
+    "DIGEST_BYTES",
+    "END",
+    "HEADER",
+    "HEADER_MAGIC",
+    "IDENTITY",
+    "IDENTITY_HAS_STATE",
+    "PART_HEADER",
+    "PART_OPTIONAL",
+    "PART_VALUE_BYTES_MAX",
+    "SELECTOR_INDEX",
+    "UNKNOWN_DEVICE_ID",
+    "VERSION",
+    "VQ_CFG",
+    "VQ_POSITION",
+    "PartType",
+]
+
+HEADER_MAGIC = b"vdpaIMG\n"
+VERSION = 1
+#: The oldest version whose readers understand what is written here.
+COMPATIBLE_VERSION = 1
+HEADER = Layout("image_header", "<", (("magic", "8s"), ("version", "H"), ("compatible", "H"), ("reserved", "I")))
+
+#: ``struct virtio_dev_part_hdr``; the selector's meaning depends on the type.
+PART_HEADER = Layout(
+    "virtio_dev_part_hdr", "<", (("type", "H"), ("flags", "B"), ("reserved", "B"), ("selector", "8s"), ("length", "I"))
+)
+PART_OPTIONAL = 1
+#: So that a reader needs no more memory than this, however large the image is.
+PART_VALUE_BYTES_MAX = 1 << 20
+#: A selector that is a queue's index, or a number.
+SELECTOR_INDEX = Layout("selector", "<", (("index", "I"), ("reserved", "I")))
+
+
+class PartType(IntEnum):
+    """What a part is. The order here is the order in an image."""
+
+    IDENTITY = 0xF000
+    DEV_FEATURES = 0x100
+    DRV_FEATURES = 0x101
+    VQ_CFG = 0x104
+    VQ_POSITION = 0xF001
+    CONFIG_SPACE = 0xF002
+    DEVICE_STATE = 0xF003
+    END = 0xF0FF
+
+
+IDENTITY = Layout(
+    "identity",
+    "<",
+    (("device_id", "I"), ("flags", "I"), ("queue_count", "I"), ("queue_size_max", "I"), ("config_size", "I")),
+)
+UNKNOWN_DEVICE_ID = 0xFFFFFFFF
+IDENTITY_HAS_STATE = 1
+
+#: ``struct virtio_dev_part_vq_cfg``.
+VQ_CFG = Layout(
+    "virtio_dev_part_vq_cfg",
+    "<",
+    (
+        ("queue_size", "H"),
+        ("vector", "H"),
+        ("enabled", "H"),
+        ("reserved", "H"),
+        ("desc", "Q"),
+        ("driver", "Q"),
+        ("device", "Q"),
+    ),
+)
+#: The word of VHOST_GET_VRING_BASE, and whether it is a packed ring's.
+VQ_POSITION = Layout("vq_position", "<", (("word", "I"), ("packed", "I")))
+
+DIGEST_BYTES = 32
+END = Layout("end", "<", (("parts", "Q"), ("state_bytes", "Q"), ("digest", f"{DIGEST_BYTES}s")))

@@ -1,0 +1,284 @@
+"""The state image: a device between two places, as a stream. `IMAGE.md` is its specification.
+
+Writing and reading need memory for one part at a time, whatever the size of the device's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..abi.state_image import (
+    COMPATIBLE_VERSION,
+    DIGEST_BYTES,
+    END,
+    HEADER,
+    HEADER_MAGIC,
+    IDENTITY,
+    IDENTITY_HAS_STATE,
+    PART_HEADER,
+    PART_OPTIONAL,
+    PART_VALUE_BYTES_MAX,
+    SELECTOR_INDEX,
+    UNKNOWN_DEVICE_ID,
+    VERSION,
+    VQ_CFG,
+    VQ_POSITION,
+    PartType,
+)
+from ..abi.vring_base import PackedBase, QueueBase, decode_base
+from ..device import QueueSetup
+from ..errors import VdpaBridgeError
+from .snapshot import DeviceSnapshot, QueueSnapshot
+
+__all__ = ["ImageError", "ImageFacts", "ImageReader", "ImageWriter"]
+
+_NO_SELECTOR = bytes(8)
+_NO_VECTOR = 0xFFFF
+_QUEUE_INDEX_MAX = 0xFFFF
+_RANK = {kind: position for position, kind in enumerate(PartType)}
+#: Types of which there is more than one part.
+_REPEATED = frozenset({PartType.VQ_CFG, PartType.VQ_POSITION, PartType.DEVICE_STATE})
+_OPTIONAL = frozenset({PartType.DEV_FEATURES})
+_REQUIRED = frozenset({PartType.IDENTITY, PartType.DRV_FEATURES, PartType.END})
+
+
+class ImageError(VdpaBridgeError):
+    """What is no image, or a damaged one. ``offset`` is where in the stream that was found."""
+
+    def __init__(self, why: str, offset: int) -> None:
+        super().__init__("state image", why=f"at byte {offset}: {why}", hint="nothing of it was given to the device")
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image says of a device, beside the device's own state."""
+
+    snapshot: DeviceSnapshot
+    offered_features: int | None
+    """None where the image does not tell."""
+    queue_count: int
+    queue_size_max: int
+    has_state: bool
+
+
+class ImageWriter:
+    """Writes one image by ``write``: the facts, then any number of pieces of device state, then the end."""
+
+    def __init__(self, write: Callable[[bytes | memoryview], None], facts: ImageFacts) -> None:
+        self._write = write
+        self._digest = hashlib.sha256()
+        self._parts = 0
+        self._state_bytes = 0
+        self._put(HEADER.pack(HEADER_MAGIC, VERSION, COMPATIBLE_VERSION, 0))
+        for kind, selector, value in _fact_parts(facts):
+            self._part(kind, selector, value)
+        self._pieces = 0
+
+    def state(self, data: memoryview) -> None:
+        """The next piece of device state, of any size. An empty one is nothing."""
+        for at in range(0, len(data), PART_VALUE_BYTES_MAX):
+            piece = data[at : at + PART_VALUE_BYTES_MAX]
+            self._part(PartType.DEVICE_STATE, SELECTOR_INDEX.pack(self._pieces & 0xFFFFFFFF, 0), piece)
+            self._pieces += 1
+            self._state_bytes += len(piece)
+
+    def end(self) -> bytes:
+        """The end; returns the digest."""
+        head = PART_HEADER.pack(PartType.END, 0, 0, _NO_SELECTOR, END.size_bytes)
+        counts = END.pack(self._parts, self._state_bytes, bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
+        self._put(head + counts)
+        digest = self._digest.digest()
+        self._write(digest)
+        return digest
+
+    def _part(self, kind: PartType, selector: bytes, value: bytes | memoryview) -> None:
+        flags = PART_OPTIONAL if kind in _OPTIONAL else 0
+        self._put(PART_HEADER.pack(kind, flags, 0, selector, len(value)))
+        self._put(value)
+        self._parts += 1
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._write(data)
+
+
+class ImageReader:
+    """Reads one image by ``read``, which gives as many bytes as asked for, fewer only at the end of the stream.
+
+    `state` gives the device's state as it comes: only when it has come to its end is the image known to be whole.
+    """
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        """Read the facts. Raises `ImageError`."""
+        self._read = read
+        self._digest = hashlib.sha256()
+        self._at = 0
+        self._seen: dict[PartType, int] = {}
+        self._parts = 0
+        self._state_bytes = 0
+        self.digest = b""
+        """Of an image that was read to its end."""
+        self._check_header()
+        self._next = self._part()
+        self.facts = self._facts()
+
+    def state(self) -> Iterator[bytes]:
+        """The pieces of the device's state. Raises `ImageError`, at the latest after the last piece."""
+        while self._next[0] is PartType.DEVICE_STATE:
+            number, reserved = SELECTOR_INDEX.unpack(self._next[1])
+            value = self._next[2]
+            if not self.facts.has_state or not value or reserved or number != self._piece_number():
+                raise self._error("a piece of device state that is out of place")
+            self._state_bytes += len(value)
+            yield value
+            self._next = self._part()
+        self._check_end()
+
+    # --- the stream ---
+
+    def _check_header(self) -> None:
+        magic, version, compatible, reserved = HEADER.unpack(self._take(HEADER.size_bytes))
+        if magic != HEADER_MAGIC:
+            raise self._error("it does not begin as an image does")
+        if compatible > VERSION or version < compatible or reserved:
+            raise self._error(f"version {version}, readable from {compatible} on, and this is {VERSION}")
+
+    def _part(self) -> tuple[PartType, bytes, bytes]:
+        """The next part of a known type: type, selector, value. The end's value lacks the digest."""
+        while True:
+            number, flags, reserved, selector, length = PART_HEADER.unpack(self._take(PART_HEADER.size_bytes))
+            if reserved or flags & ~PART_OPTIONAL or length > PART_VALUE_BYTES_MAX:
+                raise self._error(f"a part of type {number:#x}, flags {flags:#x}, {length} bytes")
+            if number in _KNOWN:
+                kind = PartType(number)
+                self._check_order(kind)
+                if kind is PartType.END and length != END.size_bytes:
+                    raise self._error(f"an end of {length} bytes")
+                value = self._take(length - DIGEST_BYTES if kind is PartType.END else length)
+                self._parts += kind is not PartType.END
+                return kind, selector, value
+            if not flags & PART_OPTIONAL:
+                raise self._error(f"a part of type {number:#x}, which this program does not know and may not skip")
+            self._take(length)
+            self._parts += 1
+
+    def _check_order(self, kind: PartType) -> None:
+        count = self._seen.get(kind, 0)
+        last = max((_RANK[each] for each in self._seen), default=-1)
+        if _RANK[kind] < last or (count and kind not in _REPEATED):
+            raise self._error(f"a part {kind.name} that is out of order")
+        self._seen[kind] = count + 1
+
+    def _check_end(self) -> None:
+        kind, selector, value = self._next
+        if kind is not PartType.END or selector != _NO_SELECTOR:
+            raise self._error(f"a part {kind.name} that is out of order")
+        parts, state_bytes, _ = END.unpack(value + bytes(DIGEST_BYTES))
+        if (parts, state_bytes) != (self._parts, self._state_bytes):
+            raise self._error(f"{parts} parts and {state_bytes} bytes of state are said to be in it, and are not")
+        computed = self._digest.digest()
+        if self._take(DIGEST_BYTES) != computed:
+            raise self._error("the digest is wrong: it was damaged")
+        if self._read(1):
+            raise self._error("something follows the end")
+        self.digest = computed
+
+    def _take(self, size: int) -> bytes:
+        data = self._read(size)
+        self._at += len(data)
+        if len(data) < size:
+            raise self._error("it ends in the middle")
+        self._digest.update(data)
+        return data
+
+    def _piece_number(self) -> int:
+        return (self._seen[PartType.DEVICE_STATE] - 1) & 0xFFFFFFFF
+
+    def _error(self, why: str) -> ImageError:
+        return ImageError(why, self._at)
+
+    # --- the facts ---
+
+    def _facts(self) -> ImageFacts:
+        values: dict[PartType, dict[int, bytes]] = {}
+        while self._next[0] not in (PartType.DEVICE_STATE, PartType.END):
+            kind, selector, value = self._next
+            index, reserved = SELECTOR_INDEX.unpack(selector)
+            those = values.setdefault(kind, {})
+            if reserved or index > (_QUEUE_INDEX_MAX if kind in _REPEATED else 0) or (those and index <= max(those)):
+                raise self._error(f"a part {kind.name} of {index} that is out of order")
+            if kind in _SIZES and len(value) != _SIZES[kind]:
+                raise self._error(f"a part {kind.name} of {len(value)} bytes")
+            those[index] = value
+            self._next = self._part()
+        return self._decode(values)
+
+    def _decode(self, values: dict[PartType, dict[int, bytes]]) -> ImageFacts:
+        for kind in _REQUIRED - {PartType.END}:
+            if kind not in values:
+                raise self._error(f"there is no part {kind.name}")
+        device_id, flags, queue_count, queue_size_max, config_size = IDENTITY.unpack(values[PartType.IDENTITY][0])
+        config = values.get(PartType.CONFIG_SPACE, {}).get(0, b"")
+        setups, positions = values.get(PartType.VQ_CFG, {}), values.get(PartType.VQ_POSITION, {})
+        if flags & ~IDENTITY_HAS_STATE or len(config) != config_size or set(setups) != set(positions):
+            raise self._error("its parts do not fit together")
+        queues = {index: self._queue(setups[index], positions[index]) for index in setups}
+        if any(index >= queue_count for index in queues):
+            raise self._error(f"queue {max(queues)} of {queue_count}")
+        known_id = None if device_id == UNKNOWN_DEVICE_ID else device_id
+        offered = values.get(PartType.DEV_FEATURES, {}).get(0)
+        accepted = int.from_bytes(values[PartType.DRV_FEATURES][0], "little")
+        snapshot = DeviceSnapshot(known_id, accepted, queues, config)
+        return ImageFacts(
+            snapshot,
+            None if offered is None else int.from_bytes(offered, "little"),
+            queue_count,
+            queue_size_max,
+            bool(flags & IDENTITY_HAS_STATE),
+        )
+
+    def _queue(self, setup: bytes, position: bytes) -> QueueSnapshot:
+        size, _, enabled, reserved, desc, driver, device = VQ_CFG.unpack(setup)
+        word, packed = VQ_POSITION.unpack(position)
+        if enabled > 1 or reserved or packed > 1 or not size or (not packed and word > 0xFFFF):
+            raise self._error("a queue that cannot be")
+        base = decode_base(word, packed=bool(packed))
+        return QueueSnapshot(QueueSetup(size, desc, driver, device), base, bool(enabled))
+
+
+_KNOWN = frozenset(map(int, PartType))
+_SIZES = {
+    PartType.IDENTITY: IDENTITY.size_bytes,
+    PartType.DEV_FEATURES: 8,
+    PartType.DRV_FEATURES: 8,
+    PartType.VQ_CFG: VQ_CFG.size_bytes,
+    PartType.VQ_POSITION: VQ_POSITION.size_bytes,
+}
+
+
+def _fact_parts(facts: ImageFacts) -> Iterator[tuple[PartType, bytes, bytes]]:
+    snapshot = facts.snapshot
+    device_id = UNKNOWN_DEVICE_ID if snapshot.device_id is None else snapshot.device_id
+    flags = IDENTITY_HAS_STATE if facts.has_state else 0
+    identity = IDENTITY.pack(device_id, flags, facts.queue_count, facts.queue_size_max, len(snapshot.config))
+    yield PartType.IDENTITY, _NO_SELECTOR, identity
+    if facts.offered_features is not None:
+        yield PartType.DEV_FEATURES, _NO_SELECTOR, facts.offered_features.to_bytes(8, "little")
+    yield PartType.DRV_FEATURES, _NO_SELECTOR, snapshot.features.to_bytes(8, "little")
+    queues = sorted(snapshot.queues.items())
+    for index, queue in queues:
+        setup = queue.setup
+        where = (setup.desc_address, setup.avail_address, setup.used_address)
+        value = VQ_CFG.pack(setup.size, _NO_VECTOR, int(queue.enabled), 0, *where)
+        yield PartType.VQ_CFG, SELECTOR_INDEX.pack(index, 0), value
+    for index, queue in queues:
+        yield PartType.VQ_POSITION, SELECTOR_INDEX.pack(index, 0), _position(queue.base)
+    if snapshot.config:
+        yield PartType.CONFIG_SPACE, _NO_SELECTOR, snapshot.config
+
+
+def _position(base: QueueBase) -> bytes:
+    return VQ_POSITION.pack(base.encode(), int(isinstance(base, PackedBase)))

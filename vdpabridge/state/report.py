@@ -1,0 +1,49 @@
+"""What a procedure has done: its steps, each with its time, for people and for pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+__all__ = ["Report", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step. Seconds since the procedure began."""
+
+    name: str
+    begin_s: float
+    end_s: float
+    failed: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What was done, and what came of it. Steps of undoing begin with ``undo: ``."""
+
+    steps: list[Step] = field(default_factory=list)
+    state_bytes: int = 0
+    """The device's own state."""
+    digest: bytes = b""
+    """Of the image, where there is one."""
+    _begin_s: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Note the body as a step, also where it raises."""
+        begin_s = time.monotonic() - self._begin_s
+        failed = ""
+        try:
+            yield
+        except BaseException as error:
+            failed = str(error) or type(error).__name__
+            raise
+        finally:
+            self.steps.append(Step(name, begin_s, time.monotonic() - self._begin_s, failed))
+
+    def seconds(self, name: str) -> float:
+        """How long the steps called ``name`` took together."""
+        return sum(step.end_s - step.begin_s for step in self.steps if step.name == name)
