@@ -8,7 +8,7 @@ from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
-__all__ = ["add", "bind", "delete", "demo", "list", "serve", "show", "udev_rules"]
+__all__ = ["add", "bind", "delete", "demo", "inspect", "list", "serve", "show", "udev_rules"]
 
 
 def list(words: argparse.Namespace) -> None:  # the subcommand's name
@@ -85,6 +85,13 @@ def demo(words: argparse.Namespace) -> None:
     except (Broken, VdpaBridgeError) as error:
         print(f"demo: FAIL: {error}")
         raise VdpaBridgeError("demo", why=str(error)) from error
+
+
+def inspect(words: argparse.Namespace) -> None:
+    """``vdpabridge inspect``."""
+    from .inspect import inspect as run
+
+    run(words)
 
 
 def udev_rules(words: argparse.Namespace) -> None:

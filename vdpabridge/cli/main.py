@@ -95,6 +95,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", default=30.0, help=text)
 
 
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a state image; - for standard input")
+    parser.add_argument("--diff", action="store_true", help="show what differs between two images")
+
+
 def _nothing(_parser: argparse.ArgumentParser) -> None: ...
 
 
@@ -107,6 +112,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "bind": ("bind", "hand a device to another driver; refused while a process has its node open", _bind),
     "serve": ("serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
     "demo": ("demo", "show a device's state going from one process into another; needs no root", _nothing),
+    "inspect": ("inspect", "show what is in a state image: device, features, queues, configuration, state", _inspect),
     "udev-rules": ("udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from ..abi.state_image import PART_VALUE_BYTES_MAX
@@ -15,12 +15,13 @@ from ..device import Capability, Device, RunState, StateDirection, StatePhase
 from ..errors import MissingCapability, StateError, VdpaBridgeError
 from ..memory import memory_file
 from ..transitions import ALTERNATIVES
-from .channel import STEP_BYTES, Limits, copy, enlarge, read_some, write_all
+from .channel import Limits, copy, enlarge, read_some, write_all
 from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageReader, ImageWriter
 from .replay import resume
 from .report import Report
 from .snapshot import QueueEventfds, capture, eventfds_of, restore
+from .stream import reading
 
 __all__ = ["ProcedureFailed", "load", "migrate", "save", "save_file", "verify"]
 
@@ -92,7 +93,7 @@ def verify(source: int, limits: Limits, device: Device | None = None) -> ImageFa
 
     Raises `ImageError` for one that is damaged, `SnapshotError` or `FeatureError` for one that does not fit.
     """
-    reader = ImageReader(_reading(source, limits))
+    reader = ImageReader(reading(source, limits))
     for _ in reader.state():
         continue
     if device is not None:
@@ -113,7 +114,7 @@ def load(
         raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
     report = Report()
     with report.step("read the image"):
-        reader = ImageReader(_reading(source, limits))
+        reader = ImageReader(reading(source, limits))
         check_fits(reader.facts, device)
         spool = _spool(reader, limits, report)
     try:
@@ -309,24 +310,6 @@ def _undo_save(device: Device, report: Report, *, was_running: bool) -> None:
 def _reset(device: Device, report: Report) -> None:
     with suppress(VdpaBridgeError), report.step("undo: reset"):
         device.reset()
-
-
-def _reading(source: int, limits: Limits) -> Callable[[int], bytes]:
-    """A function that reads exactly so many bytes of ``source``, fewer at its end."""
-    buffered = bytearray()
-    room = memoryview(bytearray(STEP_BYTES))
-
-    def read(size: int) -> bytes:
-        while len(buffered) < size:
-            count = read_some(source, room, limits)
-            if not count:
-                break
-            buffered.extend(room[:count])
-        data = bytes(buffered[:size])
-        del buffered[:size]
-        return data
-
-    return read
 
 
 def _sync_folder(folder: str) -> None:

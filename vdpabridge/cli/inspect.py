@@ -1,0 +1,75 @@
+"""``vdpabridge inspect``: what is in a state image, and what differs between two."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from ..deadline import Deadline
+from ..errors import VdpaBridgeError
+from ..state.channel import Limits
+from ..state.image import ImageReader
+from ..state.inspection import Description, describe, differences
+from ..state.stream import reading
+from .output import print_table
+
+__all__ = ["inspect"]
+
+_NO_LIMITS = Limits(Deadline(None))
+
+
+def inspect(words: argparse.Namespace) -> None:
+    """Print one image, or the differences of two (``--diff``)."""
+    if words.diff:
+        if len(words.images) != 2:
+            raise VdpaBridgeError("inspect", why=f"--diff takes two images, not {len(words.images)}")
+        before, after = (_read(path) for path in words.images)
+        _print_differences(before, after, words)
+        return
+    for path in words.images:
+        described = _read(path)
+        if words.json:
+            print(json.dumps(described, indent=4 if words.pretty else None))
+        else:
+            print_table(("WHAT", "VALUE"), list(_rows(described)))
+
+
+def _read(path: str) -> Description:
+    """The image at ``path``, ``-`` for standard input."""
+    try:
+        fd = os.dup(sys.stdin.fileno()) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise VdpaBridgeError("inspect", device=path, why=os.strerror(error.errno or 0)) from error
+    try:
+        return describe(ImageReader(reading(fd, _NO_LIMITS)))
+    except VdpaBridgeError as error:
+        raise VdpaBridgeError(error.what, device=path, why=error.why) from error
+    finally:
+        os.close(fd)
+
+
+def _print_differences(before: Description, after: Description, words: argparse.Namespace) -> None:
+    found = differences(before, after)
+    if words.json:
+        print(json.dumps({what: {"before": old, "after": new} for what, old, new in found}))
+    elif found:
+        print_table(("WHAT", "BEFORE", "AFTER"), [(what, _text(old), _text(new)) for what, old, new in found])
+
+
+def _rows(described: Description, prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in described.items():
+        if isinstance(value, dict):
+            rows += _rows(value, f"{prefix}{name} ")
+        else:
+            rows.append((prefix + name, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
