@@ -1,4 +1,4 @@
-"""What each subcommand does: ask the packages beside, print."""
+"""The commands about the vDPA bus: ask the packages beside, print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
-__all__ = ["add", "bind", "delete", "demo", "inspect", "list", "serve", "show", "udev_rules"]
+__all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
 
 
 def list(words: argparse.Namespace) -> None:  # the subcommand's name
@@ -65,33 +65,6 @@ def bind(words: argparse.Namespace) -> None:
     bus = Bus()
     device = bus.bind(bus.device(words.device).name, words.driver, force=words.force)
     _print_place(device, words)
-
-
-def serve(words: argparse.Namespace) -> None:
-    """``vdpabridge serve``."""
-    from .serve import serve as run
-
-    run(words)
-
-
-def demo(words: argparse.Namespace) -> None:
-    """``vdpabridge demo``."""
-    from .demo import demonstrate
-    from .timeline import Broken
-
-    del words
-    try:
-        demonstrate()
-    except (Broken, VdpaBridgeError) as error:
-        print(f"demo: FAIL: {error}")
-        raise VdpaBridgeError("demo", why=str(error)) from error
-
-
-def inspect(words: argparse.Namespace) -> None:
-    """``vdpabridge inspect``."""
-    from .inspect import inspect as run
-
-    run(words)
 
 
 def udev_rules(words: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ guest's driver and the front-end at once. ``make demo`` shows the same with vDPA
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -22,9 +23,9 @@ from ..memory import GuestMemory
 from ..vhost_user.connection import Connection
 from ..virtqueue import SplitQueue
 from ..workload.fuse import FuseDriver
-from .timeline import Timeline, require
+from .timeline import Broken, Timeline, require
 
-__all__ = ["demonstrate"]
+__all__ = ["demo"]
 
 _TIMEOUT_S = 20.0
 _MEMORY_BYTES = 1 << 20
@@ -32,7 +33,17 @@ _QUEUE_SIZE = 64
 _LINE_BYTES = 36
 
 
-def demonstrate() -> None:
+def demo(_words: argparse.Namespace) -> None:
+    """``vdpabridge demo``. Raises `VdpaBridgeError` where it does not end well, and says so in its last line."""
+    try:
+        _demonstrate()
+    except (Broken, VdpaBridgeError) as error:
+        print(f"demo: FAIL: {error}")
+        raise VdpaBridgeError("demo", why=str(error)) from error
+    print("demo: PASS")
+
+
+def _demonstrate() -> None:
     """The whole story. Raises `Broken` or `VdpaBridgeError` where it does not end well."""
     timeline = Timeline()
     with ExitStack() as stack:
@@ -71,7 +82,6 @@ def demonstrate() -> None:
             read = _read(fuse, nodeid, handle, 10, 10)
             require(read == expected[10 * _LINE_BYTES :], f"read {read[:40]!r}, which is not what comes next")
             facts.append(f"up to {_last_line(read)!r}")
-    print("demo: PASS")
 
 
 def _server(stack: ExitStack) -> tuple[Device, subprocess.Popen[bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     words = _parser(_command_of(arguments)).parse_args(arguments)
     try:
-        from . import commands
-
-        getattr(commands, words.run)(words)
+        module, function = words.run.split(":")
+        getattr(importlib.import_module(f".{module}", __package__), function)(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has left ('vdpabridge list | head'); without this Python complains at exit
@@ -90,9 +90,35 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     text = "print what the back-end can do, as JSON, and do nothing else"
     parser.add_argument("--print-capabilities", action="store_true", help=text)
     parser.add_argument("--once", action="store_true", help="end when the first front-end has left")
+    text = "a socket for 'vdpabridge status', 'save' and others to ask this process; for this user only"
+    parser.add_argument("--control", metavar="PATH", help=text)
+    text = "begin with the device's state in this image; - for standard input"
+    parser.add_argument("--restore", metavar="IMAGE", help=text)
     parser.add_argument("--trace", action="store_true", help="print every message on standard error")
     text = "bounds every wait for the device or for a front-end in the middle of a message (default: 30)"
     parser.add_argument("--timeout", type=float, metavar="SECONDS", default=30.0, help=text)
+
+
+def _control(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("control", metavar="CONTROL", help="the control socket of 'vdpabridge serve'")
+    text = "how long to wait for an answer (default: 300)"
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", default=300.0, help=text)
+
+
+def _save(parser: argparse.ArgumentParser) -> None:
+    _control(parser)
+    parser.add_argument("image", metavar="IMAGE", help="where to; - for standard output")
+    parser.add_argument("--stay", action="store_true", help="leave the device suspended afterwards")
+
+
+def _load(parser: argparse.ArgumentParser) -> None:
+    _control(parser)
+    parser.add_argument("image", metavar="IMAGE", help="where from; - for standard input")
+
+
+def _migrate(parser: argparse.ArgumentParser) -> None:
+    _control(parser)
+    parser.add_argument("destination", metavar="DESTINATION", help="the control socket of the other 'vdpabridge serve'")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -103,17 +129,31 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _nothing(_parser: argparse.ArgumentParser) -> None: ...
 
 
-#: Command -> (function in `commands`, what it does, what adds its arguments).
+#: Command -> (module of this package:function, what it does, what adds its arguments).
 _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "list": ("list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)", _nothing),
-    "show": ("show", "show devices in full, or the parents that can make devices; disturbs none of them", _show),
-    "add": ("add", "make a device", _add),
-    "del": ("delete", "delete a device; refused while a process has its node open", _delete),
-    "bind": ("bind", "hand a device to another driver; refused while a process has its node open", _bind),
-    "serve": ("serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
-    "demo": ("demo", "show a device's state going from one process into another; needs no root", _nothing),
-    "inspect": ("inspect", "show what is in a state image: device, features, queues, configuration, state", _inspect),
-    "udev-rules": ("udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
+    "list": ("commands:list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)", _nothing),
+    "show": (
+        "commands:show",
+        "show devices in full, or the parents that can make devices; disturbs none of them",
+        _show,
+    ),
+    "add": ("commands:add", "make a device", _add),
+    "del": ("commands:delete", "delete a device; refused while a process has its node open", _delete),
+    "bind": ("commands:bind", "hand a device to another driver; refused while a process has its node open", _bind),
+    "serve": ("serve:serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
+    "demo": ("demo:demo", "show a device's state going from one process into another; needs no root", _nothing),
+    "status": ("remote:status", "ask a 'serve --control' what its device is and does", _control),
+    "suspend": ("remote:suspend", "have a 'serve --control' suspend its device, whatever its front-end does", _control),
+    "resume": ("remote:resume", "end that", _control),
+    "save": ("remote:save", "have a 'serve --control' write its device's image; the device goes on", _save),
+    "load": ("remote:load", "have a 'serve --control' take its device's state from an image", _load),
+    "migrate": ("remote:migrate", "move a device's state from one 'serve --control' into another", _migrate),
+    "inspect": (
+        "inspect:inspect",
+        "show what is in a state image: device, features, queues, configuration, state",
+        _inspect,
+    ),
+    "udev-rules": ("commands:udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
 }
 
 

@@ -18,12 +18,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
+from ..control.server import ControlServer
+from ..deadline import Deadline
 from ..device import Device
 from ..device_names import DeviceName
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
 from ..opening import device_id_of, open_device
+from ..state.channel import Limits
+from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
+from .controlled import methods_of
 
 __all__ = ["serve"]
 
@@ -51,6 +56,11 @@ def serve(words: argparse.Namespace) -> None:
         trace = _say if words.trace else None
         server = stack.enter_context(Server(device, report=_say, trace=trace, timeout_s=words.timeout))
         ending.watch(device, server)
+        if words.restore:
+            _restore(device, words)
+        if words.control:
+            control = stack.enter_context(_listening(words.control, private=True))
+            server.companion = stack.enter_context(ControlServer(control, methods_of(device, server, words.timeout)))
         _say(f"{device.name} is served at {where}")
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             server.serve(place, once=words.once)
@@ -73,15 +83,41 @@ def _socket(words: argparse.Namespace) -> Iterator[tuple[socket.socket, str]]:
         with _given_socket(words.fd) as given:
             yield given, f"descriptor {words.fd}"
         return
-    with listen(words.socket_path) as listener:
-        mine = os.stat(words.socket_path).st_ino
+    with _listening(words.socket_path) as listener:
+        yield listener, words.socket_path
+
+
+@contextmanager
+def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
+    """A socket that listens at ``path``, whose file is removed at the end. ``private``: nobody else may connect."""
+    before = os.umask(0o177) if private else None
+    try:
+        listener = listen(path)
+    finally:
+        if before is not None:
+            os.umask(before)
+    with listener:
+        mine = os.stat(path).st_ino
         try:
-            yield listener, words.socket_path
+            yield listener
         finally:
             # somebody may have put another one there
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(words.socket_path).st_ino == mine:
-                    os.unlink(words.socket_path)
+                if os.stat(path).st_ino == mine:
+                    os.unlink(path)
+
+
+def _restore(device: Device, words: argparse.Namespace) -> None:
+    """Begin with the state in an image."""
+    try:
+        fd = os.dup(sys.stdin.fileno()) if words.restore == "-" else os.open(words.restore, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise VdpaBridgeError("restore", device=words.restore, why=os.strerror(error.errno or 0)) from error
+    try:
+        report = load_state(device, fd, Limits(Deadline(words.timeout)))
+    finally:
+        os.close(fd)
+    _say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")
 
 
 def _given_socket(fd: int) -> socket.socket:

@@ -16,6 +16,7 @@ from ..errors import MissingCapability, StateError, VdpaBridgeError
 from ..memory import memory_file
 from ..transitions import ALTERNATIVES
 from .channel import Limits, copy, enlarge, read_some, write_all
+from .files import replacing
 from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageReader, ImageWriter
 from .replay import resume
@@ -23,7 +24,7 @@ from .report import Report
 from .snapshot import QueueEventfds, capture, eventfds_of, restore
 from .stream import reading
 
-__all__ = ["ProcedureFailed", "load", "migrate", "save", "save_file", "verify"]
+__all__ = ["ProcedureFailed", "load", "load_state", "migrate", "save", "save_file", "verify"]
 
 #: What is spooled in memory; more goes to a file without a name.
 _SPOOL_BYTES = 16 << 20
@@ -71,21 +72,8 @@ def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True) -> Re
 def save_file(device: Device, path: str, limits: Limits, *, go_on: bool = True) -> Report:
     """Save to file ``path``, which is there whole or, where this raises, as it was before. Raises as `save` does."""
     _require_saveable(device, "save")
-    folder = os.path.dirname(path) or "."
-    fd, name = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
-    try:
-        try:
-            report = save(device, fd, limits, go_on=go_on)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    _sync_folder(folder)
-    return report
+    with replacing(path) as fd:
+        return save(device, fd, limits, go_on=go_on)
 
 
 def verify(source: int, limits: Limits, device: Device | None = None) -> ImageFacts:
@@ -113,27 +101,32 @@ def load(
     if device.state is not RunState.RESET:
         raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
     report = Report()
-    with report.step("read the image"):
-        reader = ImageReader(reading(source, limits))
-        check_fits(reader.facts, device)
-        spool = _spool(reader, limits, report)
+    reader, spool = _read_image(device, source, limits, report)
     try:
-        report.digest = reader.digest
-        if reader.facts.has_state:
-            with report.step("device state"):
-                _write_state(device, spool, limits)
-            with report.step("check"):
-                device.check_state()
+        _give_state(device, reader, spool, limits, report)
         with report.step("restore"):
             restore(device, reader.facts.snapshot, eventfds)
         if start:
             with report.step("start"):
                 device.start()
     except BaseException as error:
-        _reset(device, report)
-        if isinstance(error, (VdpaBridgeError, OSError)):
-            raise ProcedureFailed("load", device, error, report, "nothing") from error
-        raise
+        raise _failed_load(device, error, report) from error
+    finally:
+        os.close(spool)
+    return report
+
+
+def load_state(device: Device, source: int, limits: Limits) -> Report:
+    """Give reset ``device`` its own state out of the image in ``source`` (borrowed), and nothing else of it.
+
+    For a device whose features and queues somebody else sets up, as a front-end does. Raises as `load` does.
+    """
+    report = Report()
+    reader, spool = _read_image(device, source, limits, report)
+    try:
+        _give_state(device, reader, spool, limits, report)
+    except BaseException as error:
+        raise _failed_load(device, error, report) from error
     finally:
         os.close(spool)
     return report
@@ -270,6 +263,32 @@ def _carry_state(source: Device, destination: Device, limits: Limits) -> int:
         os.close(reader)
 
 
+def _read_image(device: Device, source: int, limits: Limits, report: Report) -> tuple[ImageReader, int]:
+    """The image, verified to its end and found to fit, and the device's state in a file that the caller owns."""
+    with report.step("read the image"):
+        reader = ImageReader(reading(source, limits))
+        check_fits(reader.facts, device)
+        spool = _spool(reader, limits, report)
+    report.digest = reader.digest
+    return reader, spool
+
+
+def _give_state(device: Device, reader: ImageReader, spool: int, limits: Limits, report: Report) -> None:
+    if reader.facts.has_state:
+        with report.step("device state"):
+            _write_state(device, spool, limits)
+        with report.step("check"):
+            device.check_state()
+
+
+def _failed_load(device: Device, error: BaseException, report: Report) -> BaseException:
+    """Reset ``device``; the error to raise."""
+    _reset(device, report)
+    if isinstance(error, (VdpaBridgeError, OSError)):
+        return ProcedureFailed("load", device, error, report, "nothing")
+    return error
+
+
 def _spool(reader: ImageReader, limits: Limits, report: Report) -> int:
     """The device's state, verified, in a file of its own, owned by the caller."""
     spool = memory_file("vdpabridge-spool", 0)
@@ -310,11 +329,3 @@ def _undo_save(device: Device, report: Report, *, was_running: bool) -> None:
 def _reset(device: Device, report: Report) -> None:
     with suppress(VdpaBridgeError), report.step("undo: reset"):
         device.reset()
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

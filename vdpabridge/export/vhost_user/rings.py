@@ -47,6 +47,7 @@ class Rings:
         self._device = device
         self._memory = memory
         self._rings: dict[int, Ring] = {}
+        self._held = False
 
     # --- what the front-end says ---
 
@@ -127,6 +128,17 @@ class Rings:
             self._device.suspend()
             self._collect_bases()
 
+    def hold(self) -> None:
+        """Suspend, and stay so whatever the front-end does, until `release`. Idempotent."""
+        self.suspend()
+        self._held = True
+
+    def release(self) -> None:
+        """End `hold`: what the front-end wants by now is done. Idempotent."""
+        if self._held:
+            self._held = False
+            self.go_on()
+
     def go_on(self) -> None:
         """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
         try:
@@ -157,7 +169,7 @@ class Rings:
         """Start, or go on, where the front-end has said all that there is to wait for."""
         device = self._device
         started = [ring for ring in self._rings.values() if ring.started]
-        if not any(ring.enabled for ring in started):
+        if self._held or not any(ring.enabled for ring in started):
             return
         if device.state is RunState.RUNNING:
             if any(ring.enabled and not ring.live for ring in started):

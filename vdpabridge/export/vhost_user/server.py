@@ -9,7 +9,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 from ...device import Device, RunState
 from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
@@ -72,6 +72,16 @@ def _occupied(path: str, why: str) -> VdpaBridgeError:
     return VdpaBridgeError("listen", device=path, why=why, hint="use another path")
 
 
+class Companion(Protocol):
+    """What else there is to be served."""
+
+    def fds(self) -> list[int]:
+        """What to wait for; borrowed."""
+
+    def serve(self, fd: int) -> None:
+        """``fd`` is readable."""
+
+
 class Server:
     """Serves ``device`` (borrowed). `stop` may be called by a signal handler or another thread."""
 
@@ -90,6 +100,10 @@ class Server:
         self._trace = trace
         self._timeout_s = timeout_s
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.companion: Companion | None = None
+        """Served beside the front-end, by the same thread."""
+        self.session: Session | None = None
+        """The front-end of the moment."""
 
     def stop(self) -> None:
         """Have `serve` and `serve_connection` return soon."""
@@ -118,9 +132,12 @@ class Server:
         """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
         try:
             with Session(self._device, connection, report=self._report, trace=self._trace) as session:
+                self.session = session
                 return self._attend(session, listener)
         except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
             self._report(str(error))
+        finally:
+            self.session = None
         if self._device.state is RunState.FAILED:
             why, hint = self._device.failure, "a reset did not help"
             raise DeviceFailed("the device failed", device=self._device.name, why=why, hint=hint)
@@ -155,12 +172,20 @@ class Server:
 
     def _wait(self, fds: list[int]) -> set[int] | None:
         """Those of ``fds`` that are ready, and the device where it hung up; None where it is time to stop."""
-        poll = select.poll()
-        poll.register(self._device.fileno(), 0)
-        for fd in (*fds, self._stop):
-            poll.register(fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll()}
-        return None if self._stop in ready else ready
+        while True:
+            companions = [] if self.companion is None else self.companion.fds()
+            poll = select.poll()
+            poll.register(self._device.fileno(), 0)
+            for fd in (*fds, *companions, self._stop):
+                poll.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll()}
+            if self._stop in ready:
+                return None
+            for fd in ready.intersection(companions):
+                if self.companion is not None:
+                    self.companion.serve(fd)
+            if ready := ready.difference(companions):
+                return ready
 
     def _send_away(self, listener: socket.socket) -> None:
         second = self._accept(listener)

@@ -57,6 +57,14 @@ class Session:
         """Readable when the device's configuration has changed: call `announce_config_change` then. Borrowed."""
         return self._requests.config_changed
 
+    def hold(self) -> None:
+        """Suspend the device, whatever the front-end asks for meanwhile."""
+        self._requests.rings.hold()
+
+    def release(self) -> None:
+        """Let the device do again what the front-end wants."""
+        self._requests.rings.release()
+
     def fileno(self) -> int:
         """The front-end's socket: call `serve_one` when it is readable. Borrowed."""
         return self._connection.fileno()

@@ -1,0 +1,224 @@
+"""The control socket of ``vdpabridge serve``, and the commands that use it. Each test runs the real commands."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import threading
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from vdpabridge.control.client import ControlClient, ControlError
+from vdpabridge.drivers.vhost_user import VhostUser
+from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.memory import GuestMemory
+from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.workload.fuse import FuseDriver
+
+from ..support.waiting import wait_until
+from .test_serve import COMMAND, ENVIRONMENT, run, serving
+
+ROOT = 1
+
+
+@contextmanager
+def controlled(tmp_path, name="a", *options, device="sim:fs"):
+    """(vhost-user socket, control socket, process)."""
+    path, control = str(tmp_path / name), str(tmp_path / f"{name}.control")
+    with serving(device, "--socket-path", path, "--control", control, *options) as process:
+        wait_until(lambda: os.path.exists(control) or process.poll() is not None, 10)
+        yield path, control, process
+
+
+class Mount:
+    """A guest with a file open."""
+
+    def __init__(self, stack, path):
+        self.memory = stack.enter_context(GuestMemory(1 << 20))
+        self.rings = [stack.enter_context(SplitQueue(self.memory, 64)) for _ in range(2)]
+        self.fuse = FuseDriver(self.memory, *self.rings, timeout_s=10)
+        self.device = stack.enter_context(VhostUser.open(path, device_id=26, timeout_s=10))
+        self.start(self.device)
+        self.fuse.init()
+        self.nodeid = self.fuse.lookup(ROOT, "README").nodeid
+        self.handle = self.fuse.open(self.nodeid)
+
+    def start(self, device, bases=(0, 0)):
+        device.map([self.memory.region])
+        device.accept_features(1 << 32)
+        for index, ring in enumerate(self.rings):
+            ring.attach(device, index, bases[index])
+        device.start()
+
+    def read(self):
+        return self.fuse.read(self.nodeid, self.handle, 0, 5)
+
+
+@contextmanager
+def mounted(tmp_path):
+    with controlled(tmp_path) as (path, control, _), ExitStack() as stack:
+        yield Mount(stack, path), control
+
+
+def test_status(tmp_path):
+    with mounted(tmp_path) as (_, control):
+        done = run("-j", "status", control)
+        facts = json.loads(done.stdout)
+        assert (facts["device"], facts["state"], facts["front_end"]) == ("sim:fs", "running", True)
+        assert "DEVICE_STATE" in facts["capabilities"]
+        assert facts["queues"]["1"] == {"size": 64, "enabled": True}
+        assert "state running" in run("status", control).stdout
+
+
+def test_suspend_and_resume_under_a_front_end(tmp_path):
+    """The guest waits, whatever its front-end asks for, and goes on."""
+    with mounted(tmp_path) as (mount, control):
+        assert run("suspend", control).returncode == 0
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(mount.read()))
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        mount.device.enable_queue(1, False)
+        mount.device.enable_queue(1)
+        assert json.loads(run("-j", "status", control).stdout)["state"] == "suspended"
+        assert run("resume", control).returncode == 0
+        thread.join(10)
+        assert answers == [b"These"]
+
+
+def test_save_and_go_on_elsewhere(tmp_path):
+    image = tmp_path / "image"
+    with mounted(tmp_path) as (mount, control):
+        done = run("-j", "save", control, str(image), "--stay")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["state"] == "suspended"
+        assert stat.S_IMODE(image.stat().st_mode) == 0o600
+        mount.device.suspend()
+        bases = [mount.device.get_base(index).avail_index for index in range(2)]
+        with (
+            controlled(tmp_path, "b", "--restore", str(image)) as (path, _, _),
+            VhostUser.open(path, device_id=26, timeout_s=10) as destination,
+        ):
+            mount.start(destination, bases)
+            assert mount.read() == b"These"
+    shown = run("-j", "inspect", str(image))
+    assert json.loads(shown.stdout)["device"] == "fs"
+
+
+def test_save_leaves_the_guest_running(tmp_path):
+    with mounted(tmp_path) as (mount, control):
+        done = run("save", control, str(tmp_path / "image"))
+        assert done.returncode == 0, done.stderr
+        assert mount.read() == b"These"
+
+
+def test_save_to_standard_output_and_load_from_standard_input(tmp_path):
+    with mounted(tmp_path) as (_, control), controlled(tmp_path, "b") as (_, other, _):
+        saved = subprocess.Popen(
+            [*COMMAND, "save", control, "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
+        loaded = subprocess.run(
+            [*COMMAND, "-j", "load", other, "-"],
+            stdin=saved.stdout,
+            capture_output=True,
+            env=ENVIRONMENT,
+            timeout=30,
+            check=False,
+        )
+        _, said = saved.communicate(timeout=30)
+        assert (saved.returncode, loaded.returncode) == (0, 0), said + loaded.stderr
+        assert json.loads(loaded.stdout)["digest"] == json.loads(said)["digest"]
+
+
+def test_migrate(tmp_path):
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (path, other, _):
+        done = run("migrate", control, other)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(run("-j", "status", control).stdout)["state"] == "suspended"
+        mount.device.suspend()
+        bases = [mount.device.get_base(index).avail_index for index in range(2)]
+        with VhostUser.open(path, device_id=26, timeout_s=10) as destination:
+            mount.start(destination, bases)
+            assert mount.read() == b"These"
+
+
+def test_a_migration_that_fails_leaves_the_source_running(tmp_path):
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b", device="sim:blk") as (_, other, _):
+        done = run("migrate", control, other)
+        assert done.returncode == 1
+        assert "device id 26" in done.stderr
+        assert mount.read() == b"These"
+
+
+def test_an_image_that_does_not_fit_at_the_start(tmp_path):
+    image = tmp_path / "image"
+    with mounted(tmp_path) as (_, control):
+        assert run("save", control, str(image)).returncode == 0
+    done = run("serve", "sim:blk", "--socket-path", str(tmp_path / "c"), "--restore", str(image))
+    assert done.returncode == 1
+    assert "device id 26" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+# --- the protocol ---
+
+
+def test_the_socket_is_for_its_owner_only(tmp_path):
+    with controlled(tmp_path) as (_, control, process):
+        assert stat.S_IMODE(os.stat(control).st_mode) == 0o600
+        process.terminate()
+        process.wait(10)
+        assert not os.path.exists(control)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b"no json", -32700),
+        (b"[1, 2]", -32600),
+        (b'{"jsonrpc": "1.0", "id": 1, "method": "status"}', -32600),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": 5}', -32600),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "explode"}', -32601),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "status", "params": [1]}', -32602),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "save"}', -32000),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "load"}', -32000),
+    ],
+)
+def test_errors(tmp_path, line, code):
+    with controlled(tmp_path) as (_, control, _), socket.socket(socket.AF_UNIX) as client:
+        client.connect(control)
+        client.settimeout(10)
+        client.sendall(line + b"\n")
+        answer = json.loads(client.recv(65536))
+        assert answer["jsonrpc"] == "2.0"
+        assert answer["error"]["code"] == code
+        client.sendall(b'{"jsonrpc": "2.0", "id": 7, "method": "status"}\n')
+        assert json.loads(client.recv(65536))["id"] == 7
+
+
+def test_notifications_get_no_answer_and_halves_of_lines_wait(tmp_path):
+    with controlled(tmp_path) as (_, control, _), socket.socket(socket.AF_UNIX) as client:
+        client.connect(control)
+        client.settimeout(10)
+        client.sendall(b'{"jsonrpc": "2.0", "method": "suspend"}\n{"jsonrpc": "2.0", "id": 1, ')
+        with ControlClient(control, timeout_s=10) as other:
+            assert other.ask("status")["held"] is True
+        client.sendall(b'"method": "resume"}\n')
+        assert json.loads(client.recv(65536))["id"] == 1
+
+
+def test_errors_reach_the_one_who_asked(tmp_path):
+    with controlled(tmp_path) as (_, control, _), ControlClient(control, timeout_s=10) as client:
+        with open(os.devnull, "wb") as nowhere:
+            with pytest.raises(ControlError, match="not while the device is reset") as caught:
+                client.ask("save", nowhere.fileno())
+        assert (caught.value.code, caught.value.device) == (-32000, "sim:fs")
+
+
+def test_nobody_there(tmp_path):
+    with pytest.raises(VdpaBridgeError, match="serve --control"):
+        ControlClient(str(tmp_path / "nowhere"))
+    assert run("status", str(tmp_path / "nowhere")).returncode == 1

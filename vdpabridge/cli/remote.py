@@ -1,0 +1,104 @@
+"""The commands that ask the process that owns a device: ``status``, ``suspend``, ``resume``, ``save`` and others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from ..control.client import ControlClient
+from ..errors import VdpaBridgeError
+from ..state.files import replacing
+from .output import print_records
+
+__all__ = ["load", "migrate", "resume", "save", "status", "suspend"]
+
+
+def status(words: argparse.Namespace) -> None:
+    """``vdpabridge status``."""
+    _show(words, _ask(words, "status"))
+
+
+def suspend(words: argparse.Namespace) -> None:
+    """``vdpabridge suspend``."""
+    _show(words, _ask(words, "suspend"))
+
+
+def resume(words: argparse.Namespace) -> None:
+    """``vdpabridge resume``."""
+    _show(words, _ask(words, "resume"))
+
+
+def save(words: argparse.Namespace) -> None:
+    """``vdpabridge save``: to a file, or to standard output."""
+    with ControlClient(words.control, timeout_s=words.timeout) as client:
+        if words.image == "-":
+            result = client.ask("save", sys.stdout.fileno(), stay=words.stay)
+            print(json.dumps(result), file=sys.stderr)
+            return
+        with replacing(words.image) as fd:
+            result = client.ask("save", fd, stay=words.stay)
+    _show(words, result)
+
+
+def load(words: argparse.Namespace) -> None:
+    """``vdpabridge load``: from a file, or from standard input."""
+    try:
+        fd = os.dup(sys.stdin.fileno()) if words.image == "-" else os.open(words.image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise VdpaBridgeError("load", device=words.image, why=os.strerror(error.errno or 0)) from error
+    try:
+        with ControlClient(words.control, timeout_s=words.timeout) as client:
+            _show(words, client.ask("load", fd))
+    finally:
+        os.close(fd)
+
+
+def migrate(words: argparse.Namespace) -> None:
+    """``vdpabridge migrate``: from one process into another; where that fails, the first goes on."""
+    with (
+        ControlClient(words.control, timeout_s=words.timeout) as source,
+        ControlClient(words.destination, timeout_s=words.timeout) as destination,
+    ):
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        errors: list[VdpaBridgeError] = []
+
+        def load_there() -> None:
+            try:
+                destination.ask("load", reader)
+            except VdpaBridgeError as error:
+                errors.append(error)
+            finally:
+                os.close(reader)
+
+        thread = threading.Thread(target=load_there)
+        thread.start()
+        try:
+            result = source.ask("save", writer, stay=True)
+        except VdpaBridgeError as error:
+            errors.insert(0, error)
+        finally:
+            os.close(writer)
+            thread.join()
+        if errors:
+            source.ask("resume")
+            raise errors[0]
+        _show(words, result | {"running": "nothing: start the destination by its front-end"})
+
+
+def _ask(words: argparse.Namespace, method: str) -> Any:
+    with ControlClient(words.control, timeout_s=words.timeout) as client:
+        return client.ask(method)
+
+
+def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:
+    if words.json:
+        print(json.dumps(result, indent=4 if words.pretty else None))
+        return
+    facts = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    print_records({str(result.get("device", words.control)): facts})
+    for index, queue in result.get("queues", {}).items():
+        print_records({f"queue {index}": queue})

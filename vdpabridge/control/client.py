@@ -1,0 +1,63 @@
+"""The side of whoever asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any, Self
+
+from ..errors import VdpaBridgeError
+from .lines import Lines
+
+__all__ = ["ControlClient", "ControlError"]
+
+
+class ControlError(VdpaBridgeError):
+    """The process that owns the device said no. ``code`` is JSON-RPC's."""
+
+    def __init__(self, what: str, device: str, why: str, hint: str, code: int) -> None:
+        super().__init__(what, device=device, why=why, hint=hint)
+        self.code = code
+
+
+class ControlClient:
+    """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each answer."""
+
+    def __init__(self, path: str, *, timeout_s: float | None = None) -> None:
+        self._path = path
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            connection.close()
+            hint = "'vdpabridge serve --control PATH' listens there"
+            raise VdpaBridgeError("connect", device=path, why=os.strerror(error.errno or 0), hint=hint) from error
+        self._lines = Lines(connection)
+        self._number = 0
+
+    def ask(self, method: str, fd: int | None = None, **params: Any) -> Any:
+        """The result of ``method``. ``fd`` (borrowed) goes with it. Raises `ControlError`."""
+        self._number += 1
+        request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
+        self._lines.send(request, () if fd is None else (fd,))
+        line = self._lines.receive()
+        if line is None:
+            raise VdpaBridgeError(method, device=self._path, why="the process that owns the device has ended")
+        answer = json.loads(line)
+        if (error := answer.get("error")) is not None:
+            facts = error.get("data", {})
+            what, why = facts.get("what", method), facts.get("why", error["message"])
+            raise ControlError(what, facts.get("device", self._path), why, facts.get("hint", ""), error["code"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """Close. Idempotent."""
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
