@@ -7,9 +7,9 @@ import argparse
 import json
 import sys
 
-from . import migration
+from . import channel, migration
 
-MEASUREMENTS = {"migration": migration.measure}
+MEASUREMENTS = {"channel": channel.measure, "migration": migration.measure}
 
 
 def main():

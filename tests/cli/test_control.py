@@ -135,8 +135,10 @@ def test_save_to_standard_output_and_load_from_standard_input(tmp_path):
 
 def test_migrate(tmp_path):
     with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (path, other, _):
-        done = run("migrate", control, other)
+        picture = tmp_path / "picture.svg"
+        done = run("migrate", control, other, "--report", str(picture))
         assert done.returncode == 0, done.stderr
+        assert "blackout" in picture.read_text()
         assert json.loads(run("-j", "status", control).stdout)["state"] == "suspended"
         mount.device.suspend()
         bases = [mount.device.get_base(index).avail_index for index in range(2)]
@@ -211,10 +213,14 @@ def test_notifications_get_no_answer_and_halves_of_lines_wait(tmp_path):
 
 
 def test_errors_reach_the_one_who_asked(tmp_path):
-    with controlled(tmp_path) as (_, control, _), ControlClient(control, timeout_s=10) as client:
-        with open(os.devnull, "wb") as nowhere:
-            with pytest.raises(ControlError, match="not while the device is reset") as caught:
-                client.ask("save", nowhere.fileno())
+    refused = pytest.raises(ControlError, match="not while the device is reset")
+    with (
+        controlled(tmp_path) as (_, control, _),
+        ControlClient(control, timeout_s=10) as client,
+        open(os.devnull, "wb") as nowhere,
+    ):
+        with refused as caught:
+            client.ask("save", nowhere.fileno())
         assert (caught.value.code, caught.value.device) == (-32000, "sim:fs")
 
 

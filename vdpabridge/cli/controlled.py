@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ class _Controlled:
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
             "queues": queues,
-            "last_procedure": _shown(self._last),
+            "last_procedure": None if self._last is None else _shown(self._last),
         }
 
     def suspend(self, _params: Mapping[str, Any], _descriptor: Callable[[], int]) -> dict[str, Any]:
@@ -72,19 +73,22 @@ class _Controlled:
         """Write an image to the descriptor. ``stay``: the device stays suspended afterwards."""
         fd = descriptor()
         was_held = self._held
+        report = Report()
         try:
-            self.suspend({}, descriptor)
+            with report.step("suspend"):
+                self.suspend({}, descriptor)
             try:
-                report = save(self._device, fd, self._limits(params), go_on=False)
+                saved = save(self._device, fd, self._limits(params), go_on=False)
             except BaseException:
                 self._go_on(was_held)
                 raise
         finally:
             os.close(fd)
-        self._last = report
+        saved.steps[:0] = report.steps
+        self._last = report = saved
         if not params.get("stay"):
             self._go_on(was_held)
-        return {"state_bytes": report.state_bytes, "digest": report.digest.hex(), "state": self._device.state.value}
+        return {**_shown(report), "state": self._device.state.value}
 
     def load(self, params: Mapping[str, Any], descriptor: Callable[[], int]) -> dict[str, Any]:
         """Give the device the state in the image that the descriptor has; its queues are its front-end's to set up."""
@@ -93,7 +97,7 @@ class _Controlled:
             self._last = load_state(self._device, fd, self._limits(params))
         finally:
             os.close(fd)
-        return {"state_bytes": self._last.state_bytes, "digest": self._last.digest.hex()}
+        return {**_shown(self._last), "device": self._device.name}
 
     def _go_on(self, was_held: bool) -> None:
         if not was_held:
@@ -118,8 +122,6 @@ def methods_of(device: Device, server: Server, timeout_s: float | None) -> dict[
     }
 
 
-def _shown(report: Report | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
-    steps = [{"name": step.name, "took_ms": round((step.end_s - step.begin_s) * 1000, 3)} for step in report.steps]
-    return {"steps": steps, "state_bytes": report.state_bytes, "digest": report.digest.hex()}
+def _shown(report: Report) -> dict[str, Any]:
+    steps = [dataclasses.asdict(step) for step in report.steps]
+    return {"state_bytes": report.state_bytes, "digest": report.digest.hex(), "steps": steps}

@@ -119,6 +119,7 @@ def _load(parser: argparse.ArgumentParser) -> None:
 def _migrate(parser: argparse.ArgumentParser) -> None:
     _control(parser)
     parser.add_argument("destination", metavar="DESTINATION", help="the control socket of the other 'vdpabridge serve'")
+    parser.add_argument("--report", metavar="FILE.svg", help="draw what was done, to scale")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +135,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "list": ("commands:list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)", _nothing),
     "show": (
         "commands:show",
-        "show devices in full, or the parents that can make devices; disturbs none of them",
+        "show devices in full, or the parents that can make some; disturbs none of them",
         _show,
     ),
     "add": ("commands:add", "make a device", _add),
@@ -150,7 +151,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "migrate": ("remote:migrate", "move a device's state from one 'serve --control' into another", _migrate),
     "inspect": (
         "inspect:inspect",
-        "show what is in a state image: device, features, queues, configuration, state",
+        "show what is in a state image: device, features, queues, whose state",
         _inspect,
     ),
     "udev-rules": ("commands:udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),

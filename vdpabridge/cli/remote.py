@@ -12,6 +12,8 @@ from typing import Any
 from ..control.client import ControlClient
 from ..errors import VdpaBridgeError
 from ..state.files import replacing
+from ..state.report import Step
+from ..state.timeline import draw
 from .output import print_records
 
 __all__ = ["load", "migrate", "resume", "save", "status", "suspend"]
@@ -65,10 +67,11 @@ def migrate(words: argparse.Namespace) -> None:
     ):
         reader, writer = os.pipe2(os.O_CLOEXEC)
         errors: list[VdpaBridgeError] = []
+        loaded: dict[str, Any] = {}
 
         def load_there() -> None:
             try:
-                destination.ask("load", reader)
+                loaded.update(destination.ask("load", reader))
             except VdpaBridgeError as error:
                 errors.append(error)
             finally:
@@ -86,7 +89,18 @@ def migrate(words: argparse.Namespace) -> None:
         if errors:
             source.ask("resume")
             raise errors[0]
+        if words.report:
+            _draw(words, result, loaded)
         _show(words, result | {"running": "nothing: start the destination by its front-end"})
+
+
+def _draw(words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
+    lanes = {
+        name: [Step(**step) for step in facts["steps"]] for name, facts in (("source", saved), ("destination", loaded))
+    }
+    picture = draw(f"{words.control} to {words.destination}: {saved['state_bytes']} bytes of state", lanes)
+    with replacing(words.report) as fd, open(fd, "w", encoding="utf-8", closefd=False) as file:
+        file.write(picture)
 
 
 def _ask(words: argparse.Namespace, method: str) -> Any:
@@ -98,7 +112,7 @@ def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:
     if words.json:
         print(json.dumps(result, indent=4 if words.pretty else None))
         return
-    facts = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    facts = {name: value for name, value in result.items() if not isinstance(value, dict) and name != "steps"}
     print_records({str(result.get("device", words.control)): facts})
     for index, queue in result.get("queues", {}).items():
         print_records({f"queue {index}": queue})

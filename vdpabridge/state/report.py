@@ -12,7 +12,7 @@ __all__ = ["Report", "Step"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step. Seconds since the procedure began."""
+    """One step; its times are of the machine's monotonic clock, the same in every process."""
 
     name: str
     begin_s: float
@@ -29,12 +29,11 @@ class Report:
     """The device's own state."""
     digest: bytes = b""
     """Of the image, where there is one."""
-    _begin_s: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Note the body as a step, also where it raises."""
-        begin_s = time.monotonic() - self._begin_s
+        begin_s = time.monotonic()
         failed = ""
         try:
             yield
@@ -42,7 +41,7 @@ class Report:
             failed = str(error) or type(error).__name__
             raise
         finally:
-            self.steps.append(Step(name, begin_s, time.monotonic() - self._begin_s, failed))
+            self.steps.append(Step(name, begin_s, time.monotonic(), failed))
 
     def seconds(self, name: str) -> float:
         """How long the steps called ``name`` took together."""
