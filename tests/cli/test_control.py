@@ -28,8 +28,18 @@ def controlled(tmp_path, name="a", *options, device="sim:fs"):
     """(vhost-user socket, control socket, process)."""
     path, control = str(tmp_path / name), str(tmp_path / f"{name}.control")
     with serving(device, "--socket-path", path, "--control", control, *options) as process:
-        wait_until(lambda: os.path.exists(control) or process.poll() is not None, 10)
+        wait_until(lambda: listens(control) or process.poll() is not None, 10)
         yield path, control, process
+
+
+def listens(path):
+    """Whether somebody does; a socket's file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 class Mount:

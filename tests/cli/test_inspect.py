@@ -38,8 +38,13 @@ def test_a_table(capsys):
     assert main(["inspect", str(GOLDEN / "version-1")]) == 0
     lines = [line.split(None, 3) for line in capsys.readouterr().out.splitlines()]
     assert ["queues", "0", "avail_index", "77"] in lines
-    assert ["queues", "2", "used_wrap", "1"] in lines
     assert ["queues", "2", "enabled", "False"] in lines
+
+
+def test_packed_rings(capsys):
+    assert main(["-j", "inspect", str(GOLDEN / "version-1-packed")]) == 0
+    queue = json.loads(capsys.readouterr().out)["queues"]["1"]
+    assert (queue["avail_index"], queue["used_index"], queue["avail_wrap"], queue["used_wrap"]) == (5, 6, 0, 1)
 
 
 def test_a_network_device_and_a_file_system(tmp_path, capsys):
@@ -103,8 +108,7 @@ def test_what_is_no_image(tmp_path, capsys):
 
 def test_state_of_any_size(tmp_path, capsys):
     path = tmp_path / "x"
-    with path.open("wb") as file:
-        writer = ImageWriter(file.write, FACTS)
+    with path.open("wb") as file, ImageWriter(file.write, FACTS) as writer:
         for _ in range(5):
             writer.state(memoryview(bytes(1 << 20)))
         writer.end()

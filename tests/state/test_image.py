@@ -20,7 +20,7 @@ FACTS = ImageFacts(
         0x1_0000_0000,
         {
             0: QueueSnapshot(QueueSetup(256, 0x1000, 0x2000, 0x3000), SplitBase(77), True),
-            2: QueueSnapshot(QueueSetup(64, 0x8000, 0x9000, 0xA000), PackedBase(5, False, 6, True), False),
+            2: QueueSnapshot(QueueSetup(64, 0x8000, 0x9000, 0xA000), SplitBase(5), False),
         },
         b"configuration",
     ),
@@ -34,10 +34,10 @@ STATE = [b"first", b"second" * 10]
 
 def image_of(facts=FACTS, state=STATE):
     stream = io.BytesIO()
-    writer = ImageWriter(stream.write, facts)
-    for piece in state:
-        writer.state(memoryview(piece))
-    writer.end()
+    with ImageWriter(stream.write, facts) as writer:
+        for piece in state:
+            writer.state(memoryview(piece))
+        writer.end()
     return stream.getvalue()
 
 
@@ -70,7 +70,7 @@ BODY = [
     part(0x104, struct.pack("<4H3Q", 256, 0xFFFF, 1, 0, 0x1000, 0x2000, 0x3000), index(0)),
     part(0x104, struct.pack("<4H3Q", 64, 0xFFFF, 0, 0, 0x8000, 0x9000, 0xA000), index(2)),
     part(0xF001, struct.pack("<II", 77, 0), index(0)),
-    part(0xF001, struct.pack("<II", 5 | 6 << 16 | 1 << 31, 1), index(2)),
+    part(0xF001, struct.pack("<II", 5, 0), index(2)),
     part(0xF002, b"configuration"),
     part(0xF003, b"first", index(0)),
     part(0xF003, b"second" * 10, index(1)),
@@ -88,9 +88,30 @@ def test_what_is_written_is_read():
     assert digest == image_of()[-32:]
 
 
-def test_the_golden_file():
+PACKED_FACTS = ImageFacts(
+    DeviceSnapshot(
+        1,
+        0x5_0000_0000,
+        {1: QueueSnapshot(QueueSetup(100, 0x1000, 0x2000, 0x3000), PackedBase(5, False, 6, True), True)},
+        b"",
+    ),
+    None,
+    2,
+    256,
+    False,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "state"), [("version-1", FACTS, STATE), ("version-1-packed", PACKED_FACTS, [])]
+)
+def test_the_golden_files(name, facts, state):
     """Version 1, as it was written once: readers have to take it for ever."""
-    assert read((GOLDEN / "version-1").read_bytes())[:2] == (FACTS, b"".join(STATE))
+    assert read((GOLDEN / name).read_bytes())[:2] == (facts, b"".join(state))
+
+
+def test_a_packed_position():
+    assert part(0xF001, struct.pack("<II", 5 | 6 << 16 | 1 << 31, 1), index(1)) in image_of(PACKED_FACTS, [])
 
 
 def test_a_device_without_state():
@@ -136,24 +157,40 @@ def test_pieces_that_are_moved_or_doubled(data):
                 read(bent)
 
 
-queues = st.builds(
+addresses = st.integers(0, (1 << 64) - 1)
+split = st.builds(
     QueueSnapshot,
-    st.builds(QueueSetup, st.integers(1, 0x8000), *[st.integers(0, (1 << 64) - 1)] * 3),
-    st.builds(SplitBase, st.integers(0, 0xFFFF))
-    | st.builds(PackedBase, st.integers(0, 0x7FFF), st.booleans(), st.integers(0, 0x7FFF), st.booleans()),
+    st.builds(QueueSetup, st.integers(0, 15).map(lambda bit: 1 << bit), addresses, addresses, addresses),
+    st.builds(SplitBase, st.integers(0, 0xFFFF)),
     st.booleans(),
 )
-facts = st.builds(
-    lambda device_id, features, those, config, offered, has_state: ImageFacts(
-        DeviceSnapshot(device_id, features, dict(enumerate(those)), config), offered, len(those), 1024, has_state
-    ),
-    st.none() | st.integers(0, 0xFFFFFFFE),
-    st.integers(0, (1 << 64) - 1),
-    st.lists(queues, max_size=4),
-    st.binary(max_size=300),
-    st.none() | st.integers(0, (1 << 64) - 1),
-    st.just(True),
+packed = st.builds(
+    QueueSnapshot,
+    st.builds(QueueSetup, st.integers(1, 0x8000), addresses, addresses, addresses),
+    st.builds(PackedBase, st.integers(0, 0x7FFF), st.booleans(), st.integers(0, 0x7FFF), st.booleans()),
+    st.booleans(),
 )
+PACKED = 1 << 34
+
+
+def facts_with(queues, ring):
+    return st.builds(
+        lambda device_id, features, those, config, more: ImageFacts(
+            DeviceSnapshot(device_id, features & ~PACKED | ring, dict(enumerate(those)), config),
+            None if more is None else features & ~PACKED | ring | more,
+            len(those),
+            0x8000,
+            True,
+        ),
+        st.none() | st.integers(0, 0xFFFFFFFE),
+        addresses,
+        st.lists(queues, max_size=4),
+        st.binary(max_size=300),
+        st.none() | addresses,
+    )
+
+
+facts = facts_with(split, 0) | facts_with(packed, PACKED)
 
 
 @settings(max_examples=200, deadline=None)
@@ -193,6 +230,15 @@ WRONG = {
         replaced(3, part(0x104, struct.pack("<4H3Q", 8, 0xFFFF, 2, 0, 0, 0, 0), index(0))), 65
     ),
     "a split position that is too large": sealed(replaced(5, part(0xF001, struct.pack("<II", 1 << 16, 0), index(0))), 65),
+    "a position of a packed ring without packed rings": sealed(replaced(5, part(0xF001, struct.pack("<II", 5, 1), index(0))), 65),
+    "a queue that is no power of two": sealed(
+        replaced(3, part(0x104, struct.pack("<4H3Q", 100, 0xFFFF, 1, 0, 0, 0, 0), index(0))), 65
+    ),
+    "a queue above the largest": sealed(
+        replaced(3, part(0x104, struct.pack("<4H3Q", 2048, 0xFFFF, 1, 0, 0, 0, 0), index(0))), 65
+    ),
+    "features that were not offered": sealed(replaced(1, part(0x100, struct.pack("<Q", 1), flags=1)), 65),
+    "a part that is said to be optional": sealed(replaced(2, part(0x101, struct.pack("<Q", 0x1_0000_0000), flags=1)), 65),
     "a configuration space of another size": sealed(replaced(7, part(0xF002, b"short")), 65),
     "an empty piece of state": sealed([*BODY, part(0xF003, b"", index(2))], 65),
     "a piece of state with another number": sealed(replaced(9, part(0xF003, b"second" * 10, index(7))), 65),

@@ -20,6 +20,7 @@ from vdpabridge.workload.block import BlockDriver, KnownDisk
 
 from ..support.pair import bridged
 from ..support.transitions import shared_file
+from ..support.waiting import wait_until
 
 VERSION_1 = 1 << 32
 MEMORY_BYTES = 4 << 20
@@ -97,6 +98,7 @@ def test_migrate(driver, to):
         assert (source.state, destination.state) == (RunState.RESET, RunState.RUNNING)
         assert [step.name for step in report.steps] == [
             "suspend",
+            "capture",
             "device state",
             "check",
             "restore",
@@ -432,3 +434,142 @@ def test_a_large_state_takes_little_memory():
 
 def test_channel_error_is_one_line():
     assert str(ChannelError("transfer", why="too much")) == "transfer: too much"
+
+
+# --- what must never be: two that run ---
+
+
+class Stubborn(Sim):
+    """A destination that fails to start, and then does not answer."""
+
+    def _start(self):
+        raise Tripped("start")
+
+    def _reset(self):
+        if getattr(self, "silent", True):
+            raise Tripped("reset")
+        super()._reset()
+
+
+def test_a_destination_that_does_not_answer_keeps_the_source_stopped():
+    """It may have started: nobody can know, and two that run would ruin the guest's memory."""
+    with lab("sim") as (source, _, work), made("sim", Stubborn) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="not known: sim:blk does not answer") as caught:
+            migrate(source, destination, limits())
+        assert source.state is RunState.SUSPENDED
+        assert caught.value.snapshot.queues[0].base.avail_index == work.queue.device_used_index
+        assert [step.name for step in caught.value.report.steps][-1] == "undo: reset the destination"
+        destination.silent = False
+        destination.reset()
+        source.resume()
+        work.finish()
+
+
+def test_a_suspend_that_ends_too_late_is_ended_before_the_device_goes_on():
+    """The deadline passes while requests are in flight; the back-end stops its ring all the same, later."""
+    with lab("vhost-user") as (source, sim, work), shared_file(0) as file:
+        sim.faults.latency_s = 0.5
+        work.queue.kick()
+        wait_until(lambda: sim._engine.workers[0].ring.taken)
+        with pytest.raises(ProcedureFailed) as caught:
+            save(source, file, limits(timeout_s=0.2))
+        sim.faults.latency_s = 0
+        assert caught.value.running == source.name
+        assert "undo: end the suspend" in [step.name for step in caught.value.report.steps]
+        work.finish()
+
+
+class Interrupted(Sim):
+    """Somebody presses Ctrl-C in the middle."""
+
+    interrupted = False
+
+    def _check_state(self):
+        if not Interrupted.interrupted:
+            Interrupted.interrupted = True
+            raise KeyboardInterrupt
+        super()._check_state()
+
+
+def test_an_interruption_goes_through_and_leaves_the_source_running():
+    with lab("sim", Interrupted) as (source, _, work), shared_file(0) as file:
+        with pytest.raises(KeyboardInterrupt):
+            save(source, file, limits())
+        assert source.state is RunState.RUNNING
+        work.finish()
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_the_source_running(tmp_path, monkeypatch):
+    def fail(*_words):
+        raise OSError(5, "Input/output error")
+
+    with lab("sim") as (source, _, work):
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(ProcedureFailed, match="Input/output error"):
+            save_file(source, str(tmp_path / "image"), limits(), go_on=False)
+        assert source.state is RunState.RUNNING
+        assert list(tmp_path.iterdir()) == []
+        work.finish()
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "x"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with lab("sim") as (source, _, work):
+        with pytest.raises(ProcedureFailed, match="what is there is no file"):
+            save_file(source, str(path), limits())
+        work.finish()
+
+
+def test_a_smaller_disk_is_another_disk():
+    class NoState(Sim):
+        capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+
+    with lab("sim", NoState) as (source, _, work), made("sim", NoState, size=4096) as (destination, _):
+        with pytest.raises(SnapshotError, match="differs from byte 0 on"):
+            migrate(source, destination, limits())
+        work.finish()
+
+
+def test_a_device_that_would_lose_its_state_by_going_on_is_not_stopped():
+    class NoResume(Sim):
+        capabilities = frozenset(Capability) - {Capability.RESUME}
+
+    with lab("sim", NoResume) as (source, _, work), shared_file(0) as file:
+        with pytest.raises(MissingCapability, match="RESUME"):
+            save(source, file, limits())
+        assert source.state is RunState.RUNNING
+        work.finish()
+
+
+def test_configuration_changes_are_announced_by_the_destination():
+    with lab("sim") as (source, _, work), made("sim") as (destination, _):
+        destination.map([work.memory.region])
+        changed = os.eventfd(0, os.EFD_NONBLOCK)
+        source.set_config_call(changed)
+        migrate(source, destination, limits())
+        destination.write_config(32, b"\0")
+        assert os.eventfd_read(changed) == 1
+        os.close(changed)
+        work.finish()
+
+
+def test_a_spool_that_fails_is_closed_once(monkeypatch):
+    """State too large for memory goes to disk, which may be full."""
+    from vdpabridge.state import carry
+
+    monkeypatch.setattr(carry, "_SPOOL_BYTES", 4096)
+    with lab("sim") as (source, _, work):
+        image = image_of(source)
+        with made("sim") as (destination, _), opened(image) as file:
+            destination.map([work.memory.region])
+            assert load(destination, file, limits(), {}, start=False).state_bytes > 4096
+        monkeypatch.setenv("TMPDIR", "/nowhere")
+        monkeypatch.setattr(carry.tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "full")))
+        with made("sim") as (destination, _), opened(image) as file:
+            with pytest.raises(VdpaBridgeError, match="No space left"):
+                load(destination, file, limits(), {})
+            assert destination.state is RunState.RESET
+        work.finish()

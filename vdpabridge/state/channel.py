@@ -118,6 +118,9 @@ Way = Callable[[int, int], int]
 def _ways(source: int, sink: int) -> list[Way]:
     """The ways in which the kernel may do it alone, best first."""
     kinds = [os.fstat(fd).st_mode for fd in (source, sink)]
+    if stat.S_ISSOCK(kinds[1]) and os.get_blocking(sink):
+        # the kernel would wait for room without us, and know of no deadline
+        return []
     if any(stat.S_ISFIFO(kind) for kind in kinds):
         return [_splice]
     if all(stat.S_ISREG(kind) for kind in kinds):
@@ -161,6 +164,7 @@ def wait(fd: int, events: int, limits: Limits) -> None:
     ready = poll.poll(None if left_s is None else left_s * 1000)
     if limits.cancel_fd is not None and any(each == limits.cancel_fd for each, _ in ready):
         raise Cancelled("transfer", why="it was cancelled")
-    if not ready:
+    # also where the descriptor is always ready
+    if not ready or limits.deadline.passed:
         why = f"not done within {limits.deadline.timeout_s:g} s"
         raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, why=why, hint="the device is stuck or slow")

@@ -19,6 +19,8 @@ def replacing(path: str) -> Iterator[int]:
     A symbolic link is followed; what was there keeps its mode. Raises `VdpaBridgeError` where the file cannot be made.
     """
     target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise VdpaBridgeError("write", device=path, why="what is there is no file", hint="it is not replaced")
     folder = os.path.dirname(target)
     try:
         fd, name = tempfile.mkstemp(prefix=f".{os.path.basename(target)}.", dir=folder)

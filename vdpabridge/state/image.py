@@ -6,8 +6,9 @@ Writing and reading need memory for one part at a time, whatever the size of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from ..abi.state_image import (
     COMPATIBLE_VERSION,
@@ -27,9 +28,11 @@ from ..abi.state_image import (
     VQ_POSITION,
     PartType,
 )
+from ..abi.virtio import VIRTIO_F_RING_PACKED
 from ..abi.vring_base import PackedBase, QueueBase, decode_base
 from ..device import QueueSetup
 from ..errors import VdpaBridgeError
+from .digest import Digest
 from .snapshot import DeviceSnapshot, QueueSnapshot
 
 __all__ = ["ImageError", "ImageFacts", "ImageReader", "ImageWriter"]
@@ -69,7 +72,7 @@ class ImageWriter:
 
     def __init__(self, write: Callable[[bytes | memoryview], None], facts: ImageFacts) -> None:
         self._write = write
-        self._digest = hashlib.sha256()
+        self._digest = Digest()
         self._parts = 0
         self._state_bytes = 0
         self._put(HEADER.pack(HEADER_MAGIC, VERSION, COMPATIBLE_VERSION, 0))
@@ -77,8 +80,21 @@ class ImageWriter:
             self._part(kind, selector, value)
         self._pieces = 0
 
+    def close(self) -> None:
+        """End what hashing takes. Idempotent."""
+        self._digest.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def state(self, data: memoryview) -> None:
-        """The next piece of device state, of any size. An empty one is nothing."""
+        """The next piece of device state, of any size. An empty one is nothing.
+
+        It is being hashed until the next piece was taken in, or `end` returns: do not change it before.
+        """
         for at in range(0, len(data), PART_VALUE_BYTES_MAX):
             piece = data[at : at + PART_VALUE_BYTES_MAX]
             self._part(PartType.DEVICE_STATE, SELECTOR_INDEX.pack(self._pieces & 0xFFFFFFFF, 0), piece)
@@ -150,7 +166,8 @@ class ImageReader:
         """The next part of a known type: type, selector, value. The end's value lacks the digest."""
         while True:
             number, flags, reserved, selector, length = PART_HEADER.unpack(self._take(PART_HEADER.size_bytes))
-            if reserved or flags & ~PART_OPTIONAL or length > PART_VALUE_BYTES_MAX:
+            misplaced = number in _KNOWN and bool(flags) != (PartType(number) in _OPTIONAL)
+            if reserved or flags & ~PART_OPTIONAL or length > PART_VALUE_BYTES_MAX or misplaced:
                 raise self._error(f"a part of type {number:#x}, flags {flags:#x}, {length} bytes")
             if number in _KNOWN:
                 kind = PartType(number)
@@ -204,14 +221,16 @@ class ImageReader:
 
     def _facts(self) -> ImageFacts:
         values: dict[PartType, dict[int, bytes]] = {}
+        last: dict[PartType, int] = {}
         while self._next[0] not in (PartType.DEVICE_STATE, PartType.END):
             kind, selector, value = self._next
             index, reserved = SELECTOR_INDEX.unpack(selector)
             those = values.setdefault(kind, {})
-            if reserved or index > (_QUEUE_INDEX_MAX if kind in _REPEATED else 0) or (those and index <= max(those)):
+            if reserved or index > (_QUEUE_INDEX_MAX if kind in _REPEATED else 0) or index <= last.get(kind, -1):
                 raise self._error(f"a part {kind.name} of {index} that is out of order")
             if kind in _SIZES and len(value) != _SIZES[kind]:
                 raise self._error(f"a part {kind.name} of {len(value)} bytes")
+            last[kind] = index
             those[index] = value
             self._next = self._part()
         return self._decode(values)
@@ -231,6 +250,9 @@ class ImageReader:
         known_id = None if device_id == UNKNOWN_DEVICE_ID else device_id
         offered = values.get(PartType.DEV_FEATURES, {}).get(0)
         accepted = int.from_bytes(values[PartType.DRV_FEATURES][0], "little")
+        self._check_queues(queues, queue_size_max, packed=bool(accepted >> VIRTIO_F_RING_PACKED & 1))
+        if offered is not None and accepted & ~int.from_bytes(offered, "little"):
+            raise self._error("features that were accepted and not offered")
         snapshot = DeviceSnapshot(known_id, accepted, queues, config)
         return ImageFacts(
             snapshot,
@@ -239,6 +261,14 @@ class ImageReader:
             queue_size_max,
             bool(flags & IDENTITY_HAS_STATE),
         )
+
+    def _check_queues(self, queues: Mapping[int, QueueSnapshot], size_max: int, *, packed: bool) -> None:
+        for index, queue in queues.items():
+            if isinstance(queue.base, PackedBase) != packed:
+                raise self._error(f"queue {index} has a position of the other kind of ring")
+            size = queue.setup.size
+            if size > size_max or (not packed and size & (size - 1)):
+                raise self._error(f"queue {index} of {size} descriptors")
 
     def _queue(self, setup: bytes, position: bytes) -> QueueSnapshot:
         size, _, enabled, reserved, desc, driver, device = VQ_CFG.unpack(setup)
