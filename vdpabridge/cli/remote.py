@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -66,14 +67,15 @@ def migrate(words: argparse.Namespace) -> None:
         ControlClient(words.destination, timeout_s=words.timeout) as destination,
     ):
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        errors: list[VdpaBridgeError] = []
+        there: list[VdpaBridgeError] = []
+        here: list[VdpaBridgeError] = []
         loaded: dict[str, Any] = {}
 
         def load_there() -> None:
             try:
                 loaded.update(destination.ask("load", reader))
             except VdpaBridgeError as error:
-                errors.append(error)
+                there.append(error)
             finally:
                 os.close(reader)
 
@@ -82,13 +84,15 @@ def migrate(words: argparse.Namespace) -> None:
         try:
             result = source.ask("save", writer, stay=True)
         except VdpaBridgeError as error:
-            errors.insert(0, error)
+            here.append(error)
         finally:
             os.close(writer)
             thread.join()
-        if errors:
+        if here or there:
             source.ask("resume")
-            raise errors[0]
+            # a destination that refuses does not read on, which the source sees as a broken pipe
+            broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
+            raise (there or here)[0] if broken else (here or there)[0]
         if words.report:
             _draw(words, result, loaded)
         _show(words, result | {"running": "nothing: start the destination by its front-end"})

@@ -22,6 +22,7 @@ __all__ = ["Server", "listen"]
 #: What fits a ``struct sockaddr_un``, with the zero at the end.
 _PATH_BYTES_MAX = 107
 _PATIENCE_S = 0.1
+_WAITING_MAX = 16
 
 
 def listen(path: str) -> socket.socket:
@@ -37,7 +38,8 @@ def listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         listener.bind(path)
-        listener.listen(1)
+        # whoever does not wait is refused (EAGAIN) where too many others do
+        listener.listen(_WAITING_MAX)
     except OSError as error:
         listener.close()
         why = os.strerror(error.errno or 0)
