@@ -21,7 +21,7 @@ from ...abi.vhost_user import (
     FrontendRequest,
     ProtocolFeature,
 )
-from ...abi.vhost_user_payloads import U64, Config, Inflight, VringState
+from ...abi.vhost_user_payloads import U64, Config, DeviceStateTransfer, Inflight, VringState
 from ...device import (
     Capability,
     Device,
@@ -29,15 +29,15 @@ from ...device import (
     InflightRegion,
     Operation,
     RunState,
-    StateDirection,
-    StatePhase,
 )
 from ...errors import VdpaBridgeError
 from ...eventfds import clear
 from ...vhost_user.connection import Connection
+from .dirty_log import LogSwitch
 from .memory import FrontendMemory
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
 from .rings import Rings
+from .state import StateTransfer
 
 __all__ = ["Answer", "Requests"]
 
@@ -47,7 +47,6 @@ _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 _STATE_REFUSED = DEVICE_STATE_NO_FD | 1
 #: For a front-end to take an announcement in; its socket has room for hundreds.
 _ANNOUNCEMENT_S = 0.5
-_RUNNABLE = (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED)
 
 
 class Answer:
@@ -55,7 +54,7 @@ class Answer:
 
     __slots__ = ("error", "fds", "payload")
 
-    def __init__(self, payload: Any, fds: tuple[int, ...] = (), error: VdpaBridgeError | None = None) -> None:
+    def __init__(self, payload: Any, fds: tuple[int, ...] = (), error: Exception | None = None) -> None:
         self.payload = payload
         self.fds = fds
         self.error = error
@@ -74,11 +73,9 @@ class Requests:
         self.channel: Connection | None = None
         """For our own requests to the front-end."""
         self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._log: DirtyLog | None = None
-        self._log_all = False
-        self._transferring = False
+        self._log = LogSwitch(device)
+        self._transfer = StateTransfer(device)
         self._features_set = False
-        self._loaded = False
         self._inflight_set = False
         if device.state is RunState.FAILED:
             # what became of it with the last front-end is no concern of this one
@@ -107,8 +104,7 @@ class Requests:
         self._features_set = True
         if Capability.CONFIG_CALL in self.device.capabilities:
             self.device.set_config_call(self.config_changed)
-        self._log_all = bool(payload.value & _LOG_ALL)
-        self._switch_log()
+        self._log.set_wanted(bool(payload.value & _LOG_ALL))
         # with the bit, the rings' own enable states stand
         if not payload.value & _PROTOCOL_FEATURES:
             self.rings.enable_all()
@@ -120,7 +116,7 @@ class Requests:
         if device.state is not RunState.RESET and device.accepted_features != wanted:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
-            if self._loaded:
+            if self._transfer.loaded:
                 why = "other features take a reset, and with it goes the state that was loaded"
                 raise VdpaBridgeError("SET_FEATURES", why=why)
             self._reset()
@@ -153,7 +149,8 @@ class Requests:
 
     def _reset(self) -> None:
         self.device.reset()
-        self._transferring = self._loaded = self._features_set = self._inflight_set = False
+        self._features_set = self._inflight_set = False
+        self._transfer.forget()
         self.rings.forget()
 
     # --- configuration space ---
@@ -278,9 +275,7 @@ class Requests:
 
     def set_log_base(self, payload: Any, fds: list[int]) -> Answer:
         """Where the log is. The reply is what came: rust-vmm's front-end waits for all 16 bytes, others for any."""
-        self._drop_log()
-        self._log = DirtyLog(fds.pop(), payload.size_bytes, payload.offset)
-        self._switch_log()
+        self._log.set_place(DirtyLog(fds.pop(), payload.size_bytes, payload.offset))
         return Answer(payload)
 
     def set_log_fd(self, _payload: Any, _fds: list[int]) -> None:
@@ -298,48 +293,23 @@ class Requests:
         self.device.set_inflight(region)
         self._inflight_set = True
 
-    def _switch_log(self) -> None:
-        """The log is kept while the front-end says so and has said where; in either order."""
-        if self.device.state in _RUNNABLE and Capability.DIRTY_LOG in self.device.capabilities:
-            self.device.set_dirty_log(self._log if self._log_all else None)
-
-    def _drop_log(self) -> None:
-        if self._log is not None:
-            os.close(self._log.fd)
-            self._log = None
-
     # --- device state ---
 
-    def set_device_state_fd(self, payload: Any, fds: list[int]) -> Answer:
+    def set_device_state_fd(self, payload: DeviceStateTransfer, fds: list[int]) -> Answer:
         """Begin a transfer; the descriptor goes straight to the device."""
         try:
-            direction, phase = StateDirection(payload.direction), StatePhase(payload.phase)
-        except ValueError as error:
-            refused = VdpaBridgeError("SET_DEVICE_STATE_FD", why=str(error))
-            return Answer(U64(_STATE_REFUSED), error=refused)
-        try:
-            if direction is StateDirection.LOAD:
-                self._forget_the_last_front_end()
-            instead = self.device.set_state_fd(direction, phase, fds.pop())
-        except VdpaBridgeError as error:
+            if self._transfer.needs_fresh_device(payload.direction, features_set=self._features_set):
+                self._reset()
+            instead = self._transfer.begin(payload.direction, payload.phase, fds.pop())
+        except (VdpaBridgeError, ValueError) as error:
             return Answer(U64(_STATE_REFUSED), error=error)
-        self._transferring = True
-        self._loaded = direction is StateDirection.LOAD
         return Answer(U64(DEVICE_STATE_NO_FD)) if instead is None else Answer(U64(0), (instead,))
 
-    def _forget_the_last_front_end(self) -> None:
-        """State is loaded into a device that has no other: features come after it, and they may differ."""
-        fresh = self.device.state is RunState.RESET or self._features_set
-        if not fresh and Capability.STATE_RESET in self.device.capabilities:
-            self._reset()
-
     def check_device_state(self, _payload: Any, _fds: list[int]) -> Answer:
-        """Wait for the end of the transfer, as long as the device's deadline allows."""
-        self._transferring = False
+        """Wait for the end of the transfer."""
         try:
-            self.device.check_state()
+            self._transfer.check()
         except VdpaBridgeError as error:
-            self._loaded = False
             return Answer(U64(1), error=error)
         return Answer(U64(0))
 
@@ -351,13 +321,12 @@ class Requests:
         Returns what went wrong; each step is done whatever became of those before.
         """
         problems: list[Exception] = []
-        for step in (self._stop, self._abandon, self._let_go, self.memory.clear):
+        for step in (self._stop, self._transfer.abandon, self._log.close, self._let_go, self.memory.clear):
             try:
                 step()
             except (VdpaBridgeError, ValueError, OSError) as error:
                 problems.append(error)
         self.rings.close()
-        self._drop_log()
         if self.channel is not None:
             self.channel.close()
         os.close(self.config_changed)
@@ -373,13 +342,7 @@ class Requests:
         if self.device.state is RunState.FAILED:
             self.device.reset()
 
-    def _abandon(self) -> None:
-        if self._transferring:
-            self.device.abandon_state()
-
     def _let_go(self) -> None:
-        self._log_all = False
-        self._switch_log()
         if self.device.config_call is not None:
             self.device.set_config_call(None)
         if self._inflight_set:

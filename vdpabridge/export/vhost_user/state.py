@@ -1,0 +1,60 @@
+"""A front-end's transfer of device state: begun, checked, or left behind."""
+
+from __future__ import annotations
+
+import os
+
+from ...device import Capability, Device, RunState, StateDirection, StatePhase
+
+__all__ = ["StateTransfer"]
+
+
+class StateTransfer:
+    """What a front-end does with the state of ``device`` (borrowed)."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pending = False
+        self.loaded = False
+        """Whether the device has state that was loaded, and no reset has taken it away."""
+
+    def begin(self, direction: int, phase: int, fd: int) -> int | None:
+        """Begin through ``fd``, which is taken. As `Device.set_state_fd`; ValueError for what does not exist."""
+        try:
+            way, when = StateDirection(direction), StatePhase(phase)
+        except ValueError:
+            os.close(fd)
+            raise
+        instead = self._device.set_state_fd(way, when, fd)
+        self._pending = True
+        self.loaded = way is StateDirection.LOAD
+        return instead
+
+    def check(self) -> None:
+        """Wait for its end, as long as the device's deadline allows. Raises as `Device.check_state`."""
+        self._pending = False
+        try:
+            self._device.check_state()
+        except BaseException:
+            self.loaded = False
+            raise
+
+    def needs_fresh_device(self, direction: int, *, features_set: bool) -> bool:
+        """Whether what another front-end has left is to be reset first: state is loaded into a device without any,
+        features come after it, and they may differ."""
+        return (
+            direction == StateDirection.LOAD
+            and not features_set
+            and self._device.state is not RunState.RESET
+            and Capability.STATE_RESET in self._device.capabilities
+        )
+
+    def forget(self) -> None:
+        """The device was reset."""
+        self._pending = self.loaded = False
+
+    def abandon(self) -> None:
+        """The front-end has left: what it has not checked is dropped."""
+        if self._pending:
+            self._pending = False
+            self._device.abandon_state()
