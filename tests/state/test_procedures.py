@@ -573,3 +573,24 @@ def test_a_spool_that_fails_is_closed_once(monkeypatch):
                 load(destination, file, limits(), {})
             assert destination.state is RunState.RESET
         work.finish()
+
+
+class LateFailure(Sim):
+    """It starts, does some work, and then says that it could not start."""
+
+    def _start(self):
+        super()._start()
+        wait_until(lambda: self._engine._answered > 3)
+        self._stop_workers(list(self._engine.workers), drain=True)
+        self._engine.stop()
+        raise Tripped("start")
+
+
+def test_work_that_a_failed_destination_has_done_is_not_done_again():
+    with lab("sim") as (source, _, work), made("sim", LateFailure) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="had begun to work") as caught:
+            migrate(source, destination, limits())
+        assert caught.value.running.startswith("nothing")
+        assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RESET)
+        assert work.queue.device_used_index > caught.value.snapshot.queues[0].base.avail_index

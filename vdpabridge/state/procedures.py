@@ -107,6 +107,7 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
             restore(destination, snapshot, eventfds_of(source))
             if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
                 destination.set_config_call(source.config_call)
+        undo.starting = True
         # no signal between a device that starts and our knowing of it
         with report.step("start"), within(destination, limits), uninterrupted():
             destination.start()

@@ -60,6 +60,8 @@ class Undo:
         self.report = Report()
         self.snapshot: DeviceSnapshot | None = None
         """Where the source stands, as soon as it is stopped."""
+        self.starting = False
+        """Whether the destination was told to start: it may have done work."""
 
     def __enter__(self) -> Self:
         return self
@@ -101,9 +103,25 @@ class Undo:
         """What runs after it."""
         with uninterrupted():
             destination = self._destination
-            if destination is not None and not self.try_step("undo: reset the destination", destination.reset):
-                return f"not known: {destination.name} does not answer, and may have started; end it first"
+            if destination is not None:
+                has_worked = self.starting and self._has_worked(destination)
+                if not self.try_step("undo: reset the destination", destination.reset):
+                    return f"not known: {destination.name} does not answer, and may have started; end it first"
+                if has_worked and self._source is not None:
+                    return f"{_NOTHING}: {destination.name} had begun to work, which the source would do again"
             return _NOTHING if self._source is None else self._bring_back(self._source)
+
+    def _has_worked(self, destination: Device) -> bool:
+        """Whether a destination whose start failed stands elsewhere than it was put."""
+        if self.snapshot is None or destination.state is not RunState.CONFIGURED:
+            return False
+        queues = self.snapshot.queues
+        same: list[bool] = []
+
+        def compare() -> None:
+            same.append(all(destination.get_base(index) == queue.base for index, queue in queues.items()))
+
+        return not (self.try_step("undo: see whether it has worked", compare) and all(same))
 
     def _bring_back(self, source: Device) -> str:
         if Capability.DEVICE_STATE in source.capabilities and source.state in (RunState.CONFIGURED, RunState.SUSPENDED):
