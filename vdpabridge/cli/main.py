@@ -18,7 +18,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv``, by default the process's own arguments. Returns an exit code of `exit_codes.TABLE`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    words = _parser(_command_of(arguments)).parse_args(arguments)
+    words = _parser(arguments).parse_args(arguments)
     try:
         module, function = words.run.split(":")
         getattr(importlib.import_module(f".{module}", __package__), function)(words)
@@ -177,7 +177,10 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
-def _parser(only: str | None) -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser for ``arguments``: of the commands, only what they can need is made."""
+    only = _command_of(arguments)
+    whole = any(word in _COMMANDS for word in arguments)
     codes = ", ".join(f"{code} {meaning}" for code, meaning in TABLE.items())
     parser = argparse.ArgumentParser(
         prog="vdpabridge",
@@ -198,5 +201,6 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
         # also behind the command, as people type it; SUPPRESS keeps what was said before it
         sub.add_argument("-j", "--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         sub.add_argument("-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        add_arguments(sub)
+        if whole:
+            add_arguments(sub)
     return parser
