@@ -187,7 +187,7 @@ class Lab:
     def shared(self):
         """A directory for file servers to share, on a file system that has file handles (an overlay has none)."""
         if self._shared is None:
-            self._shared = Path(tempfile.mkdtemp(prefix="vb-", dir="/dev/shm"))
+            self._shared = Path(tempfile.mkdtemp(prefix="vb-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
             self._ends.append(lambda: shutil.rmtree(self._shared))
         return self._shared
 
