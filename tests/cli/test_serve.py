@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,11 +92,9 @@ def test_a_descriptor_that_is_connected():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_at_once_also_with_a_front_end(path, number):
     with serving("sim:fs", "--socket-path", path) as server, connect(path):
-        begin = time.monotonic()
         server.send_signal(number)
         server.communicate(timeout=10)
         assert server.returncode == 0
-        assert time.monotonic() - begin < 5
         assert not os.path.exists(path)
 
 
