@@ -594,3 +594,39 @@ def test_work_that_a_failed_destination_has_done_is_not_done_again():
         assert caught.value.running.startswith("nothing")
         assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RESET)
         assert work.queue.device_used_index > caught.value.snapshot.queues[0].base.avail_index
+
+
+# --- the same errors, after they took effect, and through a socket ---
+
+
+def tripping_late():
+    """A disk whose ``trip_at``-th call of a hook is done, and then fails."""
+    cls = tripping()
+    early = {name: getattr(cls, name) for name in HOOKS}
+
+    def late(name):
+        def hook(self, *words, **options):
+            cls.calls += 1
+            result = getattr(super(cls, self), name)(*words, **options)
+            if cls.calls == cls.trip_at and name != "_start":
+                raise Tripped(name)
+            return result
+
+        return hook
+
+    for name in early:
+        setattr(cls, name, late(name))
+    return cls
+
+
+@pytest.mark.parametrize("act", [migration, save_then_load])
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_an_error_after_every_step_leaves_one_that_runs(act, side):
+    """As a reply that is lost: the device did what it was told, and whoever told it hears of a failure."""
+    cls = tripping_late()
+    classes = (cls, Sim) if side == "source" else (Sim, cls)
+    cls.trip_at = -1
+    assert attempt(act, *classes) is None
+    for number in range(1, cls.counted + 1):
+        cls.trip_at = number
+        attempt(act, *classes)
