@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
-import threading
 from typing import Any
 
 from ..control.client import ControlClient
+from ..control.moving import move
 from ..errors import VdpaBridgeError
 from ..state.files import replacing
 from ..state.report import Step
@@ -66,36 +65,10 @@ def migrate(words: argparse.Namespace) -> None:
         ControlClient(words.control, timeout_s=words.timeout) as source,
         ControlClient(words.destination, timeout_s=words.timeout) as destination,
     ):
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        there: list[VdpaBridgeError] = []
-        here: list[VdpaBridgeError] = []
-        loaded: dict[str, Any] = {}
-
-        def load_there() -> None:
-            try:
-                loaded.update(destination.ask("load", reader))
-            except VdpaBridgeError as error:
-                there.append(error)
-            finally:
-                os.close(reader)
-
-        thread = threading.Thread(target=load_there)
-        thread.start()
-        try:
-            result = source.ask("save", writer, stay=True)
-        except VdpaBridgeError as error:
-            here.append(error)
-        finally:
-            os.close(writer)
-            thread.join()
-        if here or there:
-            source.ask("resume")
-            # a destination that refuses does not read on, which the source sees as a broken pipe
-            broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
-            raise (there or here)[0] if broken else (here or there)[0]
+        saved, loaded = move(source, destination)
         if words.report:
-            _draw(words, result, loaded)
-        _show(words, result | {"running": "nothing: start the destination by its front-end"})
+            _draw(words, saved, loaded)
+        _show(words, saved | {"running": "nothing: start the destination by its front-end"})
 
 
 def _draw(words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
+from ..control.methods import methods_of
 from ..control.server import ControlServer
 from ..deadline import Deadline
 from ..device import Device
@@ -28,7 +29,6 @@ from ..opening import device_id_of, open_device
 from ..state.channel import Limits
 from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
-from .controlled import methods_of
 
 __all__ = ["serve"]
 

@@ -115,7 +115,7 @@ class ControlServer:
 
         try:
             return {"result": method(params, descriptor)}
-        except (VdpaBridgeError, OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # a question must not end the process that owns the device
             names = ("device", "what", "why", "hint", "running")
             facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
             return {"error": {"code": REFUSED, "message": str(error), "data": facts}}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..abi.features import feature_names
-from ..control.server import Method
 from ..deadline import Deadline
 from ..device import Device, RunState
 from ..errors import VdpaBridgeError
@@ -16,6 +15,7 @@ from ..export.vhost_user.server import Server
 from ..state.channel import Limits
 from ..state.procedures import load_state, save
 from ..state.report import Report
+from .server import Method
 
 __all__ = ["methods_of"]
 
