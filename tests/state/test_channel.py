@@ -108,6 +108,15 @@ def test_nothing_comes():
     os.close(reader)
 
 
+def test_nobody_takes_it_by_hand(tmp_path):
+    """A deadline is a deadline, also where the bytes pass through this process."""
+    path = tmp_path / "source"
+    path.write_bytes(DATA)
+    ours, theirs = socket.socketpair()
+    with path.open("rb") as file, ours, theirs, pytest.raises(DeadlineExceeded, match="not done within"):
+        copy(file.fileno(), ours.fileno(), limits(timeout_s=0.1))
+
+
 def test_nobody_takes_it():
     reader, writer = os.pipe()
     with pytest.raises(DeadlineExceeded):

@@ -7,7 +7,7 @@ import tempfile
 
 from ..abi.state_image import PART_VALUE_BYTES_MAX
 from ..device import Device, StateDirection, StatePhase
-from ..errors import VdpaBridgeError
+from ..errors import DeadlineExceeded, VdpaBridgeError
 from ..memory import memory_file
 from .channel import Limits, copy, enlarge, read_some, write_all
 from .image import ImageReader, ImageWriter
@@ -92,6 +92,8 @@ def _to_disk(spool: int, limits: Limits) -> int:
             os.lseek(spool, 0, os.SEEK_SET)
             copy(spool, file.fileno(), limits)
             return os.dup(file.fileno())
+    except DeadlineExceeded:
+        raise
     except OSError as error:
         why, hint = os.strerror(error.errno or 0), "TMPDIR says where"
         raise VdpaBridgeError("spool the state", why=why, hint=hint) from error

@@ -101,6 +101,8 @@ def copy(source: int, sink: int, limits: Limits) -> int:
             count = ways[0](source, sink) if ways else _by_buffer(source, sink, limits)
         except BlockingIOError:
             continue
+        except DeadlineExceeded:  # an OSError by birth, and none of the descriptors'
+            raise
         except OSError as error:
             if error.errno not in _UNABLE or not ways:
                 raise ChannelError("transfer", why=os.strerror(error.errno or 0)) from error

@@ -65,14 +65,7 @@ class BlockModel(Model):
         self._read_only = read_only
         self._writeback = True
         self.queue_count = queue_count
-        bits = [
-            VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_CONFIG_WCE,
-            VIRTIO_BLK_F_SEG_MAX,
-            VIRTIO_BLK_F_BLK_SIZE,
-            VIRTIO_BLK_F_MQ,
-        ]
-        self.features = sum(1 << bit for bit in [*bits, *([VIRTIO_BLK_F_RO] if read_only else [])])
+        self.features = sum(1 << bit for bit in _FEATURES) | read_only << VIRTIO_BLK_F_RO
 
     @classmethod
     def in_memory(cls, size_bytes: int, *, queue_count: int = 2) -> BlockModel:

@@ -79,10 +79,6 @@ class Engine:
         """What wakes the thread; borrowed."""
         return self._thread.wake_fd
 
-    def wake(self) -> None:
-        """Have the thread look at `workers` anew."""
-        signal(self._thread.wake_fd)
-
     def close_rings(self) -> None:
         """End the thread and forget the rings, what is in flight and what the device died of."""
         self.stop()

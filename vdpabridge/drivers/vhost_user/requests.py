@@ -53,7 +53,7 @@ class Requests:
         if its_fds:
             for fd in its_fds:
                 os.close(fd)
-            raise self._break(request, f"{len(its_fds)} descriptors came with the reply")
+            raise self.no_reply(request, f"{len(its_fds)} descriptors came with the reply")
         return reply
 
     def ask_with_fds(
@@ -68,9 +68,9 @@ class Requests:
                 # back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes, and nothing in them matters
                 reply = None if request is FrontendRequest.SET_LOG_BASE else spec.reply.unpack(message.payload)
             except PayloadError as error:
-                raise self._break(request, str(error)) from None
+                raise self.no_reply(request, str(error)) from None
             if message.fd_count > spec.reply_fds[1]:
-                raise self._break(request, f"{message.fd_count} descriptors came with the reply")
+                raise self.no_reply(request, f"{message.fd_count} descriptors came with the reply")
             return reply, message.take_fds()
 
     def number(self, request: FrontendRequest) -> int:
@@ -111,9 +111,9 @@ class Requests:
             try:
                 code = U64.unpack(message.payload).value
             except PayloadError as error:
-                raise self._break(request, str(error)) from None
+                raise self.no_reply(request, str(error)) from None
             if message.fd_count:
-                raise self._break(request, f"{message.fd_count} descriptors came with the acknowledgement")
+                raise self.no_reply(request, f"{message.fd_count} descriptors came with the acknowledgement")
         if code:
             why = f"the back-end refused it (code {code:#x})"
             raise PeerRefused(request.name, peer=self.peer, why=why, request=request, code=code)
@@ -132,10 +132,6 @@ class Requests:
             self.broken = error.why
             raise
 
-    def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
-        """The error for a reply that is none."""
-        return self._break(request, why)
-
     def _collect_debt(self) -> None:
         """Take in the reply that came too late. Whether state had arrived is asked again where it matters; where a
         ring stopped is not told twice."""
@@ -143,7 +139,7 @@ class Requests:
             request, payload = self._owed
             self._reply_to(request, payload).close()
             if request is not FrontendRequest.CHECK_DEVICE_STATE:
-                raise self._break(request, "its reply came too late, and something else was asked first")
+                raise self.no_reply(request, "its reply came too late, and something else was asked first")
 
     def _reply_to(self, request: FrontendRequest, payload: bytes = b"") -> Message:
         try:
@@ -165,10 +161,11 @@ class Requests:
             raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
         if message.request != request or message.flags != REPLY_FLAGS:
             message.close()
-            raise self._break(request, f"the reply is to request {message.request} with flags {message.flags:#x}")
+            raise self.no_reply(request, f"the reply is to request {message.request} with flags {message.flags:#x}")
         return message
 
-    def _break(self, request: FrontendRequest, why: str) -> ProtocolError:
+    def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
+        """Note that the reply to ``request`` is none; returns the error to raise."""
         self.broken = why
         return ProtocolError(request.name, peer=self.peer, why=why, request=request)
 

@@ -18,10 +18,10 @@ from ...device import Capability, Device
 from ...errors import MissingCapability, VdpaBridgeError
 from ...transitions import ALTERNATIVES
 from ...vhost_user.connection import Connection, Message
-from ...vhost_user.errors import ConnectionLost, ProtocolError
+from ...vhost_user.errors import ProtocolError
 from .requests import Answer, Requests
 
-__all__ = ["Session"]
+__all__ = ["Session", "require_servable"]
 
 _FAILED = 1
 
@@ -213,6 +213,3 @@ def _line(request: FrontendRequest, payload: Any, answer: Answer | None, error: 
 def _brief(payload: Any) -> str:
     """``payload`` without the content of a configuration space."""
     return repr(replace(payload, data=b"...") if isinstance(payload, Config) else payload)
-
-
-__all__ += ["ConnectionLost", "require_servable"]
