@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Self
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
@@ -63,7 +64,7 @@ class Device(DriverHooks):
         self.accepted_features = 0
         self.queues: dict[int, QueueRecord] = {}
         self.regions: list[MemoryRegion] = []
-        """What is mapped. Their ``fd`` was borrowed and may be closed by now."""
+        """What is mapped, with duplicates of the descriptors, owned by the device."""
         self.config_call: int | None = None
         """A duplicate of the eventfd for configuration changes, owned by the device."""
         self.failure = ""
@@ -131,10 +132,15 @@ class Device(DriverHooks):
     # --- memory ---
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Show ``regions`` to the device, all or none."""
+        """Show ``regions`` (fds are borrowed) to the device, all or none."""
         self._permit(Operation.MAP)
-        self._map(regions)
-        self.regions.extend(regions)
+        with ExitStack() as duplicates:
+            own = [replace(region, fd=os.dup(region.fd)) for region in regions]
+            for region in own:
+                duplicates.callback(os.close, region.fd)
+            self._map(own)
+            duplicates.pop_all()
+        self.regions.extend(own)
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
@@ -148,8 +154,11 @@ class Device(DriverHooks):
                 raise ValueError(
                     f"{self.name}: nothing of {key[1]} bytes is mapped at {key[0]:#x} in address space {key[2]}"
                 )
-        self._unmap([mapped[key] for key in keys])
+        gone = [mapped[key] for key in keys]
+        self._unmap(gone)
         self.regions = [region for region in self.regions if _region_key(region) not in keys]
+        for region in gone:
+            os.close(region.fd)
 
     # --- queues ---
 
@@ -294,10 +303,17 @@ class Device(DriverHooks):
 
     def close(self) -> None:
         """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
-        self._closed = True
-        self._forget()
-        self.regions = []
-        self._close()
+        with self._letting_go():
+            self._close()
+
+    def give_up(self) -> bool:
+        """Let go of a device that does not answer, as `close` does; whether nothing of it is at work any more.
+
+        True only where that is certain: the kernel has taken the device back, or every queue was stopped, or the
+        process that had them has ended, which is waited for.
+        """
+        with self._letting_go():
+            return self._give_up()
 
     def __enter__(self) -> Self:
         return self
@@ -327,6 +343,17 @@ class Device(DriverHooks):
         self._state = RunState.FAILED
         self.failure = why
         return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    @contextmanager
+    def _letting_go(self) -> Iterator[None]:
+        self._closed = True
+        self._forget()
+        regions, self.regions = self.regions, []
+        try:
+            yield
+        finally:
+            for region in regions:
+                os.close(region.fd)
 
     def _record(self, index: int) -> QueueRecord:
         return self.queues.setdefault(index, QueueRecord())

@@ -53,6 +53,10 @@ class DriverHooks(ABC):
     @abstractmethod
     def _close(self) -> None: ...
 
+    def _give_up(self) -> bool:
+        self._close()
+        return True
+
     # A driver that claims the capability overrides the hook.
 
     def _write_config(self, offset: int, data: bytes) -> None:

@@ -54,7 +54,7 @@ class MemoryRegion:
     guest_address: int
     size_bytes: int
     fd: int
-    """Borrowed for the duration of a call; a driver that needs it longer keeps a mapping or a duplicate."""
+    """Borrowed for the duration of a call; a `Device` keeps a duplicate for as long as the region is mapped."""
     offset: int = 0
     writable: bool = True
     address_space: int = 0

@@ -1,77 +1,23 @@
-"""Save, load and migrate between any two drivers, and what is left when any step of them fails."""
+"""Save, load and migrate between any two drivers."""
 
 import os
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import FeatureError, MissingCapability, StateError, VdpaBridgeError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.channel import ChannelError, Limits
+from vdpabridge.state.channel import ChannelError
 from vdpabridge.state.image import ImageError
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file, verify
-from vdpabridge.state.snapshot import QueueEventfds, SnapshotError
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.state.snapshot import SnapshotError
 
-from ..support.pair import bridged
+from ..support.disk_lab import DISK_BYTES, VERSION_1, lab, limits, made
 from ..support.transitions import shared_file
-from ..support.waiting import wait_until
 
-VERSION_1 = 1 << 32
-MEMORY_BYTES = 4 << 20
-DISK_BYTES = 2 << 20
 DRIVERS = ["sim", "vhost-user"]
-
-
-def limits(**options):
-    return Limits(Deadline(options.pop("timeout_s", 20)), **options)
-
-
-@contextmanager
-def made(driver, cls=Sim, size=DISK_BYTES, timeout_s=5):
-    """(device, the simulated one at the end of it)."""
-    with cls.blk(size, timeout_s=timeout_s) as sim:
-        if driver == "sim":
-            yield sim, sim
-        else:
-            with bridged(sim, timeout_s=timeout_s) as device:
-                yield device, sim
-
-
-class Lab:
-    """A guest's memory and ring, and a disk that runs on it, with requests pending."""
-
-    def __init__(self, stack, source):
-        self.memory = stack.enter_context(GuestMemory(MEMORY_BYTES))
-        self.queue = stack.enter_context(SplitQueue(self.memory, 256))
-        self.eventfds = {0: QueueEventfds(self.queue.kick_fd, self.queue.call_fd)}
-        self.disk = KnownDisk(BlockDriver(self.memory, self.queue))
-        source.map([self.memory.region])
-        source.accept_features(VERSION_1)
-        self.queue.attach(source, 0)
-        source.start()
-        for block in range(40):
-            self.disk.write(block)
-        self.disk.settle(self.disk.driver.drain())
-        for block in range(40, 70):
-            self.disk.write(block)
-
-    def finish(self):
-        """The pending requests are answered, and everything is as it ought to be."""
-        self.disk.settle(self.disk.driver.drain())
-        assert self.disk.verify() == 70
-
-
-@contextmanager
-def lab(driver, cls=Sim):
-    with ExitStack() as stack:
-        source, sim = stack.enter_context(made(driver, cls))
-        yield source, sim, Lab(stack, source)
 
 
 @pytest.mark.parametrize("to", DRIVERS)
@@ -319,103 +265,6 @@ def test_a_damaged_image_shows_the_device_nothing():
             assert (calls, other.state) == ([], RunState.RESET)
 
 
-# --- an error at every step ---
-
-HOOKS = (
-    *("_accept_features", "_read_config", "_set_queue", "_set_base", "_get_base", "_bind_eventfd", "_enable_queue"),
-    *("_start", "_resume", "_suspend", "_reset", "_set_state_fd", "_check_state"),
-)
-
-
-class Tripped(VdpaBridgeError):
-    """What a test wanted to go wrong."""
-
-
-def tripping():
-    """A disk whose ``trip_at``-th call of a hook fails, once, before it does anything."""
-
-    class Tripping(Sim):
-        trip_at = None
-        calls = 0
-
-    def tripwire(name):
-        def hook(self, *words, **options):
-            Tripping.calls += 1
-            if Tripping.calls == Tripping.trip_at:
-                if name == "_set_state_fd":
-                    os.close(words[2])
-                raise Tripped(name)
-            return getattr(super(Tripping, self), name)(*words, **options)
-
-        return hook
-
-    for name in HOOKS:
-        setattr(Tripping, name, tripwire(name))
-    return Tripping
-
-
-def attempt(act, source_class, destination_class):
-    """Run ``act`` on two disks; the one that runs now does the work to its end. Returns the error."""
-    with lab("sim", source_class) as (source, _, work), made("sim", destination_class) as (destination, _):
-        destination.map([work.memory.region])
-        armed = [cls for cls in (source_class, destination_class) if hasattr(cls, "calls")]
-        for cls in armed:
-            cls.calls = 0
-        error = act(source, destination, work)
-        for cls in armed:
-            cls.counted, cls.trip_at = cls.calls, None
-        running = [device for device in (source, destination) if device.state is RunState.RUNNING]
-        assert len(running) == 1, f"after {error}: {source}, {destination}"
-        if isinstance(error, ProcedureFailed):
-            assert error.running == running[0].name
-        work.finish()
-        return error
-
-
-def migration(source, destination, _work):
-    try:
-        migrate(source, destination, limits())
-    except (ProcedureFailed, Tripped) as error:
-        assert source.state is RunState.RUNNING
-        return error
-    return None
-
-
-def save_then_load(source, destination, work):
-    """By an image: where the load fails, the source goes on."""
-    with shared_file(0) as file:
-        try:
-            save(source, file, limits(), go_on=False)
-            os.lseek(file, 0, os.SEEK_SET)
-        except (ProcedureFailed, Tripped) as error:
-            return error
-        try:
-            load(destination, file, limits(), work.eventfds)
-        except (ProcedureFailed, Tripped):
-            assert destination.state is RunState.RESET
-            source.resume()
-            return None
-        return None
-
-
-@pytest.mark.parametrize("act", [migration, save_then_load])
-@pytest.mark.parametrize("side", ["source", "destination"])
-def test_an_error_at_every_step_leaves_one_that_runs(act, side):
-    """Enumerated: every call of a driver's hook that the procedure makes fails once, in its own run."""
-    cls = tripping()
-    classes = (cls, Sim) if side == "source" else (Sim, cls)
-    cls.trip_at = -1
-    assert attempt(act, *classes) is None
-    total = cls.counted
-    assert total > 3
-    failed = 0
-    for number in range(1, total + 1):
-        cls.trip_at = number
-        failed += attempt(act, *classes) is not None
-    # a source that cannot be reset at the end is no failure: the destination runs
-    assert failed >= (total - 8 if act is migration else 0)
-
-
 def test_a_large_state_takes_little_memory():
     """Through an image into a pipe and away: what is in memory does not grow with the state."""
     import resource
@@ -434,50 +283,6 @@ def test_a_large_state_takes_little_memory():
 
 def test_channel_error_is_one_line():
     assert str(ChannelError("transfer", why="too much")) == "transfer: too much"
-
-
-# --- what must never be: two that run ---
-
-
-class Stubborn(Sim):
-    """A destination that fails to start, and then does not answer."""
-
-    def _start(self):
-        raise Tripped("start")
-
-    def _reset(self):
-        if getattr(self, "silent", True):
-            raise Tripped("reset")
-        super()._reset()
-
-
-def test_a_destination_that_does_not_answer_keeps_the_source_stopped():
-    """It may have started: nobody can know, and two that run would ruin the guest's memory."""
-    with lab("sim") as (source, _, work), made("sim", Stubborn) as (destination, _):
-        destination.map([work.memory.region])
-        with pytest.raises(ProcedureFailed, match="not known: sim:blk does not answer") as caught:
-            migrate(source, destination, limits())
-        assert source.state is RunState.SUSPENDED
-        assert caught.value.snapshot.queues[0].base.avail_index == work.queue.device_used_index
-        assert [step.name for step in caught.value.report.steps][-1] == "undo: reset the destination"
-        destination.silent = False
-        destination.reset()
-        source.resume()
-        work.finish()
-
-
-def test_a_suspend_that_ends_too_late_is_ended_before_the_device_goes_on():
-    """The deadline passes while requests are in flight; the back-end stops its ring all the same, later."""
-    with lab("vhost-user") as (source, sim, work), shared_file(0) as file:
-        sim.faults.latency_s = 0.5
-        work.queue.kick()
-        wait_until(lambda: sim._engine.workers[0].ring.taken)
-        with pytest.raises(ProcedureFailed) as caught:
-            save(source, file, limits(timeout_s=0.2))
-        sim.faults.latency_s = 0
-        assert caught.value.running == source.name
-        assert "undo: end the suspend" in [step.name for step in caught.value.report.steps]
-        work.finish()
 
 
 class Interrupted(Sim):
@@ -573,60 +378,3 @@ def test_a_spool_that_fails_is_closed_once(monkeypatch):
                 load(destination, file, limits(), {})
             assert destination.state is RunState.RESET
         work.finish()
-
-
-class LateFailure(Sim):
-    """It starts, does some work, and then says that it could not start."""
-
-    def _start(self):
-        super()._start()
-        wait_until(lambda: self._engine._answered > 3)
-        self._stop_workers(list(self._engine.workers), drain=True)
-        self._engine.stop()
-        raise Tripped("start")
-
-
-def test_work_that_a_failed_destination_has_done_is_not_done_again():
-    with lab("sim") as (source, _, work), made("sim", LateFailure) as (destination, _):
-        destination.map([work.memory.region])
-        with pytest.raises(ProcedureFailed, match="had begun to work") as caught:
-            migrate(source, destination, limits())
-        assert caught.value.running.startswith("nothing")
-        assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RESET)
-        assert work.queue.device_used_index > caught.value.snapshot.queues[0].base.avail_index
-
-
-# --- the same errors, after they took effect, and through a socket ---
-
-
-def tripping_late():
-    """A disk whose ``trip_at``-th call of a hook is done, and then fails."""
-    cls = tripping()
-    early = {name: getattr(cls, name) for name in HOOKS}
-
-    def late(name):
-        def hook(self, *words, **options):
-            cls.calls += 1
-            result = getattr(super(cls, self), name)(*words, **options)
-            if cls.calls == cls.trip_at and name != "_start":
-                raise Tripped(name)
-            return result
-
-        return hook
-
-    for name in early:
-        setattr(cls, name, late(name))
-    return cls
-
-
-@pytest.mark.parametrize("act", [migration, save_then_load])
-@pytest.mark.parametrize("side", ["source", "destination"])
-def test_an_error_after_every_step_leaves_one_that_runs(act, side):
-    """As a reply that is lost: the device did what it was told, and whoever told it hears of a failure."""
-    cls = tripping_late()
-    classes = (cls, Sim) if side == "source" else (Sim, cls)
-    cls.trip_at = -1
-    assert attempt(act, *classes) is None
-    for number in range(1, cls.counted + 1):
-        cls.trip_at = number
-        attempt(act, *classes)

@@ -26,6 +26,7 @@ VRING_USED_ALIGN_SIZE = 4
 VRING_DESC_ALIGN_SIZE = 16
 
 VRING_DESC = Layout("vring_desc", "<", (("addr", "Q"), ("len", "I"), ("flags", "H"), ("next", "H")))
+VRING_PACKED_DESC = Layout("vring_packed_desc", "<", (("addr", "Q"), ("len", "I"), ("id", "H"), ("flags", "H")))
 VRING_USED_ELEM = Layout("vring_used_elem", "<", (("id", "I"), ("len", "I")))
 #: ``struct vring_avail`` and ``struct vring_used`` up to their ``ring`` member.
 VRING_AVAIL = Layout("vring_avail", "<", (("flags", "H"), ("idx", "H")))

@@ -107,7 +107,7 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
             restore(destination, snapshot, eventfds_of(source))
             if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
                 destination.set_config_call(source.config_call)
-        undo.starting = True
+        undo.expect_start(destination, snapshot)
         # no signal between a device that starts and our knowing of it
         with report.step("start"), within(destination, limits), uninterrupted():
             destination.start()
@@ -140,6 +140,7 @@ def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
     if device.state is RunState.RUNNING:
         with undo.report.step("suspend"), within(device, limits):
             device.suspend()
+        undo.suspended = True
     with undo.report.step("capture"):
         return capture(device)
 
@@ -186,6 +187,7 @@ def _load(
                 with report.step("restore"), within(device, limits):
                     restore(device, reader.facts.snapshot, eventfds)
             if start:
+                undo.expect_start(device, reader.facts.snapshot)
                 with report.step("start"), within(device, limits), uninterrupted():
                     device.start()
     finally:

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Self
 
 from ..device import Capability, Device, RunState
-from ..errors import VdpaBridgeError
+from ..errors import DeadlineExceeded, VdpaBridgeError
 from .channel import Limits
 from .replay import resume
 from .report import Report
 from .snapshot import DeviceSnapshot
+from .witness import Witness
 
 __all__ = ["ProcedureFailed", "Undo", "uninterrupted", "within"]
 
@@ -60,8 +61,9 @@ class Undo:
         self.report = Report()
         self.snapshot: DeviceSnapshot | None = None
         """Where the source stands, as soon as it is stopped."""
-        self.starting = False
-        """Whether the destination was told to start: it may have done work."""
+        self.suspended = False
+        """Whether the source has said that it is stopped."""
+        self._witness: Witness | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -69,29 +71,35 @@ class Undo:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        running = self._go_back()
+        try:
+            if error is None:
+                return
+            running = self._go_back(error)
+        finally:
+            if self._witness is not None:
+                self._witness.close()
         if isinstance(error, Exception):
             raise self._failed(error, running) from error
+
+    def expect_start(self, destination: Device, snapshot: DeviceSnapshot) -> None:
+        """``destination`` is about to be told to start where ``snapshot`` was taken: from now on it may do work."""
+        self._witness = Witness(snapshot, destination.regions)
 
     def resume_source(self, name: str) -> None:
         """Let the source go on, if it was at work. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
-            try:
-                with self.report.step(name):
-                    resume(self._source)
-            except Exception as error:
-                raise self._failed(error, _NOTHING) from error
+            error, running = self._resume(self._source, name)
+            if error is not None:
+                raise self._failed(error, running) from error
 
-    def try_step(self, name: str, act: Callable[[], object]) -> bool:
-        """Do ``act`` as a step; whether it went well. Its error is in the report."""
+    def try_step(self, name: str, act: Callable[[], object]) -> Exception | None:
+        """Do ``act`` as a step. Returns its error, if any, which is in the report too."""
         try:
             with self.report.step(name):
                 act()
-        except Exception:  # noqa: BLE001  # one step of going back must not keep the others from being done
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001  # one step of going back must not keep the others from being done
+            return error
+        return None
 
     def _failed(self, error: Exception, running: str) -> ProcedureFailed:
         device = self._source or self._destination
@@ -99,41 +107,47 @@ class Undo:
             raise error
         return ProcedureFailed(self._what, device, error, report=self.report, running=running, snapshot=self.snapshot)
 
-    def _go_back(self) -> str:
+    def _go_back(self, cause: BaseException) -> str:
         """What runs after it."""
         with uninterrupted():
-            destination = self._destination
-            if destination is not None:
-                has_worked = self.starting and self._has_worked(destination)
-                if not self.try_step("undo: reset the destination", destination.reset):
-                    return f"not known: {destination.name} does not answer, and may have started; end it first"
-                if has_worked and self._source is not None:
-                    return f"{_NOTHING}: {destination.name} had begun to work, which the source would do again"
-            return _NOTHING if self._source is None else self._bring_back(self._source)
+            if self._destination is not None and (hindrance := self._stop(self._destination)):
+                return hindrance
+            return _NOTHING if self._source is None else self._bring_back(self._source, cause)
 
-    def _has_worked(self, destination: Device) -> bool:
-        """Whether a destination whose start failed stands elsewhere than it was put."""
-        if self.snapshot is None or destination.state is not RunState.CONFIGURED:
-            return False
-        queues = self.snapshot.queues
-        same: list[bool] = []
+    def _stop(self, destination: Device) -> str:
+        """See to it that ``destination`` does nothing more; why the source must not go on, if so."""
+        if self.try_step("undo: reset the destination", destination.reset) is not None:
+            stopped: list[bool] = []
+            self.try_step("undo: give the destination up", lambda: stopped.append(destination.give_up()))
+            # who was not told to start has nothing to do it with
+            if self._witness is not None and stopped != [True]:
+                return f"not known: {destination.name} does not answer, and may have started; end it first"
+        if self._witness is not None and self._witness.has_seen_work():
+            return f"{_NOTHING}: {destination.name} had begun to work, which the source would do again"
+        return ""
 
-        def compare() -> None:
-            same.append(all(destination.get_base(index) == queue.base for index, queue in queues.items()))
-
-        return not (self.try_step("undo: see whether it has worked", compare) and all(same))
-
-    def _bring_back(self, source: Device) -> str:
+    def _bring_back(self, source: Device, cause: BaseException) -> str:
+        if source.state is RunState.FAILED:
+            if not self.suspended and isinstance(cause, DeadlineExceeded):
+                return f"not known: {source.name} does not answer; it may have stopped or not"
+            return f"{_NOTHING}: {source.name} failed: {source.failure}"
         if Capability.DEVICE_STATE in source.capabilities and source.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self.try_step("undo: abandon the transfer", source.abandon_state)
         if not self._was_running:
             return _NOTHING
         # a suspend that failed late may have stopped some queues, or all, and not said so
-        if source.state is RunState.RUNNING and not self.try_step("undo: end the suspend", source.suspend):
+        if source.state is RunState.RUNNING and self.try_step("undo: end the suspend", source.suspend):
             return f"not known: {source.name} does not answer; its suspend was not brought to an end"
-        if self.try_step("undo: resume", lambda: resume(source)):
-            return source.name
-        return _NOTHING
+        return self._resume(source, "undo: resume")[1]
+
+    def _resume(self, source: Device, name: str) -> tuple[Exception | None, str]:
+        """What went wrong, if anything, and what runs after it."""
+        error = self.try_step(name, lambda: resume(source))
+        if error is None:
+            return None, source.name
+        if isinstance(error, DeadlineExceeded):
+            return error, f"not known: {source.name} does not answer; it may have gone on, or may yet"
+        return error, f"{_NOTHING}: {error}"
 
 
 @contextmanager

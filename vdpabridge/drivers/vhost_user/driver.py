@@ -48,6 +48,7 @@ from ...device import (
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
 from ...vhost_user.connection import Connection
 from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
+from ...vhost_user.peer import hang_up
 from .channel import BackendChannel
 from .memory import BackendMemory, slots_of
 from .negotiation import QUEUE_SIZE_MAX, capabilities_of, config_size_of, negotiate, queue_count_of
@@ -308,8 +309,17 @@ class VhostUser(Device):
             self._stop_rings(drain=True)
         if self._channel is not None:
             self._channel.close()
-        self._memory.close()
         self._requests.close()
+
+    def _give_up(self) -> bool:
+        try:
+            with contextlib.suppress(ProtocolError, DeadlineExceeded):
+                self._stop_rings(drain=True)
+            # a back-end for one front-end, such as virtiofsd, ends with its connection
+            return not self._rings.started or hang_up(self.fileno(), self.timeout_s)
+        finally:
+            self._requests.broken = self._requests.broken or "it was given up"
+            self._close()
 
     # --- device state ---
 

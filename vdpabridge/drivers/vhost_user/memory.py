@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 
 from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeature
@@ -22,11 +21,11 @@ class BackendMemory:
         """``slots``: what the back-end says that it has; 0 where it takes tables only."""
         self._requests = requests
         self._slots = slots
-        self._mapped: list[tuple[Region, int]] = []
-        """Each region with a duplicate of its descriptor; tables send all of them each time. -1 with slots."""
+        self._mapped: dict[Region, int] = {}
+        """Each region with its descriptor, borrowed from the device: tables send all of them each time."""
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Add ``regions`` (fds are borrowed), all or none. Raises ValueError where they are too many."""
+        """Add ``regions``, all or none. Raises ValueError where they are too many."""
         limit = self._slots or MEMORY_REGIONS_MAX
         if len(self._mapped) + len(regions) > limit:
             raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at the most")
@@ -35,12 +34,12 @@ class BackendMemory:
         if self._slots:
             self._add(regions)
         else:
-            self._replace([*self._mapped, *((_region(each), os.dup(each.fd)) for each in regions)])
+            self._replace(self._mapped | {_region(each): each.fd for each in regions})
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions``, which are mapped, away."""
         gone = [_region(each) for each in regions]
-        kept = [(region, fd) for region, fd in self._mapped if region not in gone]
+        kept = {region: fd for region, fd in self._mapped.items() if region not in gone}
         if not self._slots:
             self._replace(kept)
             return
@@ -48,40 +47,26 @@ class BackendMemory:
             self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
         self._mapped = kept
 
-    def close(self) -> None:
-        """Close the duplicates. Idempotent."""
-        for _, fd in self._mapped:
-            if fd >= 0:
-                os.close(fd)
-        self._mapped = []
-
     def _add(self, regions: Sequence[MemoryRegion]) -> None:
-        added: list[Region] = []
+        added: dict[Region, int] = {}
         try:
             for each in regions:
                 region = _region(each)
                 self._requests.tell(FrontendRequest.ADD_MEM_REG, SingleRegion(region), [each.fd])
-                added.append(region)
+                added[region] = each.fd
         except BaseException:
             with contextlib.suppress(ProtocolError):
                 for region in added:
                     self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
             raise
-        self._mapped += [(region, -1) for region in added]
+        self._mapped |= added
 
-    def _replace(self, wanted: list[tuple[Region, int]]) -> None:
-        """Send the table of ``wanted``, and close the descriptors that the outcome leaves unused."""
-        table = MemoryTable(tuple(region for region, _ in wanted))
-        unused = [fd for region, fd in wanted if (region, fd) not in self._mapped]
-        try:
-            # an empty table is an error to some back-ends (rust-vmm): they keep the last region, and nothing runs
-            if wanted:
-                self._requests.tell(FrontendRequest.SET_MEM_TABLE, table, [fd for _, fd in wanted])
-            unused = [fd for region, fd in self._mapped if (region, fd) not in wanted]
-            self._mapped = wanted
-        finally:
-            for fd in unused:
-                os.close(fd)
+    def _replace(self, wanted: dict[Region, int]) -> None:
+        # an empty table is an error to some back-ends (rust-vmm): they keep the last region, and nothing runs
+        if wanted:
+            table = MemoryTable(tuple(wanted))
+            self._requests.tell(FrontendRequest.SET_MEM_TABLE, table, list(wanted.values()))
+        self._mapped = wanted
 
 
 def _region(region: MemoryRegion) -> Region:

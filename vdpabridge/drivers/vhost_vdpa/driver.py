@@ -358,3 +358,9 @@ class VhostVdpa(Device):
             self._node.close()
         finally:
             self._regions.close()
+
+    def _give_up(self) -> bool:
+        usable = self._node.usable
+        self._close()
+        # with a request still in the kernel the device is taken back when that ends, whenever it does
+        return usable and not self._node.stuck

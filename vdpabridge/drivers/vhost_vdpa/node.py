@@ -108,7 +108,12 @@ class Node:
     @property
     def usable(self) -> bool:
         """Whether this process owns the open node and no call of it is stuck in the kernel."""
-        return self._fd >= 0 and self._owner_pid == os.getpid() and not self._stuck_in
+        return self._fd >= 0 and self._owner_pid == os.getpid() and not self.stuck
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call whose deadline has passed went on in the kernel."""
+        return bool(self._stuck_in)
 
     def _bounded(self, what: str, call: Callable[[], object]) -> None:
         if self._stuck_in:

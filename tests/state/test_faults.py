@@ -1,0 +1,315 @@
+"""What is left when any step of save, load or migrate fails: one device that runs, and the report says which.
+
+The same with processes that are killed or stopped is in `test_processes`.
+"""
+
+import itertools
+import os
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from vdpabridge.device import RunState
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.state import channel
+from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file
+
+from ..support.disk_lab import lab, limits, made
+from ..support.transitions import shared_file
+from ..support.waiting import wait_until
+
+# --- an error at every step ---
+
+HOOKS = (
+    *("_accept_features", "_read_config", "_set_queue", "_set_base", "_get_base", "_bind_eventfd", "_enable_queue"),
+    *("_start", "_resume", "_suspend", "_reset", "_set_state_fd", "_check_state"),
+)
+
+
+class Tripped(VdpaBridgeError):
+    """What a test wanted to go wrong."""
+
+
+def tripping():
+    """A disk whose ``trip_at``-th call of a hook fails, once, before it does anything."""
+
+    class Tripping(Sim):
+        trip_at = None
+        calls = 0
+
+    def tripwire(name):
+        def hook(self, *words, **options):
+            Tripping.calls += 1
+            if Tripping.calls == Tripping.trip_at:
+                if name == "_set_state_fd":
+                    os.close(words[2])
+                raise Tripped(name)
+            return getattr(super(Tripping, self), name)(*words, **options)
+
+        return hook
+
+    for name in HOOKS:
+        setattr(Tripping, name, tripwire(name))
+    return Tripping
+
+
+def attempt(act, source_class, destination_class):
+    """Run ``act`` on two disks; the one that runs now does the work to its end. Returns the error."""
+    with lab("sim", source_class) as (source, _, work), made("sim", destination_class) as (destination, _):
+        destination.map([work.memory.region])
+        armed = [cls for cls in (source_class, destination_class) if hasattr(cls, "calls")]
+        for cls in armed:
+            cls.calls = 0
+        error = act(source, destination, work)
+        for cls in armed:
+            cls.counted, cls.trip_at = cls.calls, None
+        running = [device for device in (source, destination) if device.state is RunState.RUNNING]
+        assert len(running) == 1, f"after {error}: {source}, {destination}"
+        if isinstance(error, ProcedureFailed):
+            assert error.running == running[0].name
+        work.finish()
+        return error
+
+
+def migration(source, destination, _work):
+    try:
+        migrate(source, destination, limits())
+    except (ProcedureFailed, Tripped) as error:
+        assert source.state is RunState.RUNNING
+        return error
+    return None
+
+
+def save_then_load(source, destination, work):
+    """By an image: where the load fails, the source goes on."""
+    with shared_file(0) as file:
+        try:
+            save(source, file, limits(), go_on=False)
+            os.lseek(file, 0, os.SEEK_SET)
+        except (ProcedureFailed, Tripped) as error:
+            return error
+        try:
+            load(destination, file, limits(), work.eventfds)
+        except (ProcedureFailed, Tripped):
+            assert destination.state is RunState.RESET
+            source.resume()
+            return None
+        return None
+
+
+@pytest.mark.parametrize("act", [migration, save_then_load])
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_an_error_at_every_step_leaves_one_that_runs(act, side):
+    """Enumerated: every call of a driver's hook that the procedure makes fails once, in its own run."""
+    cls = tripping()
+    classes = (cls, Sim) if side == "source" else (Sim, cls)
+    cls.trip_at = -1
+    assert attempt(act, *classes) is None
+    total = cls.counted
+    assert total > 3
+    failed = 0
+    for number in range(1, total + 1):
+        cls.trip_at = number
+        failed += attempt(act, *classes) is not None
+    # a source that cannot be reset at the end is no failure: the destination runs
+    assert failed >= (total - 8 if act is migration else 0)
+
+
+# --- what must never be: two that run ---
+
+
+class Stubborn(Sim):
+    """A destination that fails to start, and then cannot be reset."""
+
+    resets = 0
+
+    def _start(self):
+        raise Tripped("start")
+
+    def _reset(self):
+        self.resets += 1
+        if self.resets == 1:
+            raise Tripped("reset")
+        super()._reset()
+
+
+class Lingering(Stubborn):
+    """One of which it is not certain that it has ended."""
+
+    def _give_up(self):
+        super()._give_up()
+        return False
+
+
+def test_a_destination_that_cannot_be_reset_is_let_go_of():
+    with lab("sim") as (source, _, work), made("sim", Stubborn) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="running now: sim:blk") as caught:
+            migrate(source, destination, limits())
+        assert [step.name for step in caught.value.report.steps][-4:] == [
+            "undo: reset the destination",
+            "undo: give the destination up",
+            "undo: abandon the transfer",
+            "undo: resume",
+        ]
+        assert "closed" in repr(destination)
+        work.finish()
+
+
+def test_a_destination_that_does_not_answer_keeps_the_source_stopped():
+    """It may have started: nobody can know, and two that run would ruin the guest's memory."""
+    with lab("sim") as (source, _, work), made("sim", Lingering) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="not known: sim:blk does not answer") as caught:
+            migrate(source, destination, limits())
+        assert source.state is RunState.SUSPENDED
+        assert caught.value.snapshot.queues[0].base.avail_index == work.queue.device_used_index
+        source.resume()
+        work.finish()
+
+
+def test_a_suspend_that_ends_too_late_is_ended_before_the_device_goes_on():
+    """The deadline passes while requests are in flight; the back-end stops its ring all the same, later."""
+    with lab("vhost-user") as (source, sim, work), shared_file(0) as file:
+        sim.faults.latency_s = 0.5
+        work.queue.kick()
+        wait_until(lambda: sim._engine.workers[0].ring.taken)
+        with pytest.raises(ProcedureFailed) as caught:
+            save(source, file, limits(timeout_s=0.2))
+        sim.faults.latency_s = 0
+        assert caught.value.running == source.name
+        assert "undo: end the suspend" in [step.name for step in caught.value.report.steps]
+        work.finish()
+
+
+class LateFailure(Sim):
+    """It starts, does some work, and then says that it could not start."""
+
+    def _start(self):
+        super()._start()
+        wait_until(lambda: self._engine._answered > 3)
+        self._stop_workers(list(self._engine.workers), drain=True)
+        self._engine.stop()
+        raise Tripped("start")
+
+
+def test_work_that_a_failed_destination_has_done_is_not_done_again():
+    with lab("sim") as (source, _, work), made("sim", LateFailure) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="had begun to work") as caught:
+            migrate(source, destination, limits())
+        assert caught.value.running.startswith("nothing")
+        assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RESET)
+        assert work.queue.device_used_index > caught.value.snapshot.queues[0].base.avail_index
+
+
+# --- the same errors, after they took effect, and through a socket ---
+
+
+def tripping_late():
+    """A disk whose ``trip_at``-th call of a hook is done, and then fails."""
+    cls = tripping()
+    early = {name: getattr(cls, name) for name in HOOKS}
+
+    def late(name):
+        def hook(self, *words, **options):
+            cls.calls += 1
+            result = getattr(super(cls, self), name)(*words, **options)
+            if cls.calls == cls.trip_at and name != "_start":
+                raise Tripped(name)
+            return result
+
+        return hook
+
+    for name in early:
+        setattr(cls, name, late(name))
+    return cls
+
+
+@pytest.mark.parametrize("act", [migration, save_then_load])
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_an_error_after_every_step_leaves_one_that_runs(act, side):
+    """As a reply that is lost: the device did what it was told, and whoever told it hears of a failure."""
+    cls = tripping_late()
+    classes = (cls, Sim) if side == "source" else (Sim, cls)
+    cls.trip_at = -1
+    assert attempt(act, *classes) is None
+    for number in range(1, cls.counted + 1):
+        cls.trip_at = number
+        attempt(act, *classes)
+
+
+# --- the sink, at any byte, and the user, at any moment ---
+
+
+@contextmanager
+def files_of_at_most(size_bytes):
+    """As a full disk or quota: a write beyond that fails (the signal that comes with it is ignored by Python)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_is_full_at_any_byte(tmp_path):
+    path = tmp_path / "image"
+    with lab("sim") as (source, _, work):
+        # the disk is a file too
+        work.disk.settle(work.disk.driver.drain())
+        save_file(source, str(path), limits())
+        whole = path.stat().st_size
+        path.write_bytes(b"what was there")
+        for size_bytes in (*range(0, 1200, 13), *range(1200, whole, whole // 50), whole - 1):
+            with files_of_at_most(size_bytes), pytest.raises(ProcedureFailed, match="File too large") as caught:
+                save_file(source, str(path), limits())
+            assert (caught.value.running, source.state) == (source.name, RunState.RUNNING)
+            assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"what was there"]
+        save_file(source, str(path), limits())
+        assert path.stat().st_size >= whole
+        work.finish()
+
+
+class Disturbed:
+    """`channel.wait`, with a signal before its ``at``-th call."""
+
+    def __init__(self, number, wait):
+        self.number = number
+        self.wait = wait
+        self.calls = 0
+        self.at = None
+
+    def __call__(self, *words):
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(self.number)
+        self.wait(*words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_step(number, tmp_path, monkeypatch):
+    """Enumerated: before each system call of the transfer the signal comes once, and its handler raises."""
+    path = tmp_path / "image"
+    disturbed = Disturbed(number, channel.wait)
+    monkeypatch.setattr(channel, "wait", disturbed)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with lab("sim") as (source, _, work):
+            path.write_bytes(b"what was there")
+            # until one is done before its signal comes: how many calls it takes is a matter of how state arrives
+            for disturbed.at in itertools.count(1):
+                disturbed.calls = 0
+                try:
+                    save_file(source, str(path), limits())
+                    break
+                except KeyboardInterrupt:
+                    assert source.state is RunState.RUNNING
+                    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"what was there"]
+            assert disturbed.at > 4
+            work.finish()
+    finally:
+        signal.signal(number, before)
