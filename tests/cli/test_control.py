@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from contextlib import ExitStack, contextmanager
 
@@ -173,6 +175,56 @@ def test_an_image_that_does_not_fit_at_the_start(tmp_path):
     assert done.returncode == 1
     assert "device id 26" in done.stderr
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_whoever_moves_state_is_killed_at_any_moment(tmp_path, moment):
+    """The source goes on, unless it was told to stay suspended, which is the last that is done."""
+    words = [sys.executable, "-m", "tests.support.mortal", str(moment)]
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
+        done = subprocess.run([*words, control, other], env=ENVIRONMENT, timeout=30, check=False)
+        assert done.returncode == (0 if moment > 6 else -signal.SIGKILL)
+        if moment < 6:
+            assert mount.read() == b"These"
+        else:
+            assert json.loads(run("-j", "status", control).stdout)["state"] == "suspended"
+            assert run("resume", control).returncode == 0
+            assert mount.read() == b"These"
+
+
+def test_a_device_stays_suspended_for_as_long_as_somebody_is_connected(tmp_path):
+    with mounted(tmp_path) as (mount, control), open(os.devnull, "wb") as nowhere:
+        with ControlClient(control, timeout_s=10) as client, ControlClient(control, timeout_s=10) as other:
+            client.ask("save", nowhere.fileno(), stay="connection")
+            assert other.ask("status")["state"] == "suspended"
+        assert mount.read() == b"These"
+        with ControlClient(control, timeout_s=10) as client:
+            client.ask("save", nowhere.fileno(), stay="connection")
+            client.ask("suspend")
+        assert json.loads(run("-j", "status", control).stdout)["held"] is True
+        assert run("resume", control).returncode == 0
+        assert mount.read() == b"These"
+
+
+def test_by_path_and_statistics(tmp_path):
+    """For whoever cannot send descriptors."""
+    image = str(tmp_path / "image")
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
+        with ControlClient(control, timeout_s=10) as client, ControlClient(other, timeout_s=10) as there:
+            saved = client.ask("save", path=image)
+            assert there.ask("load", path=image)["digest"] == saved["digest"]
+            for path, why in ((f"{image}.not", "No such file"), ("image", "no absolute path"), (5, "no absolute")):
+                with pytest.raises(ControlError, match=why):
+                    there.ask("load", path=path)
+            with pytest.raises(ControlError, match="stay 'forever'"):
+                client.ask("save", path=image, stay="forever")
+            facts = client.ask("statistics")
+        assert facts["procedures"]["save"]["done"] == 1
+        assert facts["procedures"]["save"]["state_bytes"] == saved["state_bytes"]
+        assert facts["front_ends"] == 1
+        assert facts["messages"] > 10
+        assert "load: done 1 failed 3" in run("statistics", other).stdout
+        assert mount.read() == b"These"
 
 
 # --- the protocol ---

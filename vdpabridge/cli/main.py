@@ -144,6 +144,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "serve": ("serve:serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
     "demo": ("demo:demo", "show a device's state going from one process into another; needs no root", _nothing),
     "status": ("remote:status", "ask a 'serve --control' what its device is and does", _control),
+    "statistics": ("remote:statistics", "ask it what was done since it began", _control),
     "suspend": ("remote:suspend", "have a 'serve --control' suspend its device, whatever its front-end does", _control),
     "resume": ("remote:resume", "end that", _control),
     "save": ("remote:save", "have a 'serve --control' write its device's image; the device goes on", _save),

@@ -15,13 +15,19 @@ from ..state.files import replacing
 from ..state.report import Step
 from ..state.timeline import draw
 from .output import print_records
+from .progress import ProgressLine
 
-__all__ = ["load", "migrate", "resume", "save", "status", "suspend"]
+__all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
 
 
 def status(words: argparse.Namespace) -> None:
     """``vdpabridge status``."""
     _show(words, _ask(words, "status"))
+
+
+def statistics(words: argparse.Namespace) -> None:
+    """``vdpabridge statistics``."""
+    _show(words, _ask(words, "statistics"))
 
 
 def suspend(words: argparse.Namespace) -> None:
@@ -36,13 +42,13 @@ def resume(words: argparse.Namespace) -> None:
 
 def save(words: argparse.Namespace) -> None:
     """``vdpabridge save``: to a file, or to standard output."""
-    with ControlClient(words.control, timeout_s=words.timeout) as client:
+    with ControlClient(words.control, timeout_s=words.timeout) as client, ProgressLine("save") as progress:
         if words.image == "-":
-            result = client.ask("save", sys.stdout.fileno(), stay=words.stay)
+            result = client.ask("save", sys.stdout.fileno(), stay=words.stay, progress=progress)
             print(json.dumps(result), file=sys.stderr)
             return
         with replacing(words.image) as fd:
-            result = client.ask("save", fd, stay=words.stay)
+            result = client.ask("save", fd, stay=words.stay, progress=progress)
     _show(words, result)
 
 
@@ -54,7 +60,9 @@ def load(words: argparse.Namespace) -> None:
         raise VdpaBridgeError("load", device=words.image, why=os.strerror(error.errno or 0)) from error
     try:
         with ControlClient(words.control, timeout_s=words.timeout) as client:
-            _show(words, client.ask("load", fd))
+            with ProgressLine("load") as progress:
+                result = client.ask("load", fd, progress=progress)
+            _show(words, result)
     finally:
         os.close(fd)
 
@@ -65,7 +73,8 @@ def migrate(words: argparse.Namespace) -> None:
         ControlClient(words.control, timeout_s=words.timeout) as source,
         ControlClient(words.destination, timeout_s=words.timeout) as destination,
     ):
-        saved, loaded = move(source, destination)
+        with ProgressLine("migrate") as progress:
+            saved, loaded = move(source, destination, progress=progress)
         if words.report:
             _draw(words, saved, loaded)
         _show(words, saved | {"running": "nothing: start the destination by its front-end"})
@@ -93,3 +102,4 @@ def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:
     print_records({str(result.get("device", words.control)): facts})
     for index, queue in result.get("queues", {}).items():
         print_records({f"queue {index}": queue})
+    print_records(result.get("procedures", {}))

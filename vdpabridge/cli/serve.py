@@ -29,6 +29,7 @@ from ..opening import device_id_of, open_device
 from ..state.channel import Limits
 from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
+from .progress import ProgressLine
 
 __all__ = ["serve"]
 
@@ -114,7 +115,8 @@ def _restore(device: Device, words: argparse.Namespace) -> None:
     except OSError as error:
         raise VdpaBridgeError("restore", device=words.restore, why=os.strerror(error.errno or 0)) from error
     try:
-        report = load_state(device, fd, Limits(Deadline(words.timeout)))
+        with ProgressLine("restore") as progress:
+            report = load_state(device, fd, Limits(Deadline(words.timeout), progress=progress))
     finally:
         os.close(fd)
     _say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")

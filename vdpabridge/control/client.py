@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Self
 
 from ..errors import VdpaBridgeError
@@ -37,20 +38,33 @@ class ControlClient:
         self._lines = Lines(connection)
         self._number = 0
 
-    def ask(self, method: str, fd: int | None = None, **params: Any) -> Any:
-        """The result of ``method``. ``fd`` (borrowed) goes with it. Raises `ControlError`."""
+    def ask(
+        self, method: str, fd: int | None = None, *, progress: Callable[[int], None] | None = None, **params: Any
+    ) -> Any:
+        """The result of ``method``. ``fd`` (borrowed) goes with it. Raises `ControlError`.
+
+        ``progress`` is told now and then how many bytes of device state were moved.
+        """
         self._number += 1
+        if progress is not None:
+            params["progress"] = True
         request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
         self._lines.send(request, () if fd is None else (fd,))
-        line = self._lines.receive()
-        if line is None:
-            raise VdpaBridgeError(method, device=self._path, why="the process that owns the device has ended")
-        answer = json.loads(line)
+        while "id" not in (answer := self._receive(method)):
+            if progress is not None and answer.get("method") == "progress":
+                progress(answer["params"]["state_bytes"])
         if (error := answer.get("error")) is not None:
             facts = error.get("data", {})
             what, why = facts.get("what", method), facts.get("why", error["message"])
             raise ControlError(what, facts.get("device", self._path), why, facts.get("hint", ""), error["code"])
         return answer["result"]
+
+    def _receive(self, method: str) -> dict[str, Any]:
+        line = self._lines.receive()
+        if line is None:
+            raise VdpaBridgeError(method, device=self._path, why="the process that owns the device has ended")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     def close(self) -> None:
         """Close. Idempotent."""

@@ -6,6 +6,7 @@ Source: https://www.jsonrpc.org/specification; a message is a JSON object on one
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -43,6 +44,12 @@ class Lines:
             self._socket.sendall(data[sent:])
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"send: {error.strerror or error}") from error
+
+    def offer(self, message: dict[str, Any]) -> None:
+        """Send one message if the peer has room for it, and else not."""
+        # a message on a UNIX socket that is this short goes whole or not at all
+        with contextlib.suppress(OSError):
+            self._socket.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def receive(self) -> bytes | None:
         """The next line, None at the end. Raises `VdpaBridgeError` for one without end, or that does not come."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..abi.features import feature_names
@@ -13,11 +15,18 @@ from ..device import Device, RunState
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
 from ..state.channel import Limits
+from ..state.files import replacing
 from ..state.procedures import load_state, save
 from ..state.report import Report
-from .server import Method
+from .server import Caller, Method
 
 __all__ = ["methods_of"]
+
+#: Between two notifications of progress.
+_INTERVAL_S = 0.2
+#: What `stay` of the method `save` may be; the last: suspended for as long as whoever asked is connected.
+_STAYS = (False, True, "connection")
+Params = Mapping[str, Any]
 
 
 class _Controlled:
@@ -26,9 +35,13 @@ class _Controlled:
         self._server = server
         self._timeout_s = timeout_s
         self._held = False
+        self._held_for: Caller | None = None
+        """Whose connection's end ends the suspension."""
         self._last: Report | None = None
+        self._began_s = time.monotonic()
+        self._counts = {name: {"done": 0, "failed": 0, "state_bytes": 0, "seconds": 0.0} for name in ("save", "load")}
 
-    def status(self, _params: Mapping[str, Any], _descriptor: Callable[[], int]) -> dict[str, Any]:
+    def status(self, _params: Params, _caller: Caller) -> dict[str, Any]:
         """What the device is, and what it does."""
         device = self._device
         stopped = device.state in (RunState.CONFIGURED, RunState.SUSPENDED)
@@ -53,61 +66,110 @@ class _Controlled:
             "last_procedure": None if self._last is None else _shown(self._last),
         }
 
-    def suspend(self, _params: Mapping[str, Any], _descriptor: Callable[[], int]) -> dict[str, Any]:
+    def statistics(self, _params: Params, _caller: Caller) -> dict[str, Any]:
+        """What was done since the process began."""
+        return {
+            "device": self._device.name,
+            "uptime_s": time.monotonic() - self._began_s,
+            "front_ends": self._server.front_ends,
+            "messages": self._server.messages,
+            "procedures": self._counts,
+        }
+
+    def suspend(self, _params: Params, _caller: Caller) -> dict[str, Any]:
         """Suspend, until `resume`; the front-end's requests do not start the device meanwhile."""
+        self._hold()
+        self._held_for = None
+        return {"state": self._device.state.value}
+
+    def resume(self, _params: Params, _caller: Caller) -> dict[str, Any]:
+        """Let the device do again what its front-end wants."""
+        self._release()
+        return {"state": self._device.state.value}
+
+    def save(self, params: Params, caller: Caller) -> dict[str, Any]:
+        """Write an image to the descriptor, or to the file ``path``.
+
+        ``stay``: true, the device stays suspended afterwards; ``connection``, for as long as whoever asked is
+        connected, or until `suspend` makes it last.
+        """
+        stay = params.get("stay", False)
+        if stay not in _STAYS:
+            raise VdpaBridgeError("save", why=f"stay {stay!r} is none of {', '.join(map(str, _STAYS))}")
+        was_held = self._held
+        report = Report()
+        with self._counted("save") as counted, _sink(params, caller) as fd:
+            limits = self._limits(params, caller)
+            with report.step("suspend"):
+                self._hold()
+            try:
+                saved = save(self._device, fd, limits, go_on=False)
+            except BaseException:
+                if not was_held:
+                    self._release()
+                raise
+            saved.steps[:0] = report.steps
+            counted(saved)
+        if stay == "connection" and not was_held:
+            self._held_for = caller
+            caller.when_gone = lambda: self._release_for(caller)
+        elif not stay and not was_held:
+            self._release()
+        return {**_shown(saved), "state": self._device.state.value}
+
+    def load(self, params: Params, caller: Caller) -> dict[str, Any]:
+        """Give the device the state in the image that the descriptor or the file ``path`` has.
+
+        Its queues are its front-end's to set up.
+        """
+        with self._counted("load") as counted, _source(params, caller) as fd:
+            loaded = load_state(self._device, fd, self._limits(params, caller))
+            counted(loaded)
+        return {**_shown(loaded), "device": self._device.name}
+
+    def _hold(self) -> None:
         if self._server.session is not None:
             self._server.session.hold()
         elif self._device.state is RunState.RUNNING:
             self._device.suspend()
         self._held = True
-        return {"state": self._device.state.value}
 
-    def resume(self, _params: Mapping[str, Any], _descriptor: Callable[[], int]) -> dict[str, Any]:
-        """Let the device do again what its front-end wants."""
+    def _release(self) -> None:
         self._held = False
+        self._held_for = None
         if self._server.session is not None:
             self._server.session.release()
-        return {"state": self._device.state.value}
 
-    def save(self, params: Mapping[str, Any], descriptor: Callable[[], int]) -> dict[str, Any]:
-        """Write an image to the descriptor. ``stay``: the device stays suspended afterwards."""
-        fd = descriptor()
-        was_held = self._held
-        report = Report()
-        try:
-            with report.step("suspend"):
-                self.suspend({}, descriptor)
-            try:
-                saved = save(self._device, fd, self._limits(params), go_on=False)
-            except BaseException:
-                self._go_on(was_held)
-                raise
-        finally:
-            os.close(fd)
-        saved.steps[:0] = report.steps
-        self._last = report = saved
-        if not params.get("stay"):
-            self._go_on(was_held)
-        return {**_shown(report), "state": self._device.state.value}
+    def _release_for(self, caller: Caller) -> None:
+        if self._held_for is caller:
+            self._release()
 
-    def load(self, params: Mapping[str, Any], descriptor: Callable[[], int]) -> dict[str, Any]:
-        """Give the device the state in the image that the descriptor has; its queues are its front-end's to set up."""
-        fd = descriptor()
-        try:
-            self._last = load_state(self._device, fd, self._limits(params))
-        finally:
-            os.close(fd)
-        return {**_shown(self._last), "device": self._device.name}
-
-    def _go_on(self, was_held: bool) -> None:
-        if not was_held:
-            self.resume({}, lambda: -1)
-
-    def _limits(self, params: Mapping[str, Any]) -> Limits:
+    def _limits(self, params: Params, caller: Caller) -> Limits:
         most = params.get("limit_bytes")
-        if most is not None and not isinstance(most, int):
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
             raise VdpaBridgeError("save", why=f"limit_bytes {most!r} is no number")
-        return Limits(Deadline(self._timeout_s), size_bytes=most)
+        progress = _progress(caller) if params.get("progress") else None
+        return Limits(Deadline(self._timeout_s), size_bytes=most, progress=progress)
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[Callable[[Report], None]]:
+        """Note how the body went; it tells the function its report."""
+        counts = self._counts[name]
+        begin_s = time.monotonic()
+
+        def note(report: Report) -> None:
+            self._last = report
+            counts["state_bytes"] += report.state_bytes
+
+        try:
+            yield note
+        except BaseException:
+            counts["failed"] += 1
+            raise
+        else:
+            counts["done"] += 1
+        finally:
+            counts["seconds"] += time.monotonic() - begin_s
 
 
 def methods_of(device: Device, server: Server, timeout_s: float | None) -> dict[str, Method]:
@@ -115,11 +177,72 @@ def methods_of(device: Device, server: Server, timeout_s: float | None) -> dict[
     controlled = _Controlled(device, server, timeout_s)
     return {
         "status": controlled.status,
+        "statistics": controlled.statistics,
         "suspend": controlled.suspend,
         "resume": controlled.resume,
         "save": controlled.save,
         "load": controlled.load,
     }
+
+
+@contextmanager
+def _sink(params: Params, caller: Caller) -> Iterator[int]:
+    """Where an image is to go."""
+    if (path := _path(params)) is not None:
+        with replacing(path) as fd:
+            yield fd
+        return
+    with _given(caller, "save") as fd:
+        yield fd
+
+
+@contextmanager
+def _source(params: Params, caller: Caller) -> Iterator[int]:
+    """Where an image is to come from."""
+    if (path := _path(params)) is None:
+        with _given(caller, "load") as fd:
+            yield fd
+        return
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise VdpaBridgeError("load", device=path, why=os.strerror(error.errno or 0)) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _given(caller: Caller, method: str) -> Iterator[int]:
+    fd = caller.take_fd()
+    if fd is None:
+        raise VdpaBridgeError(method, why="no descriptor came with the request, and no path", hint="send one of them")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _path(params: Params) -> str | None:
+    path = params.get("path")
+    if path is None or (isinstance(path, str) and os.path.isabs(path)):
+        return path
+    # the directory of this process is not that of whoever asks
+    raise VdpaBridgeError("control socket", why=f"path {path!r} is no absolute path")
+
+
+def _progress(caller: Caller) -> Callable[[int], None]:
+    """Tells ``caller`` of bytes, now and then."""
+    told_s = time.monotonic()
+
+    def tell(state_bytes: int) -> None:
+        nonlocal told_s
+        if (now_s := time.monotonic()) - told_s >= _INTERVAL_S:
+            told_s = now_s
+            caller.notify("progress", {"state_bytes": state_bytes})
+
+    return tell
 
 
 def _shown(report: Report) -> dict[str, Any]:

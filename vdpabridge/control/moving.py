@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import VdpaBridgeError
@@ -13,10 +14,13 @@ from .client import ControlClient
 __all__ = ["move"]
 
 
-def move(source: ControlClient, destination: ControlClient) -> tuple[dict[str, Any], dict[str, Any]]:
+def move(
+    source: ControlClient, destination: ControlClient, *, progress: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Have ``source`` save into ``destination``; what both say of it. The source's device stays suspended.
 
-    Where that fails the source's device goes on. Raises the error of the side that caused it.
+    Where that fails, or this process ends before it is done, the source's device goes on. ``progress`` is told how many
+    bytes of device state have gone. Raises the error of the side that caused it.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     there: list[VdpaBridgeError] = []
@@ -35,7 +39,7 @@ def move(source: ControlClient, destination: ControlClient) -> tuple[dict[str, A
     thread = threading.Thread(target=load_there)
     thread.start()
     try:
-        saved.update(source.ask("save", writer, stay=True))
+        saved.update(source.ask("save", writer, stay="connection", progress=progress))
     except VdpaBridgeError as error:
         here.append(error)
     finally:
@@ -46,4 +50,6 @@ def move(source: ControlClient, destination: ControlClient) -> tuple[dict[str, A
         # a destination that refuses does not read on, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
         raise (there or here)[0] if broken else (here or there)[0]
+    # for good: not only for as long as we are connected
+    source.ask("suspend")
     return saved, loaded

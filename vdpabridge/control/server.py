@@ -13,13 +13,32 @@ from typing import Any, Self
 from ..errors import VdpaBridgeError
 from .lines import INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, REFUSED, Lines
 
-__all__ = ["ControlServer", "Method"]
+__all__ = ["Caller", "ControlServer", "Method"]
 
-#: What a method gets: its parameters, and a function that takes the descriptor that came with the request.
-Method = Callable[[Mapping[str, Any], Callable[[], int]], Any]
 _CREDENTIALS = struct.Struct("3i")
 #: For a client to take an answer in, or to end its line.
 _PATIENCE_S = 2.0
+
+
+class Caller:
+    """Who asks, by ``lines`` (borrowed)."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self.when_gone: Callable[[], object] | None = None
+        """Called once when the connection ends."""
+
+    def take_fd(self) -> int | None:
+        """The descriptor that came with the request, owned by who takes it."""
+        return self._lines.take_fd()
+
+    def notify(self, method: str, params: dict[str, Any]) -> None:
+        """Tell of something by the way; who does not read at once misses it."""
+        self._lines.offer({"jsonrpc": "2.0", "method": method, "params": params})
+
+
+#: What a method gets: its parameters, and who asks.
+Method = Callable[[Mapping[str, Any], Caller], Any]
 
 
 class ControlServer:
@@ -32,7 +51,7 @@ class ControlServer:
         listener.setblocking(False)
         self._listener = listener
         self._methods = methods
-        self._clients: dict[int, Lines] = {}
+        self._clients: dict[int, tuple[Lines, Caller]] = {}
 
     def fds(self) -> list[int]:
         """What to wait for; borrowed."""
@@ -43,23 +62,27 @@ class ControlServer:
         if fd == self._listener.fileno():
             self._accept()
             return
-        client = self._clients[fd]
+        client, caller = self._clients[fd]
         try:
             alive = client.read()
             while client.has_line:
-                self._answer(client, client.receive() or b"")
+                self._answer(client, caller, client.receive() or b"")
         except VdpaBridgeError:
             alive = False
         if not alive:
-            del self._clients[fd]
-            client.close()
+            self._let_go(fd)
 
     def close(self) -> None:
         """Close everything. Idempotent."""
-        for client in self._clients.values():
-            client.close()
-        self._clients.clear()
+        for fd in list(self._clients):
+            self._let_go(fd)
         self._listener.close()
+
+    def _let_go(self, fd: int) -> None:
+        client, caller = self._clients.pop(fd)
+        client.close()
+        if caller.when_gone is not None:
+            caller.when_gone()
 
     def __enter__(self) -> Self:
         return self
@@ -76,9 +99,10 @@ class ControlServer:
                 connection.close()
                 return
             connection.settimeout(_PATIENCE_S)
-            self._clients[connection.fileno()] = Lines(connection)
+            client = Lines(connection)
+            self._clients[connection.fileno()] = client, Caller(client)
 
-    def _answer(self, client: Lines, line: bytes) -> None:
+    def _answer(self, client: Lines, caller: Caller, line: bytes) -> None:
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
         try:
             request = json.loads(line)
@@ -93,11 +117,11 @@ class ControlServer:
             client.send(answer | {"error": {"code": INVALID_REQUEST, "message": "that is no request"}})
             return
         answer["id"] = request.get("id")
-        outcome = self._perform(client, request)
+        outcome = self._perform(caller, request)
         if "id" in request:
             client.send(answer | outcome)
 
-    def _perform(self, client: Lines, request: dict[str, Any]) -> dict[str, Any]:
+    def _perform(self, caller: Caller, request: dict[str, Any]) -> dict[str, Any]:
         method = self._methods.get(request["method"])
         params = request.get("params", {})
         if method is None:
@@ -106,15 +130,8 @@ class ControlServer:
             return {"error": {"code": METHOD_NOT_FOUND, "message": message}}
         if not isinstance(params, dict):
             return {"error": {"code": INVALID_PARAMS, "message": "parameters have names"}}
-
-        def descriptor() -> int:
-            fd = client.take_fd()
-            if fd is None:
-                raise VdpaBridgeError(request["method"], why="no descriptor came with the request")
-            return fd
-
         try:
-            return {"result": method(params, descriptor)}
+            return {"result": method(params, caller)}
         except Exception as error:  # noqa: BLE001  # a question must not end the process that owns the device
             names = ("device", "what", "why", "hint", "running")
             facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}

@@ -106,6 +106,10 @@ class Server:
         """Served beside the front-end, by the same thread."""
         self.session: Session | None = None
         """The front-end of the moment."""
+        self.front_ends = 0
+        """How many were served, this one included."""
+        self.messages = 0
+        """How many they have sent."""
 
     def stop(self) -> None:
         """Have `serve` and `serve_connection` return soon."""
@@ -135,6 +139,7 @@ class Server:
         try:
             with Session(self._device, connection, report=self._report, trace=self._trace) as session:
                 self.session = session
+                self.front_ends += 1
                 return self._attend(session, listener)
         except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
             self._report(str(error))
@@ -155,8 +160,10 @@ class Server:
                 self._device.check_health()
             if session.config_changed in ready:
                 session.announce_config_change()
-            if session.fileno() in ready and not session.serve_one():
-                return True
+            if session.fileno() in ready:
+                if not session.serve_one():
+                    return True
+                self.messages += 1
             if listener is not None and listener.fileno() in ready and not session.is_leaving():
                 self._send_away(listener)
 
