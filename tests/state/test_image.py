@@ -3,6 +3,7 @@
 import hashlib
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,27 @@ PACKED_FACTS = ImageFacts(
 )
 
 
+STARTED_FACTS = replace(FACTS, snapshot=replace(FACTS.snapshot, started=True))
+
+
 @pytest.mark.parametrize(
-    ("name", "facts", "state"), [("version-1", FACTS, STATE), ("version-1-packed", PACKED_FACTS, [])]
+    ("name", "facts", "state"),
+    [
+        ("version-1", FACTS, STATE),
+        ("version-1-packed", PACKED_FACTS, []),
+        ("version-1-status", STARTED_FACTS, STATE),
+    ],
 )
 def test_the_golden_files(name, facts, state):
     """Version 1, as it was written once: readers have to take it for ever."""
     assert read((GOLDEN / name).read_bytes())[:2] == (facts, b"".join(state))
+
+
+@pytest.mark.parametrize(("started", "status"), [(True, b"\x0f"), (False, b"\x0b")])
+def test_the_status(started, status):
+    facts = replace(FACTS, snapshot=replace(FACTS.snapshot, started=started))
+    assert image_of(facts) == sealed([*BODY[:3], part(0x103, status, flags=1), *BODY[3:]], 65)
+    assert read(image_of(facts))[0] == facts
 
 
 def test_a_packed_position():
@@ -175,8 +191,8 @@ PACKED = 1 << 34
 
 def facts_with(queues, ring):
     return st.builds(
-        lambda device_id, features, those, config, more: ImageFacts(
-            DeviceSnapshot(device_id, features & ~PACKED | ring, dict(enumerate(those)), config),
+        lambda device_id, features, those, config, more, started: ImageFacts(
+            DeviceSnapshot(device_id, features & ~PACKED | ring, dict(enumerate(those)), config, started),
             None if more is None else features & ~PACKED | ring | more,
             len(those),
             0x8000,
@@ -187,6 +203,7 @@ def facts_with(queues, ring):
         st.lists(queues, max_size=4),
         st.binary(max_size=300),
         st.none() | addresses,
+        st.none() | st.booleans(),
     )
 
 
@@ -218,6 +235,13 @@ WRONG = {
     "two identities": sealed([BODY[0], *BODY], 65),
     "no accepted features": sealed(replaced(2, []), 65),
     "features out of order": sealed([BODY[0], BODY[2], BODY[1], *BODY[3:]], 65),
+    "a status that is said to be needed": sealed([*BODY[:3], part(0x103, b"\x0f"), *BODY[3:]], 65),
+    "a status of two bytes": sealed([*BODY[:3], part(0x103, b"\x0f\0", flags=1), *BODY[3:]], 65),
+    "a status before the features": sealed([*BODY[:2], part(0x103, b"\x0f", flags=1), *BODY[2:]], 65),
+    **{
+        f"a status of {status:#x}": sealed([*BODY[:3], part(0x103, bytes([status]), flags=1), *BODY[3:]], 65)
+        for status in (0, 1, 3, 7, 0x1F, 0x4F, 0x8F)
+    },
     "a queue without a position": sealed(replaced(6, []), 65),
     "a position without a queue": sealed(replaced(4, []), 65),
     "a queue twice": sealed([*BODY[:4], *BODY[3:]], 65),

@@ -1,14 +1,19 @@
 """Save, load and migrate between any two drivers."""
 
 import os
+import struct
 import threading
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vdpabridge.device import Capability, RunState
+from vdpabridge.abi.virtio_blk import VIRTIO_BLK_CONFIG, VIRTIO_BLK_F_CONFIG_WCE
+from vdpabridge.device import Capability, QueueSetup, RunState, SplitBase
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import FeatureError, MissingCapability, StateError, VdpaBridgeError
+from vdpabridge.memory import GuestMemory
 from vdpabridge.state.channel import ChannelError
 from vdpabridge.state.image import ImageError
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file, verify
@@ -65,15 +70,86 @@ def test_save_twice_gives_equal_images_and_the_device_goes_on(driver):
         work.finish()
 
 
-def test_save_load_save_gives_equal_images():
-    with lab("sim") as (source, _, work), made("sim") as (destination, _), shared_file(0) as first:
-        save(source, first, limits(), go_on=False)
+QUEUES = st.lists(st.tuples(st.integers(1, 10).map(lambda bits: 1 << bits), st.integers(0, 0xFFFF)), max_size=2)
+BLOCKS = st.dictionaries(st.integers(0, DISK_BYTES // 512 - 1), st.binary(min_size=1, max_size=512), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, (1 << 64) - 1), QUEUES, BLOCKS, st.integers(0, 1), st.booleans())
+def test_save_load_save_gives_equal_images(features, queues, blocks, writeback, started):
+    """Of any disk: what it accepted, where its queues stand, what is on it, what its guest has set."""
+    with (
+        GuestMemory(1 << 20) as memory,
+        Sim.blk(DISK_BYTES, timeout_s=5) as source,
+        Sim.blk(DISK_BYTES, timeout_s=5) as destination,
+        shared_file(0) as first,
+        shared_file(0) as second,
+    ):
+        for sector, data in blocks.items():
+            os.pwrite(source.model._fd, data, sector * 512)
+        for device in (source, destination):
+            device.map([memory.region])
+        source.accept_features(VERSION_1 | features & source.offered_features)
+        source.write_config(VIRTIO_BLK_CONFIG.offsets["wce"], bytes([writeback]))
+        for index, (size, position) in enumerate(queues):
+            desc, avail, used = (memory.allocate(16 * size) for _ in range(3))
+            # nothing is pending: the guest has made as much available as was taken
+            memory.slice(avail, 4)[:] = struct.pack("<HH", 0, position)
+            source.set_queue(index, QueueSetup(size, desc, avail, used))
+            source.set_base(index, SplitBase(position))
+            source.enable_queue(index, bool(position & 1))
+        if started:
+            source.start()
+        report = save(source, first, limits())
         os.lseek(first, 0, os.SEEK_SET)
-        destination.map([work.memory.region])
-        load(destination, first, limits(), work.eventfds, start=False)
-        with shared_file(0) as second:
-            save(destination, second, limits())
-            assert content(first) == content(second)
+        assert load(destination, first, limits(), {}).digest == report.digest
+        assert destination.state is (RunState.RUNNING if started else RunState.CONFIGURED)
+        save(destination, second, limits())
+        assert content(first) == content(second)
+
+
+def test_a_source_that_was_never_started_leaves_a_destination_that_is_not_either():
+    with Sim.blk(DISK_BYTES, timeout_s=5) as source, Sim.blk(DISK_BYTES, timeout_s=5) as destination:
+        source.accept_features(VERSION_1)
+        assert "start" not in [step.name for step in migrate(source, destination, limits()).steps]
+        assert (source.state, destination.state) == (RunState.RESET, RunState.CONFIGURED)
+
+
+class WithoutState(Sim):
+    """As a vDPA disk is: what the guest has set is all in its configuration space."""
+
+    capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+
+
+class ReadOnly(WithoutState):
+    capabilities = WithoutState.capabilities - {Capability.CONFIG_WRITE}
+
+
+class Deaf(WithoutState):
+    """It ignores what is written, as devices do."""
+
+    def _write_config(self, offset, data):
+        return
+
+
+def writes_through(device):
+    return device.read_config(VIRTIO_BLK_CONFIG.offsets["wce"], 1) == b"\0"
+
+
+def test_what_the_guest_has_set_is_set_again():
+    """A guest that was told that its writes are on the disk relies on it."""
+    wce = 1 << VIRTIO_BLK_F_CONFIG_WCE
+    with WithoutState.blk(DISK_BYTES, timeout_s=5) as source:
+        source.accept_features(VERSION_1 | wce)
+        source.write_config(VIRTIO_BLK_CONFIG.offsets["wce"], b"\0")
+        with Deaf.blk(DISK_BYTES) as other, pytest.raises(ProcedureFailed, match="does not take 00 at 32"):
+            migrate(source, other, limits())
+        with ReadOnly.blk(DISK_BYTES) as other, pytest.raises(SnapshotError, match="cannot be written"):
+            migrate(source, other, limits())
+        with WithoutState.blk(DISK_BYTES) as other:
+            assert not writes_through(other)
+            migrate(source, other, limits())
+            assert writes_through(other)
 
 
 def content(file):

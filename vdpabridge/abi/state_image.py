@@ -52,6 +52,7 @@ class PartType(IntEnum):
     IDENTITY = 0xF000
     DEV_FEATURES = 0x100
     DRV_FEATURES = 0x101
+    DEVICE_STATUS = 0x103
     VQ_CFG = 0x104
     VQ_POSITION = 0xF001
     CONFIG_SPACE = 0xF002

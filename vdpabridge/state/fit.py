@@ -5,11 +5,11 @@ from __future__ import annotations
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_NET
 from ..abi.virtio_blk import VIRTIO_BLK_CONFIG
 from ..abi.virtio_net import VIRTIO_NET_CONFIG
-from ..device import Capability, Device, SplitBase
+from ..device import Capability, Device, RunState, SplitBase
 from ..errors import MissingCapability
 from ..transitions import ALTERNATIVES
 from .image import ImageFacts
-from .snapshot import DeviceSnapshot, QueueSnapshot, SnapshotError, check_snapshot
+from .snapshot import DeviceSnapshot, QueueSnapshot, SnapshotError, check_snapshot, guest_written
 
 __all__ = ["check_fits", "facts_of"]
 
@@ -28,7 +28,8 @@ def facts_of(device: Device, snapshot: DeviceSnapshot | None) -> ImageFacts:
             if record.setup is not None
         }
         config = device.read_config() if identity.config_size_bytes else b""
-        snapshot = DeviceSnapshot(identity.device_id, device.accepted_features, queues, config)
+        started = device.state is not RunState.CONFIGURED
+        snapshot = DeviceSnapshot(identity.device_id, device.accepted_features, queues, config, started)
     return ImageFacts(
         snapshot,
         device.offered_features,
@@ -50,6 +51,11 @@ def _check_config(snapshot: DeviceSnapshot, device: Device) -> None:
     ours, theirs = bytearray(device.read_config()), bytearray(snapshot.config)
     for begin, end in _MAY_DIFFER.get(device.identity.device_id or 0, []):
         ours[begin:end] = theirs[begin:end]
+    for at, data in guest_written(snapshot):
+        same = device.read_config(at, len(data)) == data
+        if not same and Capability.CONFIG_WRITE not in device.capabilities:
+            why = f"the guest has set {data.hex()} at {at} of the configuration space, which cannot be written here"
+            raise SnapshotError("load", device=device.name, why=why, hint="load it into a device of the same kind")
     if ours != theirs:
         at = next(place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
         why = f"its configuration space differs from byte {at} on"

@@ -28,7 +28,13 @@ from ..abi.state_image import (
     VQ_POSITION,
     PartType,
 )
-from ..abi.virtio import VIRTIO_F_RING_PACKED
+from ..abi.virtio import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_F_RING_PACKED,
+)
 from ..abi.vring_base import PackedBase, QueueBase, decode_base
 from ..device import QueueSetup
 from ..errors import VdpaBridgeError
@@ -39,11 +45,15 @@ __all__ = ["ImageError", "ImageFacts", "ImageReader", "ImageWriter"]
 
 _NO_SELECTOR = bytes(8)
 _NO_VECTOR = 0xFFFF
+_CONFIGURED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
+#: Status byte -> whether the device was at work. No other is that of a device which could be saved.
+_STARTED = {_CONFIGURED: False, _CONFIGURED | VIRTIO_CONFIG_S_DRIVER_OK: True}
+_STATUS = {started: bytes([status]) for status, started in _STARTED.items()}
 _QUEUE_INDEX_MAX = 0xFFFF
 _RANK = {kind: position for position, kind in enumerate(PartType)}
 #: Types of which there is more than one part.
 _REPEATED = frozenset({PartType.VQ_CFG, PartType.VQ_POSITION, PartType.DEVICE_STATE})
-_OPTIONAL = frozenset({PartType.DEV_FEATURES})
+_OPTIONAL = frozenset({PartType.DEV_FEATURES, PartType.DEVICE_STATUS})
 _REQUIRED = frozenset({PartType.IDENTITY, PartType.DRV_FEATURES, PartType.END})
 
 
@@ -253,7 +263,7 @@ class ImageReader:
         self._check_queues(queues, queue_size_max, packed=bool(accepted >> VIRTIO_F_RING_PACKED & 1))
         if offered is not None and accepted & ~int.from_bytes(offered, "little"):
             raise self._error("features that were accepted and not offered")
-        snapshot = DeviceSnapshot(known_id, accepted, queues, config)
+        snapshot = DeviceSnapshot(known_id, accepted, queues, config, self._started(values))
         return ImageFacts(
             snapshot,
             None if offered is None else int.from_bytes(offered, "little"),
@@ -261,6 +271,14 @@ class ImageReader:
             queue_size_max,
             bool(flags & IDENTITY_HAS_STATE),
         )
+
+    def _started(self, values: dict[PartType, dict[int, bytes]]) -> bool | None:
+        part = values.get(PartType.DEVICE_STATUS)
+        if part is None:
+            return None
+        if part[0][0] not in _STARTED:
+            raise self._error(f"a device status of {part[0][0]:#x}")
+        return _STARTED[part[0][0]]
 
     def _check_queues(self, queues: Mapping[int, QueueSnapshot], size_max: int, *, packed: bool) -> None:
         for index, queue in queues.items():
@@ -284,6 +302,7 @@ _SIZES = {
     PartType.IDENTITY: IDENTITY.size_bytes,
     PartType.DEV_FEATURES: 8,
     PartType.DRV_FEATURES: 8,
+    PartType.DEVICE_STATUS: 1,
     PartType.VQ_CFG: VQ_CFG.size_bytes,
     PartType.VQ_POSITION: VQ_POSITION.size_bytes,
 }
@@ -298,6 +317,8 @@ def _fact_parts(facts: ImageFacts) -> Iterator[tuple[PartType, bytes, bytes]]:
     if facts.offered_features is not None:
         yield PartType.DEV_FEATURES, _NO_SELECTOR, facts.offered_features.to_bytes(8, "little")
     yield PartType.DRV_FEATURES, _NO_SELECTOR, snapshot.features.to_bytes(8, "little")
+    if snapshot.started is not None:
+        yield PartType.DEVICE_STATUS, _NO_SELECTOR, _STATUS[snapshot.started]
     queues = sorted(snapshot.queues.items())
     for index, queue in queues:
         setup = queue.setup

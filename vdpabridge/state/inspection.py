@@ -72,6 +72,7 @@ def _facts(facts: ImageFacts) -> Description:
         "device_id": device_id,
         "queue_count": facts.queue_count,
         "queue_size_max": facts.queue_size_max,
+        "started": snapshot.started,
         "features": feature_names(snapshot.features, device_id),
     }
     if facts.offered_features is not None:

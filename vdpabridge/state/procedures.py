@@ -67,9 +67,11 @@ def verify(source: int, limits: Limits, device: Device | None = None) -> ImageFa
 
 
 def load(
-    device: Device, source: int, limits: Limits, eventfds: Mapping[int, QueueEventfds], *, start: bool = True
+    device: Device, source: int, limits: Limits, eventfds: Mapping[int, QueueEventfds], *, start: bool | None = None
 ) -> Report:
-    """Bring reset ``device`` to where the image in ``source`` (borrowed) was taken, and (``start``) let it go on.
+    """Bring reset ``device`` to where the image in ``source`` (borrowed) was taken.
+
+    ``start``: whether it is let go on there; None for a device that was at work when it was saved.
 
     The image is read and verified to its end before the device sees anything of it. The guest's memory is the
     caller's to map, the eventfds are those of this process. Raises `ImageError`, `SnapshotError`, `FeatureError`,
@@ -89,6 +91,7 @@ def load_state(device: Device, source: int, limits: Limits) -> Report:
 def migrate(source: Device, destination: Device, limits: Limits) -> Report:
     """Have ``destination``, which is reset and has the guest's memory mapped, go on with the work of ``source``.
 
+    A source that was never started leaves a destination that is not either.
     The source's eventfds become the destination's. Where a step fails the destination is reset and the source goes on.
     Raises `StateError`, `MissingCapability`, `SnapshotError` or `FeatureError` before anything was done.
     """
@@ -107,10 +110,11 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
             restore(destination, snapshot, eventfds_of(source))
             if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
                 destination.set_config_call(source.config_call)
-        undo.expect_start(destination, snapshot)
-        # no signal between a device that starts and our knowing of it
-        with report.step("start"), within(destination, limits), uninterrupted():
-            destination.start()
+        if snapshot.started:
+            undo.expect_start(destination, snapshot)
+            # no signal between a device that starts and our knowing of it
+            with report.step("start"), within(destination, limits), uninterrupted():
+                destination.start()
     # the destination runs: whatever becomes of the source, it must not
     undo.try_step("reset the source", source.reset)
     return report
@@ -165,7 +169,7 @@ def _load(
     limits: Limits,
     eventfds: Mapping[int, QueueEventfds] | None,
     *,
-    start: bool,
+    start: bool | None,
 ) -> Report:
     if device.state is not RunState.RESET:
         raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
@@ -186,8 +190,9 @@ def _load(
             if eventfds is not None:
                 with report.step("restore"), within(device, limits):
                     restore(device, reader.facts.snapshot, eventfds)
-            if start:
-                undo.expect_start(device, reader.facts.snapshot)
+            snapshot = reader.facts.snapshot
+            if start or (start is None and snapshot.started is not False):
+                undo.expect_start(device, snapshot)
                 with report.step("start"), within(device, limits), uninterrupted():
                     device.start()
     finally:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..abi.virtio import VIRTIO_ID_BLOCK
+from ..abi.virtio_blk import VIRTIO_BLK_CONFIG, VIRTIO_BLK_F_CONFIG_WCE
 from ..device import Device, QueueBase, QueueSetup
 from ..errors import FeatureError, StateError, VdpaBridgeError
 from ..transitions import Operation, RunState
@@ -20,6 +22,7 @@ __all__ = [
     "capture",
     "check_snapshot",
     "eventfds_of",
+    "guest_written",
     "restore",
 ]
 
@@ -46,6 +49,8 @@ class DeviceSnapshot:
     """What the guest had accepted."""
     queues: Mapping[int, QueueSnapshot]
     config: bytes
+    started: bool | None = None
+    """Whether the device was at work before it was suspended (DRIVER_OK); None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,8 @@ def capture(device: Device) -> DeviceSnapshot:
         if record.setup is not None
     }
     config = device.read_config() if device.identity.config_size_bytes else b""
-    return DeviceSnapshot(device.identity.device_id, device.accepted_features, queues, config)
+    started = device.state is not RunState.CONFIGURED
+    return DeviceSnapshot(device.identity.device_id, device.accepted_features, queues, config, started)
 
 
 def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
@@ -78,6 +84,7 @@ def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
     check_snapshot(device, snapshot)
     try:
         device.accept_features(snapshot.features)
+        _restore_config(device, snapshot)
         for index, queue in snapshot.queues.items():
             device.set_queue(index, queue.setup)
             device.set_base(index, queue.base)
@@ -89,6 +96,28 @@ def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
     except BaseException:
         device.reset()
         raise
+
+
+def guest_written(snapshot: DeviceSnapshot) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of what the guest may have written in the configuration space, which every device starts with.
+
+    Source: VIRTIO 1.4, 5.2.5 (a disk's ``writeback``); no other field of a disk, network or file system is the guest's
+    to write since VIRTIO 1.0.
+    """
+    at = VIRTIO_BLK_CONFIG.offsets["wce"]
+    if snapshot.device_id != VIRTIO_ID_BLOCK or not snapshot.features >> VIRTIO_BLK_F_CONFIG_WCE & 1:
+        return []
+    return [(at, snapshot.config[at : at + 1])]
+
+
+def _restore_config(device: Device, snapshot: DeviceSnapshot) -> None:
+    for offset, data in guest_written(snapshot):
+        if device.read_config(offset, len(data)) == data:
+            continue
+        device.write_config(offset, data)
+        # a device ignores what it does not want written, and does not say so
+        if device.read_config(offset, len(data)) != data:
+            _refuse(device, f"its configuration space does not take {data.hex()} at {offset}, which the guest had set")
 
 
 def eventfds_of(device: Device) -> dict[int, QueueEventfds]:
