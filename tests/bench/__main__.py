@@ -7,9 +7,9 @@ import argparse
 import json
 import sys
 
-from . import channel, migration
+from . import channel, migration, round_trip
 
-MEASUREMENTS = {"channel": channel.measure, "migration": migration.measure}
+MEASUREMENTS = {"channel": channel.measure, "round-trip": round_trip.measure, "migration": migration.measure}
 
 
 def main():

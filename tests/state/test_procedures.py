@@ -341,22 +341,6 @@ def test_a_damaged_image_shows_the_device_nothing():
             assert (calls, other.state) == ([], RunState.RESET)
 
 
-def test_a_large_state_takes_little_memory():
-    """Through an image into a pipe and away: what is in memory does not grow with the state."""
-    import resource
-
-    with Sim.blk(256 << 20, timeout_s=60) as device:
-        device.accept_features(VERSION_1)
-        for at in range(0, 256 << 20, 1 << 20):
-            os.pwrite(device.model._fd, os.urandom(1) * (1 << 20), at)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with open(os.devnull, "wb") as nowhere:
-            report = save(device, nowhere.fileno(), limits(timeout_s=60))
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert report.state_bytes > 256 << 20
-        assert after - before < 64 << 10, "KiB"
-
-
 def test_channel_error_is_one_line():
     assert str(ChannelError("transfer", why="too much")) == "transfer: too much"
 

@@ -1,7 +1,7 @@
 """One end of a vhost-user socket: whole messages in and out, descriptors with them, a deadline on everything.
 
 Source: docs/interop/vhost-user.rst, "Message Specification" and "Communication": descriptors go with the first byte of
-the header, and are looked for there only.
+the header, and are looked for there only. The kernel closes those that come with a payload.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ __all__ = ["FDS_MAX", "Connection", "Message", "is_listening"]
 #: The most descriptors in one message: rust-vmm's limit; QEMU sends 8 at the most.
 FDS_MAX = 32
 _FD_BYTES = array.array("i").itemsize
+#: As a plain number: an enumeration's own arithmetic takes longer than the system call beside it.
+_CTRUNC = int(socket.MSG_CTRUNC)
+_ANCILLARY_BYTES = socket.CMSG_SPACE((FDS_MAX + 1) * _FD_BYTES)
 _KNOWN_FLAGS = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
 #: A socket's file appears a moment before its process listens on it.
 _RETRY = (errno.ECONNREFUSED, errno.ENOENT)
@@ -83,6 +86,8 @@ class Connection:
         self.timeout_s = timeout_s
         self.cut = False
         """Whether a deadline has passed in the middle of a message."""
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
 
     @classmethod
     def connect(cls, path: str, *, timeout_s: float | None = None) -> Self:
@@ -134,15 +139,16 @@ class Connection:
             try:
                 sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                self._wait(select.POLLOUT, deadline, f"send message {request}")
+                self._await_room(deadline, f"send message {request}")
                 continue
             except OSError as error:
                 raise self._lost(f"send message {request}", request, error) from None
             data = data[sent:]
             ancillary = []
 
-    def receive(self) -> Message | None:
-        """The next message; None where the peer closed between two messages.
+    def receive(self, *, at_hand: bool = False) -> Message | None:
+        """The next message; None where the peer closed between two messages. ``at_hand``: its first byte is known to
+        be there, and need not be waited for.
 
         Raises `ProtocolError` for what is no message, `ConnectionLost` where the peer closed in the middle of one,
         `DeadlineExceeded`. No descriptor stays open where it raises.
@@ -151,13 +157,15 @@ class Connection:
         fds: list[int] = []
         self.cut = False
         try:
-            header = self._read(HEADER.size_bytes, deadline, fds, first=True)
+            if not at_hand:
+                self._await(deadline)
+            header = self._read_header(deadline, fds)
             if not header:
                 return None
             request, flags, size = HEADER.unpack(header)
             self._check_header(request, flags, size)
             self.cut = True  # until all of it is here
-            payload = self._read(size, deadline, fds, first=False) if size else b""
+            payload = self._read(size, deadline) if size else b""
             self.cut = False
             return Message(request, flags, payload, fds)
         except BaseException:
@@ -189,26 +197,28 @@ class Connection:
         if why:
             raise ProtocolError(f"message {request}", peer=self.peer, why=why, request=request)
 
-    def _read(self, size: int, deadline: Deadline, fds: list[int], *, first: bool) -> bytes:
-        """``size`` bytes; none where the peer closed before the first of a header. Descriptors go to ``fds``."""
+    def _read_header(self, deadline: Deadline, fds: list[int]) -> bytes:
+        """A header; nothing where the peer has closed. Its descriptors go to ``fds``."""
         data = b""
-        while len(data) < size:
-            came = self._receive_some(size - len(data), fds, may_have_fds=first and not data)
+        while not data:
+            came = self._receive_first(fds)
             if came is None:
-                self._wait(select.POLLIN, deadline, "receive a message")
-                continue
-            self.cut = bool(came)
-            if not came:
-                if first and not data:
-                    return b""
-                raise self._lost(f"receive a message: {len(data)} of {size} bytes came")
-            data += came
+                self._await(deadline)
+            elif not came:
+                return b""
+            else:
+                data = came
+        missing = HEADER.size_bytes - len(data)
+        if missing:
+            self.cut = True
+            data += self._read(missing, deadline)
         return data
 
-    def _receive_some(self, size: int, fds: list[int], *, may_have_fds: bool) -> bytes | None:
+    def _receive_first(self, fds: list[int]) -> bytes | None:
+        """The beginning of a message; None where there is nothing yet."""
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(
-                size, socket.CMSG_SPACE((FDS_MAX + 1) * _FD_BYTES), socket.MSG_CMSG_CLOEXEC
+                HEADER.size_bytes, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -216,24 +226,44 @@ class Connection:
             return b""
         except OSError as error:
             raise self._lost("receive a message", error=error) from None
-        before = len(fds)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = array.array("i")
                 whole.frombytes(content[: len(content) - len(content) % _FD_BYTES])
                 fds.extend(whole)
-        if flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+        if flags & _CTRUNC or len(fds) > FDS_MAX:
             why = f"more than {FDS_MAX} descriptors came with it"
-            raise ProtocolError("receive a message", peer=self.peer, why=why)
-        if len(fds) > before and not may_have_fds:
-            why = "descriptors came in the middle of it: they belong to its first byte"
             raise ProtocolError("receive a message", peer=self.peer, why=why)
         return data
 
-    def _wait(self, events: int, deadline: Deadline, what: str) -> None:
+    def _read(self, size: int, deadline: Deadline) -> bytes:
+        """The next ``size`` bytes of a message that has begun."""
+        data = b""
+        while len(data) < size:
+            try:
+                came = self._socket.recv(size - len(data))
+            except BlockingIOError:
+                self._await(deadline)
+                continue
+            except ConnectionResetError:
+                came = b""
+            except OSError as error:
+                raise self._lost("receive a message", error=error) from None
+            if not came:
+                raise self._lost(f"receive a message: {size - len(data)} more bytes were to come")
+            data += came
+        return data
+
+    def _await(self, deadline: Deadline) -> None:
+        """Wait for something to read."""
+        left_s = deadline.left_s()
+        if not self._readable.poll(None if left_s is None else left_s * 1000):
+            raise DeadlineExceeded("receive a message", deadline.timeout_s or 0, device=self.peer)
+
+    def _await_room(self, deadline: Deadline, what: str) -> None:
         left_s = deadline.left_s()
         poll = select.poll()
-        poll.register(self._socket, events)
+        poll.register(self._socket, select.POLLOUT)
         if not poll.poll(None if left_s is None else left_s * 1000):
             raise DeadlineExceeded(what, deadline.timeout_s or 0, device=self.peer)
 

@@ -74,7 +74,7 @@ class Session:
 
         Raises `ProtocolError` where the two do not understand each other: the connection is of no use then.
         """
-        message = self._connection.receive()
+        message = self._connection.receive(at_hand=True)
         if message is None:
             return False
         with message:
