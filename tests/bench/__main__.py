@@ -1,15 +1,22 @@
 """``python3 -m tests.bench [NAME …] [--runs N] [--json FILE]``: all measurements, or those named.
 
-What is compared runs in turns, within one run of this program; what counts is the ratio of medians.
+What is compared runs in turns, within one run of this program; what counts is the ratio of medians. Tables, and at the
+end all numbers as a line of JSON.
 """
 
 import argparse
 import json
 import sys
 
-from . import channel, migration, round_trip
+from . import channel, machine, migration, round_trip, startup
 
-MEASUREMENTS = {"channel": channel.measure, "round-trip": round_trip.measure, "migration": migration.measure}
+MEASUREMENTS = {
+    "startup": startup.measure,
+    "channel": channel.measure,
+    "round-trip": round_trip.measure,
+    "machine": machine.measure,
+    "migration": migration.measure,
+}
 
 
 def main():
@@ -23,6 +30,7 @@ def main():
         if name not in MEASUREMENTS:
             parser.error(f"there is no measurement {name!r}")
         results[name] = MEASUREMENTS[name](words.runs)
+    print(f"\n{json.dumps(results)}")
     if words.json:
         with open(words.json, "w", encoding="ascii") as file:
             json.dump(results, file, indent=2)

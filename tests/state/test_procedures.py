@@ -52,7 +52,8 @@ def test_migrate(driver, to):
             "capture",
             "device state",
             "check",
-            "restore",
+            "prepare",
+            "place",
             "start",
             "reset the source",
         ]

@@ -112,8 +112,8 @@ class Trap:
 class Counting(Connection):
     trap = None
 
-    def receive(self):
-        message = super().receive()
+    def receive(self, **options):
+        message = super().receive(**options)
         if message is not None:
             self.trap.event("message")
         return message

@@ -19,7 +19,7 @@ from .files import replacing
 from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageReader, ImageWriter
 from .report import Report
-from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
+from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, place, prepare, restore
 from .stream import reading
 from .undo import ProcedureFailed, Undo, uninterrupted, within
 
@@ -92,24 +92,33 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
     """Have ``destination``, which is reset and has the guest's memory mapped, go on with the work of ``source``.
 
     A source that was never started leaves a destination that is not either.
-    The source's eventfds become the destination's. Where a step fails the destination is reset and the source goes on.
+
+    What can be done before the source is suspended is done before: a destination without a state of its own is set up,
+    short of its queues' positions. The source's eventfds become the destination's. Where a step fails the destination
+    is reset and the source goes on.
+
     Raises `StateError`, `MissingCapability`, `SnapshotError` or `FeatureError` before anything was done.
     """
-    check_fits(facts_of(source, None), destination)
+    facts = facts_of(source, None)
+    check_fits(facts, destination)
     undo = _prepare(source, "migrate", destination)
     report = undo.report
+    eventfds = eventfds_of(source)
     with undo:
+        if not facts.has_state:
+            with report.step("prepare"), within(destination, limits):
+                _set_up(destination, source, facts.snapshot, eventfds)
         undo.snapshot = snapshot = _suspend(source, limits, undo)
-        if Capability.DEVICE_STATE in source.capabilities:
+        if facts.has_state:
             with report.step("device state"):
                 report.state_bytes = carry_state(source, destination, limits)
             with report.step("check"), within(source, limits), within(destination, limits):
                 source.check_state()
                 destination.check_state()
-        with report.step("restore"), within(destination, limits):
-            restore(destination, snapshot, eventfds_of(source))
-            if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
-                destination.set_config_call(source.config_call)
+            with report.step("prepare"), within(destination, limits):
+                _set_up(destination, source, snapshot, eventfds)
+        with report.step("place"), within(destination, limits):
+            place(destination, snapshot, eventfds)
         if snapshot.started:
             undo.expect_start(destination, snapshot)
             # no signal between a device that starts and our knowing of it
@@ -137,6 +146,14 @@ def _prepare(device: Device, what: str, destination: Device | None = None) -> Un
             if capability not in device.capabilities:
                 raise MissingCapability(device.name, what, capability.value, ALTERNATIVES[capability])
     return Undo(what, device, destination)
+
+
+def _set_up(
+    destination: Device, source: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]
+) -> None:
+    prepare(destination, snapshot, eventfds)
+    if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
+        destination.set_config_call(source.config_call)
 
 
 def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:

@@ -23,6 +23,8 @@ __all__ = [
     "check_snapshot",
     "eventfds_of",
     "guest_written",
+    "place",
+    "prepare",
     "restore",
 ]
 
@@ -83,19 +85,33 @@ def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
     """
     check_snapshot(device, snapshot)
     try:
-        device.accept_features(snapshot.features)
-        _restore_config(device, snapshot)
-        for index, queue in snapshot.queues.items():
-            device.set_queue(index, queue.setup)
-            device.set_base(index, queue.base)
-            wires = eventfds.get(index, QueueEventfds())
-            device.set_call(index, wires.call)
-            device.set_err(index, wires.err)
-            device.set_kick(index, wires.kick)
-            device.enable_queue(index, queue.enabled)
+        prepare(device, snapshot, eventfds)
+        place(device, snapshot, eventfds)
     except BaseException:
         device.reset()
         raise
+
+
+def prepare(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
+    """The part of `restore` that needs no position: it can be done while the device to be replaced is at work.
+
+    Not the kicks, which that device is given still: nobody knows what another makes of them before it is started.
+    """
+    device.accept_features(snapshot.features)
+    for index, queue in snapshot.queues.items():
+        device.set_queue(index, queue.setup)
+        wires = eventfds.get(index, QueueEventfds())
+        device.set_call(index, wires.call)
+        device.set_err(index, wires.err)
+
+
+def place(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
+    """The rest of `restore`: where every queue stands, what the guest has set, and the kicks."""
+    _restore_config(device, snapshot)
+    for index, queue in snapshot.queues.items():
+        device.set_base(index, queue.base)
+        device.set_kick(index, eventfds.get(index, QueueEventfds()).kick)
+        device.enable_queue(index, queue.enabled)
 
 
 def guest_written(snapshot: DeviceSnapshot) -> list[tuple[int, bytes]]:

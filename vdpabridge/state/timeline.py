@@ -15,6 +15,7 @@ _COLOURS = {
     "suspend": "#c0392b",
     "device state": "#2980b9",
     "check": "#16a085",
+    "place": "#8e44ad",
     "start": "#27ae60",
     "resume": "#27ae60",
 }

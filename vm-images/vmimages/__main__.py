@@ -52,6 +52,8 @@ def main() -> int:
     parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest: ask Debian for a newer source")
     text = "set in the guest; may be repeated"
     parser.add_argument("--env", action="append", type=_pair, default=[], metavar="NAME=VALUE", help=text)
+    text = "a file or folder that the guest has as /run/payload/with/NAME; may be repeated"
+    parser.add_argument("--with", action="append", type=Path, default=[], dest="extra", metavar="PATH", help=text)
     parser.add_argument("--build-only", action="store_true", help="build what is missing, boot nothing")
     # so that the machine ends with this process, also when something else than Ctrl-C ends it
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -72,6 +74,7 @@ def main() -> int:
             memory_mib=words.memory,
             kernel_arguments=words.kernel_arguments,
             environment=dict(words.env),
+            extra=words.extra,
         )
     except (HostError, OSError, ValueError) as error:
         print(f"vm-images: {error}", file=sys.stderr)

@@ -27,8 +27,10 @@ ENVIRONMENT = {
 }
 
 
-def write_payload(tar: Path, repository: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Write the tar that the guest's first process unpacks and starts."""
+def write_payload(
+    tar: Path, repository: Path, command: Sequence[str], environment: Mapping[str, str], extra: Sequence[Path] = ()
+) -> None:
+    """Write the tar that the guest's first process unpacks and starts; ``extra`` goes to /run/payload/with."""
     exports = ENVIRONMENT | dict(environment)
     script = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items())
     script += f"exec {shlex.join(command)}\n"
@@ -37,6 +39,8 @@ def write_payload(tar: Path, repository: Path, command: Sequence[str], environme
         for name in TREE:
             if (repository / name).exists():
                 archive.add(repository / name, f"tree/{name}", filter=_for_guest)
+        for path in extra:
+            archive.add(path, f"with/{path.name}", filter=_for_guest)
         for module in MODULES:
             path = _module_path(module)
             archive.add(path, f"modules/{path.name}", filter=_for_guest)

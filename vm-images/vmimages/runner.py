@@ -33,9 +33,11 @@ def run(
     memory_mib: int = 1024,
     kernel_arguments: str = "",
     environment: Mapping[str, str] | None = None,
+    extra: Sequence[Path] = (),
     output: BinaryIO | None = None,
 ) -> Result:
-    """Run ``command`` as root in a fresh machine, with ``repository`` as its working directory.
+    """Run ``command`` as root in a fresh machine, with ``repository`` as its working directory, ``extra`` in
+    /run/payload/with.
 
     Output (standard output and error together) is copied to ``output``, by default this process's standard output,
     as it comes. The guest is thrown away afterwards. Interrupting the call ends the machine too.
@@ -46,7 +48,7 @@ def run(
     root = rootfs()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdpabridge-vm-", dir=_short_folder())))
-        write_payload(scratch / "payload.tar", repository, command, environment or {})
+        write_payload(scratch / "payload.tar", repository, command, environment or {}, extra)
         machine = Machine(
             kernel=kernel.image,
             root=root,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import time
-from collections.abc import Sequence, Set
-from typing import Self
+from collections.abc import Callable, Sequence, Set
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from ...abi.vhost import (
     BACKEND_FEATURE_NAMES,
@@ -55,6 +56,8 @@ from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
 
+Words = ParamSpec("Words")
+Value = TypeVar("Value")
 _ACCESS_PLATFORM = 1 << VIRTIO_F_ACCESS_PLATFORM
 _KNOWN_BACKEND_FEATURES = sum(1 << bit for bit in BACKEND_FEATURE_NAMES)
 _READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
@@ -71,6 +74,18 @@ _CAPABILITY_BITS = {
     Capability.RESUME: VHOST_BACKEND_F_RESUME,
     Capability.ENABLE_WHILE_RUNNING: VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
 }
+
+
+def _under_one_deadline(
+    hook: Callable[Concatenate[VhostVdpa, Words], Value],
+) -> Callable[Concatenate[VhostVdpa, Words], Value]:
+    """Have all requests that ``hook`` makes bounded together, which costs as much as bounding one."""
+
+    @functools.wraps(hook)
+    def bounded(self: VhostVdpa, /, *words: Words.args, **options: Words.kwargs) -> Value:
+        return self._node.together(hook.__name__.strip("_"), lambda: hook(self, *words, **options))
+
+    return bounded
 
 
 class VhostVdpa(Device):
@@ -196,6 +211,7 @@ class VhostVdpa(Device):
             config_size_bytes=self._ask.get(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE),
         )
 
+    @_under_one_deadline
     def _accept_features(self, features: int) -> None:
         offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
         if unknown := features & ~offered:
@@ -222,6 +238,7 @@ class VhostVdpa(Device):
 
     # --- configuration space ---
 
+    @_under_one_deadline
     def _read_config(self, offset: int, size: int) -> bytes:
         return self._ask.read_config(offset, size)
 
@@ -241,6 +258,7 @@ class VhostVdpa(Device):
 
     # --- queues ---
 
+    @_under_one_deadline
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
         if self.group_count > 1:
             self._assign_group(index, setup.address_space)
@@ -297,16 +315,19 @@ class VhostVdpa(Device):
 
     # --- run control ---
 
+    @_under_one_deadline
     def _start(self) -> None:
         for index in self._enabled_queues():
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, True)
         self._write_status(_LIVE)
         self._kick_enabled()
 
+    @_under_one_deadline
     def _suspend(self, *, drain: bool) -> None:
         self._require_live()
         self._node.call(Ioctl.VHOST_VDPA_SUSPEND)
 
+    @_under_one_deadline
     def _resume(self) -> None:
         # by this request only: rewriting the status byte un-suspends vdpa_sim behind vhost's back
         self._require_live()
@@ -319,6 +340,7 @@ class VhostVdpa(Device):
         if status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
             raise self._fail(f"status is {status_names(status)}, and the device was started")
 
+    @_under_one_deadline
     def _check_health(self) -> None:
         if self.state in (RunState.RUNNING, RunState.SUSPENDED):
             self._require_live()

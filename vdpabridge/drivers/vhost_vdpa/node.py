@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from ...abi.vhost import VhostIoctl as Ioctl
+from ...call_thread import CallThread
 from ...deadline import Deadline, StillRunning, call_within
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
 from ...holders import holders
@@ -15,6 +18,8 @@ from .explain import explain
 from .system import LINUX, System
 
 __all__ = ["Node", "NodeError"]
+
+Value = TypeVar("Value")
 
 #: What a forked child may still ask: the device goes on working for its parent. The kernel would let a child reset it.
 _ASKS_ONLY = frozenset(
@@ -45,6 +50,11 @@ class Node:
         self._system = system
         self._owner_pid = os.getpid()
         self._stuck_in = ""
+        self._calls = CallThread("vdpabridge-call")
+        self._together: int | None = None
+        """The thread whose calls have a deadline already, all together."""
+        self._request: Ioctl | str = ""
+        """What was asked for last."""
 
     @classmethod
     def open(cls, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> Node:
@@ -73,7 +83,8 @@ class Node:
             self._refuse_fork(request.name)
         while True:
             try:
-                if self.timeout_s is None and not self._stuck_in:
+                if not self._stuck_in and (self.timeout_s is None or self._together == threading.get_ident()):
+                    self._request = request
                     self._system.ioctl(self._fd, request, argument)
                 else:
                     self._bounded(request.name, lambda: self._system.ioctl(self._fd, request, argument))
@@ -95,6 +106,23 @@ class Node:
         # a success answers 72, whatever the message's length: there are no short writes here
         self._bounded("IOTLB message", lambda: self._system.write(self._fd, message))
 
+    def together(self, what: str, calls: Callable[[], Value]) -> Value:
+        """Run ``calls``, which makes several calls, under one deadline: they need one thread's attention, not each.
+
+        When the deadline has passed, what is left of them is refused. Raises as `call` does.
+        """
+        if self.timeout_s is None or self._together == threading.get_ident():
+            return calls()
+
+        def run() -> Value:
+            self._together = threading.get_ident()
+            try:
+                return calls()
+            finally:
+                self._together = None
+
+        return self._bounded(what, run)
+
     def close(self) -> None:
         """Close. The last descriptor's close resets the device. Idempotent. Raises `DeadlineExceeded`."""
         fd, self._fd = self._fd, -1
@@ -104,6 +132,7 @@ class Node:
             self._system.close(fd)  # with a request still in the kernel, that one's end does the work
         else:
             self._bounded("close", lambda: self._system.close(fd))
+        self._calls.close()
 
     @property
     def usable(self) -> bool:
@@ -115,34 +144,37 @@ class Node:
         """Whether a call whose deadline has passed went on in the kernel."""
         return bool(self._stuck_in)
 
-    def _bounded(self, what: str, call: Callable[[], object]) -> None:
+    def _bounded(self, what: str, call: Callable[[], Value]) -> Value:
         if self._stuck_in:
             raise DeadlineExceeded(what, 0, device=self.path, why=f"{self._stuck_in} is still in the kernel")
         timeout_s = self.timeout_s
         deadline = Deadline(timeout_s)
+        self._request = what
         while True:
             try:
-                if timeout_s is None:
-                    call()
-                else:
-                    call_within(deadline.left_s() or 0.0, call)
-                return
+                if timeout_s is None or self._together == threading.get_ident():
+                    return call()
+                return self._calls.call(deadline.left_s() or 0.0, call)
             except InterruptedError:
                 continue
             except KeyboardInterrupt:
                 if timeout_s is not None:
-                    self._stuck_in = what  # the waiting was interrupted, not the call
+                    self._stuck_in = _name(self._request)  # the waiting was interrupted, not the call
                 raise
             except StillRunning:
-                self._stuck_in = what
+                self._stuck_in = _name(self._request)
                 hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
-                raise DeadlineExceeded(what, timeout_s or 0, device=self.path, hint=hint) from None
+                raise DeadlineExceeded(self._stuck_in, timeout_s or 0, device=self.path, hint=hint) from None
 
     def _refuse_fork(self, what: str) -> None:
         why = f"the device belongs to process {self._owner_pid}, whose fork this is"
         raise OwnershipError(
             what, device=self.path, why=why, hint="open the device after fork, in the process that uses it"
         )
+
+
+def _name(request: Ioctl | str) -> str:
+    return request.name if isinstance(request, Ioctl) else request
 
 
 def _check_is_vhost_vdpa(path: str) -> None:

@@ -25,19 +25,19 @@ __all__ = ["Requests"]
 _CONFIG_CHUNK_BYTES = 1016
 #: What the requests that carry one number carry it in.
 _CODES = {
-    Ioctl.VHOST_GET_FEATURES: "=Q",
-    Ioctl.VHOST_SET_FEATURES: "=Q",
-    Ioctl.VHOST_GET_BACKEND_FEATURES: "=Q",
-    Ioctl.VHOST_SET_BACKEND_FEATURES: "=Q",
-    Ioctl.VHOST_VDPA_GET_STATUS: "=B",
-    Ioctl.VHOST_VDPA_SET_STATUS: "=B",
-    Ioctl.VHOST_VDPA_GET_VRING_NUM: "=H",
-    Ioctl.VHOST_VDPA_GET_DEVICE_ID: "=I",
-    Ioctl.VHOST_VDPA_GET_VQS_COUNT: "=I",
-    Ioctl.VHOST_VDPA_GET_CONFIG_SIZE: "=I",
-    Ioctl.VHOST_VDPA_GET_GROUP_NUM: "=I",
-    Ioctl.VHOST_VDPA_GET_AS_NUM: "=I",
-    Ioctl.VHOST_VDPA_SET_CONFIG_CALL: "=i",
+    Ioctl.VHOST_GET_FEATURES: struct.Struct("=Q"),
+    Ioctl.VHOST_SET_FEATURES: struct.Struct("=Q"),
+    Ioctl.VHOST_GET_BACKEND_FEATURES: struct.Struct("=Q"),
+    Ioctl.VHOST_SET_BACKEND_FEATURES: struct.Struct("=Q"),
+    Ioctl.VHOST_VDPA_GET_STATUS: struct.Struct("=B"),
+    Ioctl.VHOST_VDPA_SET_STATUS: struct.Struct("=B"),
+    Ioctl.VHOST_VDPA_GET_VRING_NUM: struct.Struct("=H"),
+    Ioctl.VHOST_VDPA_GET_DEVICE_ID: struct.Struct("=I"),
+    Ioctl.VHOST_VDPA_GET_VQS_COUNT: struct.Struct("=I"),
+    Ioctl.VHOST_VDPA_GET_CONFIG_SIZE: struct.Struct("=I"),
+    Ioctl.VHOST_VDPA_GET_GROUP_NUM: struct.Struct("=I"),
+    Ioctl.VHOST_VDPA_GET_AS_NUM: struct.Struct("=I"),
+    Ioctl.VHOST_VDPA_SET_CONFIG_CALL: struct.Struct("=i"),
 }
 
 
@@ -50,14 +50,14 @@ class Requests:
     def get(self, request: Ioctl) -> int:
         """The one number that ``request`` answers."""
         code = _CODES[request]
-        buffer = bytearray(struct.calcsize(code))
+        buffer = bytearray(code.size)
         self.call(request, buffer)
-        value: int = struct.unpack(code, buffer)[0]
+        value: int = code.unpack(buffer)[0]
         return value
 
     def set(self, request: Ioctl, value: int) -> None:
         """Make a ``request`` that carries one number."""
-        self.call(request, bytearray(struct.pack(_CODES[request], value)))
+        self.call(request, bytearray(_CODES[request].pack(value)))
 
     def get_of_queue(self, request: Ioctl, index: int) -> int:
         """The number that ``request`` answers for queue ``index``."""
