@@ -117,12 +117,54 @@ def test_nobody_takes_it_by_hand(tmp_path):
         copy(file.fileno(), ours.fileno(), limits(timeout_s=0.1))
 
 
-def test_nobody_takes_it():
-    reader, writer = os.pipe()
+def named(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    return reader, os.open(path, os.O_WRONLY)
+
+
+SINKS = {
+    "pipe": lambda _: os.pipe(),
+    "named pipe": named,
+    "socket": lambda _: [each.detach() for each in socket.socketpair()],
+}
+
+
+@pytest.fixture(params=["RWF_NOWAIT", "no RWF_NOWAIT"])
+def kernel(request, monkeypatch):
+    """Before Linux 6.4 there was none for pipes."""
+
+    def refuse(*_words):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if request.param != "RWF_NOWAIT":
+        monkeypatch.setattr(os, "pwritev", refuse)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.usefixtures("kernel")
+def test_nobody_takes_it(kind, tmp_path):
+    reader, writer = SINKS[kind](tmp_path)
     with pytest.raises(DeadlineExceeded):
         write_all(writer, bytes(1 << 20), limits(timeout_s=0.05))
+    assert os.get_blocking(writer), "as its other owners have it"
     os.close(writer)
     os.close(reader)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.usefixtures("kernel")
+def test_what_is_written_arrives(kind, tmp_path):
+    reader, writer = SINKS[kind](tmp_path)
+    os.set_blocking(reader, True)
+    received = []
+    drainer = threading.Thread(target=drain, args=[reader, received])
+    drainer.start()
+    write_all(writer, DATA, limits())
+    os.close(writer)
+    drainer.join()
+    assert b"".join(received) == DATA
 
 
 def test_somebody_cancels():

@@ -19,6 +19,8 @@ __all__ = ["STEP_BYTES", "Cancelled", "ChannelError", "Limits", "copy", "enlarge
 PIPE_BYTES = 1 << 20
 #: What is moved at a time.
 STEP_BYTES = 1 << 20
+#: No RWF_NOWAIT for this descriptor: pipes have it from Linux 6.4 on, FIFOs with a name have not.
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL)
 #: The kernel does not do it for this pair of descriptors: the next way is tried.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EBADF)
 
@@ -75,11 +77,11 @@ def read_some(fd: int, buffer: memoryview, limits: Limits) -> int:
 def write_all(fd: int, data: bytes | memoryview, limits: Limits) -> None:
     """Write all of ``data`` to ``fd`` (borrowed). Raises as `copy` does."""
     rest = memoryview(data)
+    write = os.write if _never_blocks(fd) else _write_what_fits
     while rest:
         wait(fd, select.POLLOUT, limits)
         try:
-            # no more than fits at once, where the descriptor would make us wait for the rest: see pipe(7)
-            rest = rest[os.write(fd, rest if _never_blocks(fd) else rest[: select.PIPE_BUF]) :]
+            rest = rest[write(fd, rest) :]
         except BlockingIOError:
             continue
         except OSError as error:
@@ -150,6 +152,17 @@ def _by_buffer(source: int, sink: int, limits: Limits) -> int:
     count = read_some(source, buffer, limits)
     write_all(sink, buffer[:count], limits)
     return count
+
+
+def _write_what_fits(fd: int, data: memoryview) -> int:
+    """Write as much as ``fd``, which would make us wait for the rest, takes at once."""
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in _NO_NOWAIT:
+            raise
+    # so much is written at once or not at all: see pipe(7)
+    return os.write(fd, data[: select.PIPE_BUF])
 
 
 def _never_blocks(fd: int) -> bool:

@@ -14,7 +14,7 @@ from ..device import Capability, Device, RunState
 from ..errors import MissingCapability, StateError
 from ..transitions import ALTERNATIVES
 from .carry import carry_state, read_state, spool_state, write_state
-from .channel import Limits, write_all
+from .channel import Limits, enlarge, write_all
 from .files import replacing
 from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageReader, ImageWriter
@@ -170,6 +170,7 @@ def _write_image(device: Device, sink: int, limits: Limits, undo: Undo) -> None:
     report = undo.report
     undo.snapshot = snapshot = _suspend(device, limits, undo)
     facts = facts_of(device, snapshot)
+    enlarge(sink)
     with ImageWriter(lambda data: write_all(sink, data, limits), facts) as writer:
         if facts.has_state:
             with report.step("device state"):
