@@ -15,14 +15,10 @@ import pytest
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.fuse import FuseDriver
 
+from ..support.mount import Mount
 from ..support.waiting import wait_until
 from .test_serve import COMMAND, ENVIRONMENT, run, serving
-
-ROOT = 1
 
 
 @contextmanager
@@ -44,34 +40,14 @@ def listens(path):
     return True
 
 
-class Mount:
-    """A guest with a file open."""
-
-    def __init__(self, stack, path):
-        self.memory = stack.enter_context(GuestMemory(1 << 20))
-        self.rings = [stack.enter_context(SplitQueue(self.memory, 64)) for _ in range(2)]
-        self.fuse = FuseDriver(self.memory, *self.rings, timeout_s=10)
-        self.device = stack.enter_context(VhostUser.open(path, device_id=26, timeout_s=10))
-        self.start(self.device)
-        self.fuse.init()
-        self.nodeid = self.fuse.lookup(ROOT, "README").nodeid
-        self.handle = self.fuse.open(self.nodeid)
-
-    def start(self, device, bases=(0, 0)):
-        device.map([self.memory.region])
-        device.accept_features(1 << 32)
-        for index, ring in enumerate(self.rings):
-            ring.attach(device, index, bases[index])
-        device.start()
-
-    def read(self):
-        return self.fuse.read(self.nodeid, self.handle, 0, 5)
-
-
 @contextmanager
 def mounted(tmp_path):
-    with controlled(tmp_path) as (path, control, _), ExitStack() as stack:
-        yield Mount(stack, path), control
+    with (
+        controlled(tmp_path) as (path, control, _),
+        ExitStack() as stack,
+        VhostUser.open(path, device_id=26, timeout_s=10) as device,
+    ):
+        yield Mount(stack, device), control
 
 
 def test_status(tmp_path):

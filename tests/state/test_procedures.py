@@ -1,9 +1,10 @@
 """Save, load and migrate between any two drivers."""
 
 import os
+import socket
 import struct
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,8 @@ from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, sa
 from vdpabridge.state.snapshot import SnapshotError
 
 from ..support.disk_lab import DISK_BYTES, VERSION_1, lab, limits, made
+from ..support.mount import Mount
+from ..support.pair import bridged
 from ..support.transitions import shared_file
 
 DRIVERS = ["sim", "vhost-user"]
@@ -58,6 +61,32 @@ def test_migrate(driver, to):
             "reset the source",
         ]
         work.finish()
+
+
+@contextmanager
+def file_server(driver):
+    with Sim.fs(timeout_s=5) as sim:
+        if driver == "sim":
+            yield sim
+        else:
+            with bridged(sim) as device:
+                yield device
+
+
+@pytest.mark.parametrize("by", ["migration", "image"])
+@pytest.mark.parametrize("to", DRIVERS)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_an_open_file_goes_along(driver, to, by):
+    with file_server(driver) as source, file_server(to) as destination, ExitStack() as stack, shared_file(0) as file:
+        mount = Mount(stack, source)
+        destination.map([mount.memory.region])
+        if by == "migration":
+            migrate(source, destination, limits())
+        else:
+            save(source, file, limits(), go_on=False)
+            os.lseek(file, 0, os.SEEK_SET)
+            load(destination, file, limits(), mount.eventfds)
+        assert mount.read() == b"These"
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -229,12 +258,11 @@ def test_a_reader_that_leaves():
 
 
 def test_a_reader_that_stalls_is_a_deadline():
-    with lab("sim") as (source, _, work):
-        reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with ours, theirs, lab("sim") as (source, _, work):
         with pytest.raises(ProcedureFailed, match="not done within"):
-            save(source, writer, limits(timeout_s=0.2))
-        os.close(writer)
-        os.close(reader)
+            save(source, ours.fileno(), limits(timeout_s=0.2))
         work.finish()
 
 
