@@ -7,8 +7,9 @@ the guest's own (what a transport calls IOVA or user address is the driver's aff
 from __future__ import annotations
 
 import os
+import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Self
@@ -68,6 +69,8 @@ class Device(DriverHooks):
         self.config_call: int | None = None
         """A duplicate of the eventfd for configuration changes, owned by the device."""
         self.failure = ""
+        self.observer: Callable[[str, float, float], None] | None = None
+        """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
         self._state = RunState.RESET
         self._closed = False
 
@@ -343,6 +346,13 @@ class Device(DriverHooks):
         self._state = RunState.FAILED
         self.failure = why
         return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        begin_s = time.monotonic()
+        yield
+        if self.observer is not None:
+            self.observer(name, begin_s, time.monotonic())
 
     @contextmanager
     def _letting_go(self) -> Iterator[None]:

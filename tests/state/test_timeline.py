@@ -45,6 +45,21 @@ def test_the_blackout():
     assert re.search(r"blackout 1\.00 s", draw("x", {"only": [Step("suspend", 0, 0.5), Step("start", 0.5, 1.0)]}))
 
 
+def test_the_blackout_ends_when_a_device_goes_on():
+    steps = [Step("prepare", 0, 1), Step("suspend", 1, 2), Step("start", 2, 3), Step("reset the source", 3, 9)]
+    assert "blackout 2.00 s" in draw("x", {"only": steps})
+
+
+def test_parts_are_drawn_within():
+    """They end before the whole does, and are noted before it."""
+    lane = [Step("queue 0", 1.0, 1.2), Step("queue 1", 1.2, 1.9), Step("suspend", 1.0, 2.0), Step("start", 2.0, 2.1)]
+    picture = draw("x", {"only": lane})
+    found = bars(picture)
+    suspend, first, second = (found[name] for name in ("suspend 1.00 s", "queue 0 200.00 ms", "queue 1 700.00 ms"))
+    assert suspend[0] <= first[0] < second[0] < suspend[0] + suspend[1]
+    assert picture.index("suspend") < picture.index("queue 0"), "so that it is not hidden"
+
+
 def test_nothing_was_done():
     with pytest.raises(ValueError, match="nothing"):
         draw("x", {"source": []})

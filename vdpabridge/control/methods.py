@@ -100,7 +100,7 @@ class _Controlled:
         report = Report()
         with self._counted("save") as counted, _sink(params, caller) as fd:
             limits = self._limits(params, caller)
-            with report.step("suspend"):
+            with report.step("suspend"), report.watching(self._device):
                 self._hold()
             try:
                 saved = save(self._device, fd, limits, go_on=False)
@@ -247,4 +247,4 @@ def _progress(caller: Caller) -> Callable[[int], None]:
 
 def _shown(report: Report) -> dict[str, Any]:
     steps = [dataclasses.asdict(step) for step in report.steps]
-    return {"state_bytes": report.state_bytes, "digest": report.digest.hex(), "steps": steps}
+    return {"state_bytes": report.state_bytes, "way": report.way, "digest": report.digest.hex(), "steps": steps}

@@ -9,7 +9,7 @@ from ..abi.state_image import PART_VALUE_BYTES_MAX
 from ..device import Device, StateDirection, StatePhase
 from ..errors import DeadlineExceeded, VdpaBridgeError
 from ..memory import memory_file
-from .channel import Limits, copy, enlarge, read_some, write_all
+from .channel import READ_AND_WRITE, Limits, copy, enlarge, read_some, write_all
 from .image import ImageReader, ImageWriter
 from .report import Report
 
@@ -21,6 +21,7 @@ _SPOOL_BYTES = 16 << 20
 
 def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Report) -> None:
     """Device state into the image, piece by piece: hashing takes the bytes through this process, once."""
+    report.way = READ_AND_WRITE
     fd = _save_fd(device)
     try:
         enlarge(fd)
@@ -40,26 +41,26 @@ def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Repo
         os.close(fd)
 
 
-def write_state(device: Device, spool: int, limits: Limits) -> None:
+def write_state(device: Device, spool: int, limits: Limits, report: Report) -> None:
     """The state in ``spool`` (borrowed) into ``device``; what became of it `Device.check_state` tells."""
     fd = _load_fd(device)
     try:
         enlarge(fd)
         os.lseek(spool, 0, os.SEEK_SET)
-        copy(spool, fd, limits)
+        report.way = copy(spool, fd, limits).way
     finally:
         os.close(fd)
 
 
-def carry_state(source: Device, destination: Device, limits: Limits) -> int:
-    """Device state from one to the other, through the kernel alone; returns how many bytes that were."""
+def carry_state(source: Device, destination: Device, limits: Limits, report: Report) -> None:
+    """Device state from one to the other, through the kernel alone where it can."""
     reader = _save_fd(source)
     try:
         writer = _load_fd(destination)
         try:
             enlarge(reader)
             enlarge(writer)
-            return copy(reader, writer, limits)
+            report.state_bytes, report.way = copy(reader, writer, limits)
         finally:
             os.close(writer)
     finally:

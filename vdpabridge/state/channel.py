@@ -9,11 +9,26 @@ import select
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..deadline import Deadline
 from ..errors import DeadlineExceeded, VdpaBridgeError
 
-__all__ = ["STEP_BYTES", "Cancelled", "ChannelError", "Limits", "copy", "enlarge", "read_some", "wait", "write_all"]
+__all__ = [
+    "READ_AND_WRITE",
+    "STEP_BYTES",
+    "Cancelled",
+    "ChannelError",
+    "Copied",
+    "Limits",
+    "copy",
+    "enlarge",
+    "read_some",
+    "wait",
+    "write_all",
+]
+
+READ_AND_WRITE = "read and write"
 
 #: What an unprivileged process may make of a pipe; the default is 64 KiB.
 PIPE_BYTES = 1 << 20
@@ -88,11 +103,19 @@ def write_all(fd: int, data: bytes | memoryview, limits: Limits) -> None:
             raise ChannelError("write", why=os.strerror(error.errno or 0)) from error
 
 
-def copy(source: int, sink: int, limits: Limits) -> int:
-    """Copy ``source`` to its end into ``sink`` (both borrowed) and return how many bytes that were.
+class Copied(NamedTuple):
+    """What a copy was."""
 
-    They do not pass through this process, unless the kernel has no way between these two kinds of descriptor. Raises
-    `ChannelError`, `DeadlineExceeded`, `Cancelled`.
+    size_bytes: int
+    way: str
+    """The system call that moved the bytes; `READ_AND_WRITE` where they went through this process."""
+
+
+def copy(source: int, sink: int, limits: Limits) -> Copied:
+    """Copy ``source`` to its end into ``sink`` (both borrowed).
+
+    The bytes do not pass through this process, unless the kernel has no way between these two kinds of descriptor.
+    Raises `ChannelError`, `DeadlineExceeded`, `Cancelled`.
     """
     ways = _ways(source, sink)
     done = 0
@@ -111,7 +134,7 @@ def copy(source: int, sink: int, limits: Limits) -> int:
             ways.pop(0)
             continue
         if not count:
-            return done
+            return Copied(done, ways[0].__name__.strip("_") if ways else READ_AND_WRITE)
         done += count
         limits.check(done)
 

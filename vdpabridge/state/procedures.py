@@ -111,7 +111,7 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
         undo.snapshot = snapshot = _suspend(source, limits, undo)
         if facts.has_state:
             with report.step("device state"):
-                report.state_bytes = carry_state(source, destination, limits)
+                carry_state(source, destination, limits, report)
             with report.step("check"), within(source, limits), within(destination, limits):
                 source.check_state()
                 destination.check_state()
@@ -159,7 +159,7 @@ def _set_up(
 def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
     """Where ``device`` stands, stopped."""
     if device.state is RunState.RUNNING:
-        with undo.report.step("suspend"), within(device, limits):
+        with undo.report.step("suspend"), within(device, limits), undo.report.watching(device):
             device.suspend()
         undo.suspended = True
     with undo.report.step("capture"):
@@ -202,7 +202,7 @@ def _load(
         with undo:
             if reader.facts.has_state:
                 with report.step("device state"):
-                    write_state(device, spool, limits)
+                    write_state(device, spool, limits, report)
                 with report.step("check"), within(device, limits):
                     device.check_state()
             if eventfds is not None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from ..device import Device
+
 __all__ = ["Report", "Step"]
 
 
@@ -27,6 +29,8 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     state_bytes: int = 0
     """The device's own state."""
+    way: str = ""
+    """How that was moved: a system call's name, or that it was read and written, as an image's digest needs it."""
     digest: bytes = b""
     """Of the image, where there is one."""
 
@@ -42,6 +46,16 @@ class Report:
             raise
         finally:
             self.steps.append(Step(name, begin_s, time.monotonic(), failed))
+
+    @contextmanager
+    def watching(self, device: Device) -> Iterator[None]:
+        """Note the parts of what ``device`` does in the body as steps of their own."""
+        before = device.observer
+        device.observer = lambda name, begin_s, end_s: self.steps.append(Step(name, begin_s, end_s))
+        try:
+            yield
+        finally:
+            device.observer = before
 
     def seconds(self, name: str) -> float:
         """How long the steps called ``name`` took together."""

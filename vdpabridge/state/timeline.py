@@ -15,18 +15,21 @@ _COLOURS = {
     "suspend": "#c0392b",
     "device state": "#2980b9",
     "check": "#16a085",
-    "place": "#8e44ad",
+    "place": "#b8860b",
     "start": "#27ae60",
     "resume": "#27ae60",
 }
-_OTHER, _UNDO, _FAILED = "#7f8c8d", "#e67e22", "#8e44ad"
+_OTHER, _UNDO, _FAILED, _NESTED = "#7f8c8d", "#e67e22", "#8e44ad", "#2c3e50"
+#: After which a device is at work.
+_GOING_ON = ("start", "resume", "undo: resume")
 _TICKS = 6
 
 
 def draw(title: str, lanes: Mapping[str, Sequence[Step]]) -> str:
     """An SVG picture of ``lanes``: a name and its steps, whose times are of one clock.
 
-    The blackout, from the first ``suspend`` to the last step's end, is shaded.
+    The blackout is shaded: from the first ``suspend`` to the end of the last step that lets a device go on, or of all
+    where there is none. Steps within others are drawn as thinner bars.
     """
     steps = [step for lane in lanes.values() for step in lane]
     if not steps:
@@ -35,12 +38,13 @@ def draw(title: str, lanes: Mapping[str, Sequence[Step]]) -> str:
     scale = _Scale(begin_s, max(end_s - begin_s, 1e-9))
     height = _TOP + _LANE * len(lanes) + 40
     dark_s = min((step.begin_s for step in steps if step.name == "suspend"), default=begin_s)
+    light_s = max((step.end_s for step in steps if step.name in _GOING_ON), default=end_s)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" {_FONT}>',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{_LEFT}" y="20" font-size="15">{escape(title)}</text>',
-        _rectangle(scale.x(dark_s), _TOP - 14, scale.x(end_s) - scale.x(dark_s), _LANE * len(lanes) + 14, "#eceff1"),
-        f'<text x="{scale.x(dark_s) + 4:.1f}" y="{_TOP - 18}">blackout {_duration(end_s - dark_s)}</text>',
+        _rectangle(scale.x(dark_s), _TOP - 14, scale.x(light_s) - scale.x(dark_s), _LANE * len(lanes) + 14, "#eceff1"),
+        f'<text x="{scale.x(dark_s) + 4:.1f}" y="{_TOP - 18}">blackout {_duration(light_s - dark_s)}</text>',
     ]
     parts += _axis(scale, _TOP + _LANE * len(lanes) + 14)
     for row, (name, lane) in enumerate(lanes.items()):
@@ -63,7 +67,11 @@ def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> list[str]:
     """Bars, with a name where it fits: within its bar, or below it where nothing else stands."""
     parts = []
     free_x = 0.0
-    for step in lane:
+    # a step that has others within it ends after them, and must not hide them
+    for step in sorted(lane, key=lambda step: (step.begin_s, -step.end_s)):
+        if any(_within(step, other) for other in lane):
+            parts.append(_nested(step, y, scale))
+            continue
         x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s), 1.0)
         label = f"{step.name} {_duration(step.end_s - step.begin_s)}"
         bar = _rectangle(x, y, width, _BAR, _colour(step))
@@ -76,6 +84,17 @@ def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> list[str]:
             parts.append(f'<text x="{x:.1f}" y="{y + _BAR + 14}">{escape(label)}</text>')
             free_x = x + room
     return parts
+
+
+def _within(step: Step, other: Step) -> bool:
+    longer = other.end_s - other.begin_s > step.end_s - step.begin_s
+    return longer and other.begin_s <= step.begin_s and step.end_s <= other.end_s
+
+
+def _nested(step: Step, y: int, scale: _Scale) -> str:
+    x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s) - 1, 1.0)
+    tip = escape(f"{step.name} {_duration(step.end_s - step.begin_s)}")
+    return f"<g>{_rectangle(x, y + _BAR - 6, width, 6, _NESTED)}<title>{tip}</title></g>"
 
 
 def _axis(scale: _Scale, y: int) -> list[str]:

@@ -282,7 +282,8 @@ class VhostUser(Device):
 
     def _stop_rings(self, *, drain: bool) -> None:
         for index in sorted(self._rings.started):
-            self._rings.stop(index, self.accepted_features, drain=drain)
+            with self._part(f"queue {index}"):
+                self._rings.stop(index, self.accepted_features, drain=drain)
 
     def _reset(self) -> None:
         self._abandon_state()
