@@ -7,16 +7,13 @@ the guest's own (what a transport calls IOVA or user address is the driver's aff
 from __future__ import annotations
 
 import os
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Sequence, Set
 from typing import Self
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
-from .errors import DeviceFailed, VdpaBridgeError
-from .hooks import DriverHooks
+from .device_core import DeviceCore
+from .errors import VdpaBridgeError
 from .transitions import Capability, Operation, RunState, permit
 from .values import (
     DirtyLog,
@@ -49,7 +46,7 @@ __all__ = [
 ]
 
 
-class Device(DriverHooks):
+class Device(DeviceCore):
     """A virtio device under control.
 
     Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
@@ -58,21 +55,6 @@ class Device(DriverHooks):
     ``timeout_s`` bounds every call that can block; None waits for ever. An instance belongs to one thread at a time.
     The device is held until `close`, which resets it; use it as a context manager.
     """
-
-    def __init__(self, name: str, *, timeout_s: float | None = None) -> None:
-        self.name = name
-        self.timeout_s = timeout_s
-        self.accepted_features = 0
-        self.queues: dict[int, QueueRecord] = {}
-        self.regions: list[MemoryRegion] = []
-        """What is mapped, with duplicates of the descriptors, owned by the device."""
-        self.config_call: int | None = None
-        """A duplicate of the eventfd for configuration changes, owned by the device."""
-        self.failure = ""
-        self.observer: Callable[[str, float, float], None] | None = None
-        """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
-        self._state = RunState.RESET
-        self._closed = False
 
     # --- what it is ---
 
@@ -126,24 +108,16 @@ class Device(DriverHooks):
     def set_config_call(self, eventfd: int | None) -> None:
         """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
         self._permit(Operation.SET_CONFIG_CALL)
-        with _duplicate(eventfd) as duplicate:
+        with self._adopting_config_call(eventfd):
             self._set_config_call(eventfd)
-        if self.config_call is not None:
-            os.close(self.config_call)
-        self.config_call = duplicate
 
     # --- memory ---
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Show ``regions`` (fds are borrowed) to the device, all or none."""
         self._permit(Operation.MAP)
-        with ExitStack() as duplicates:
-            own = [replace(region, fd=os.dup(region.fd)) for region in regions]
-            for region in own:
-                duplicates.callback(os.close, region.fd)
+        with self._adopting(regions) as own:
             self._map(own)
-            duplicates.pop_all()
-        self.regions.extend(own)
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
@@ -159,9 +133,7 @@ class Device(DriverHooks):
                 )
         gone = [mapped[key] for key in keys]
         self._unmap(gone)
-        self.regions = [region for region in self.regions if _region_key(region) not in keys]
-        for region in gone:
-            os.close(region.fd)
+        self._drop(gone)
 
     # --- queues ---
 
@@ -341,57 +313,14 @@ class Device(DriverHooks):
                 f"{self.name}: no queue {index}: the device has {self.identity.queue_count}, numbered from 0"
             )
 
-    def _fail(self, why: str) -> DeviceFailed:
-        """Note that the device gave up; returns the error for the driver to raise."""
-        self._state = RunState.FAILED
-        self.failure = why
-        return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
-
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
-        begin_s = time.monotonic()
-        yield
-        if self.observer is not None:
-            self.observer(name, begin_s, time.monotonic())
-
-    @contextmanager
-    def _letting_go(self) -> Iterator[None]:
-        self._closed = True
-        self._forget()
-        regions, self.regions = self.regions, []
-        try:
-            yield
-        finally:
-            for region in regions:
-                os.close(region.fd)
-
-    def _record(self, index: int) -> QueueRecord:
-        return self.queues.setdefault(index, QueueRecord())
-
     def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         self._permit_queue(operation, index)
-        with _duplicate(eventfd) as duplicate:
+        with self._adopting_eventfd(operation, index, eventfd):
             self._bind_eventfd(operation, index, eventfd)
-        eventfds = self._record(index).eventfds
-        if (old := eventfds.pop(operation, None)) is not None:
-            os.close(old)
-        if duplicate is not None:
-            eventfds[operation] = duplicate
 
     def _check_drain(self, operation: Operation, drain: bool) -> None:
         if not drain and Capability.SKIP_DRAIN not in self.capabilities:
             raise self._lacks(operation, Capability.SKIP_DRAIN)
-
-    def _forget(self) -> None:
-        for record in self.queues.values():
-            for eventfd in record.eventfds.values():
-                os.close(eventfd)
-        if self.config_call is not None:
-            os.close(self.config_call)
-            self.config_call = None
-        self.queues = {}
-        self.accepted_features = 0
-        self.failure = ""
 
     def _check_config_range(self, offset: int, size: int) -> None:
         whole = self.identity.config_size_bytes
@@ -399,18 +328,6 @@ class Device(DriverHooks):
             raise ValueError(
                 f"{self.name}: {size} bytes at {offset} are outside the configuration space of {whole} bytes"
             )
-
-
-@contextmanager
-def _duplicate(eventfd: int | None) -> Iterator[int | None]:
-    """A duplicate of ``eventfd``, made before the device hears of it and closed where the device refuses."""
-    duplicate = None if eventfd is None else os.dup(eventfd)
-    try:
-        yield duplicate
-    except BaseException:
-        if duplicate is not None:
-            os.close(duplicate)
-        raise
 
 
 def _region_key(region: MemoryRegion) -> tuple[int, int, int]:

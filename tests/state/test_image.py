@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdpabridge.device import PackedBase, QueueSetup, SplitBase
-from vdpabridge.state.image import ImageError, ImageFacts, ImageReader, ImageWriter
+from vdpabridge.state.image import ImageFacts, ImageWriter
+from vdpabridge.state.image_reader import ImageError, ImageReader
 from vdpabridge.state.snapshot import DeviceSnapshot, QueueSnapshot
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,7 @@ from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import FeatureError, MissingCapability, StateError, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state.channel import ChannelError
-from vdpabridge.state.image import ImageError
+from vdpabridge.state.image_reader import ImageError
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file, verify
 from vdpabridge.state.snapshot import SnapshotError
 

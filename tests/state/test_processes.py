@@ -12,7 +12,7 @@ import pytest
 
 from vdpabridge.device import RunState
 from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.state.image import ImageError
+from vdpabridge.state.image_reader import ImageError
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, verify
 from vdpabridge.state.snapshot import restore
 

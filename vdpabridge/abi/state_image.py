@@ -9,6 +9,12 @@ from __future__ import annotations
 from enum import IntEnum
 
 from .layout import Layout
+from .virtio import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+)
 
 __all__ = [
     "COMPATIBLE_VERSION",
@@ -18,10 +24,16 @@ __all__ = [
     "HEADER_MAGIC",
     "IDENTITY",
     "IDENTITY_HAS_STATE",
+    "OPTIONAL_PARTS",
     "PART_HEADER",
     "PART_OPTIONAL",
+    "PART_SIZES",
     "PART_VALUE_BYTES_MAX",
+    "REPEATED_PARTS",
+    "REQUIRED_PARTS",
     "SELECTOR_INDEX",
+    "STATUS_CONFIGURED",
+    "STATUS_STARTED",
     "UNKNOWN_DEVICE_ID",
     "VERSION",
     "VQ_CFG",
@@ -87,3 +99,21 @@ VQ_POSITION = Layout("vq_position", "<", (("word", "I"), ("packed", "I")))
 
 DIGEST_BYTES = 32
 END = Layout("end", "<", (("parts", "Q"), ("state_bytes", "Q"), ("digest", f"{DIGEST_BYTES}s")))
+
+#: What DEVICE_STATUS may be: of a device that was set up, and of one that was at work.
+STATUS_CONFIGURED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
+STATUS_STARTED = STATUS_CONFIGURED | VIRTIO_CONFIG_S_DRIVER_OK
+
+#: Types of which there is more than one part.
+REPEATED_PARTS = frozenset({PartType.VQ_CFG, PartType.VQ_POSITION, PartType.DEVICE_STATE})
+OPTIONAL_PARTS = frozenset({PartType.DEV_FEATURES, PartType.DEVICE_STATUS})
+REQUIRED_PARTS = frozenset({PartType.IDENTITY, PartType.DRV_FEATURES, PartType.END})
+#: Of the types whose value has one.
+PART_SIZES = {
+    PartType.IDENTITY: IDENTITY.size_bytes,
+    PartType.DEV_FEATURES: 8,
+    PartType.DRV_FEATURES: 8,
+    PartType.DEVICE_STATUS: 1,
+    PartType.VQ_CFG: VQ_CFG.size_bytes,
+    PartType.VQ_POSITION: VQ_POSITION.size_bytes,
+}

@@ -11,7 +11,7 @@ from typing import Any
 from ..deadline import Deadline
 from ..errors import VdpaBridgeError
 from ..state.channel import Limits
-from ..state.image import ImageReader
+from ..state.image_reader import ImageReader
 from ..state.inspection import Description, describe, differences
 from ..state.stream import reading
 from .output import print_table

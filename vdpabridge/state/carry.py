@@ -10,7 +10,8 @@ from ..device import Device, StateDirection, StatePhase
 from ..errors import DeadlineExceeded, VdpaBridgeError
 from ..memory import memory_file
 from .channel import READ_AND_WRITE, Limits, copy, enlarge, read_some, write_all
-from .image import ImageReader, ImageWriter
+from .image import ImageWriter
+from .image_reader import ImageReader
 from .report import Report
 
 __all__ = ["carry_state", "read_state", "spool_state", "write_state"]

@@ -12,7 +12,8 @@ from ..abi.virtio_blk import VIRTIO_BLK_CONFIG
 from ..abi.virtio_fs import VIRTIO_FS_CONFIG
 from ..abi.virtio_net import VIRTIO_NET_CONFIG
 from ..device import PackedBase, QueueBase
-from .image import ImageFacts, ImageReader
+from .image import ImageFacts
+from .image_reader import ImageReader
 from .snapshot import QueueSnapshot
 
 __all__ = ["Description", "describe", "differences", "identify"]

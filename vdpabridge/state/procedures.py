@@ -17,7 +17,8 @@ from .carry import carry_state, read_state, spool_state, write_state
 from .channel import Limits, enlarge, write_all
 from .files import replacing
 from .fit import check_fits, facts_of
-from .image import ImageFacts, ImageReader, ImageWriter
+from .image import ImageFacts, ImageWriter
+from .image_reader import ImageReader
 from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, place, prepare, restore
 from .stream import reading

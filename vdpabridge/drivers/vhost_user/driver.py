@@ -11,7 +11,6 @@ from typing import Self
 
 from ...abi.vhost import VHOST_F_LOG_ALL
 from ...abi.vhost_user import (
-    DEVICE_STATE_NO_FD,
     VHOST_USER_F_PROTOCOL_FEATURES,
     ConfigFlags,
     FrontendRequest,
@@ -20,7 +19,6 @@ from ...abi.vhost_user import (
 from ...abi.vhost_user_payloads import (
     U64,
     Config,
-    DeviceStateTransfer,
     Inflight,
     Log,
 )
@@ -54,6 +52,7 @@ from .memory import BackendMemory, slots_of
 from .negotiation import QUEUE_SIZE_MAX, capabilities_of, config_size_of, negotiate, queue_count_of
 from .requests import Requests
 from .rings import Rings
+from .state import StateTransfer
 
 __all__ = ["VhostUser"]
 
@@ -103,7 +102,7 @@ class VhostUser(Device):
         self._rings = Rings(self._requests, self._features)
         self._channel: BackendChannel | None = None
         self._logging = False
-        self._transferring = False
+        self._transfer = StateTransfer(self._requests)
 
     @classmethod
     def open(
@@ -326,38 +325,19 @@ class VhostUser(Device):
 
     def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
         try:
-            self._abandon_state()
             with self._asking():
-                reply, fds = self._requests.ask_with_fds(
-                    FrontendRequest.SET_DEVICE_STATE_FD, DeviceStateTransfer(direction, phase), [fd]
-                )
+                self._transfer.abandon()
+                return self._transfer.begin(direction, phase, fd)
         finally:
             os.close(fd)
-        code = reply.value & 0xFF
-        if code or bool(fds) == bool(reply.value & DEVICE_STATE_NO_FD):
-            for each in fds:
-                os.close(each)
-            why = f"the back-end refused it (code {code})" if code else f"a reply of {reply.value:#x}, {len(fds)} fds"
-            request = FrontendRequest.SET_DEVICE_STATE_FD
-            raise PeerRefused(request.name, peer=self.name, why=why, request=request, code=reply.value)
-        self._transferring = True
-        return fds[0] if fds else None
 
     def _abandon_state(self) -> None:
-        # no message ends a transfer, and whoever gave up has closed the other end: this asks whether it has ended
-        if self._transferring:
-            with contextlib.suppress(PeerRefused):
-                self._check_state()
+        with self._asking():
+            self._transfer.abandon()
 
     def _check_state(self) -> None:
         with self._asking():
-            code = self._requests.number(FrontendRequest.CHECK_DEVICE_STATE)
-        self._transferring = False
-        if code:
-            # passt's is an errno, or all ones; rust-vmm's is always 1
-            why = f"the back-end failed to process its state (code {code:#x}): its own log may say why"
-            request = FrontendRequest.CHECK_DEVICE_STATE
-            raise PeerRefused(request.name, peer=self.name, why=why, request=request, code=code)
+            self._transfer.check()
 
     # --- dirty log and in-flight requests ---
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...abi.vhost import VhostIoctl as Ioctl
-from ...call_thread import CallThread
 from ...deadline import Deadline, StillRunning, call_within
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
 from ...holders import holders
+from .call_thread import CallThread
 from .explain import explain
 from .system import LINUX, System
 

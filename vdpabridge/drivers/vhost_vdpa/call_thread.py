@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from .deadline import StillRunning
+from ...deadline import StillRunning
 
 __all__ = ["CallThread"]
 

@@ -1,0 +1,130 @@
+"""What a device was told, and the descriptors that it owns because of it: the same for every driver."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from .errors import DeviceFailed
+from .hooks import DriverHooks
+from .transitions import Operation, RunState
+from .values import MemoryRegion, QueueRecord
+
+__all__ = ["DeviceCore"]
+
+
+class DeviceCore(DriverHooks):
+    """The records of a device; `vdpabridge.device.Device` is the interface."""
+
+    def __init__(self, name: str, *, timeout_s: float | None = None) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        self.accepted_features = 0
+        self.queues: dict[int, QueueRecord] = {}
+        self.regions: list[MemoryRegion] = []
+        """What is mapped, with duplicates of the descriptors, owned by the device."""
+        self.config_call: int | None = None
+        """A duplicate of the eventfd for configuration changes, owned by the device."""
+        self.failure = ""
+        self.observer: Callable[[str, float, float], None] | None = None
+        """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
+        self._state = RunState.RESET
+        self._closed = False
+
+    def _fail(self, why: str) -> DeviceFailed:
+        """Note that the device gave up; returns the error for the driver to raise."""
+        self._state = RunState.FAILED
+        self.failure = why
+        return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Have the observer know what the body takes, where it ends well."""
+        begin_s = time.monotonic()
+        yield
+        if self.observer is not None:
+            self.observer(name, begin_s, time.monotonic())
+
+    def _record(self, index: int) -> QueueRecord:
+        return self.queues.setdefault(index, QueueRecord())
+
+    # --- descriptors: duplicates, made before the device hears of them and closed where it refuses ---
+
+    @contextmanager
+    def _adopting(self, regions: Sequence[MemoryRegion]) -> Iterator[list[MemoryRegion]]:
+        """``regions`` with duplicates of their own, which are mapped when the body has ended well."""
+        with ExitStack() as duplicates:
+            own = [replace(region, fd=_kept(duplicates, region.fd)) for region in regions]
+            yield own
+            duplicates.pop_all()
+        self.regions.extend(own)
+
+    def _drop(self, regions: Sequence[MemoryRegion]) -> None:
+        """``regions``, of those that are mapped, are not any more."""
+        self.regions = [region for region in self.regions if region not in regions]
+        for region in regions:
+            os.close(region.fd)
+
+    @contextmanager
+    def _adopting_config_call(self, eventfd: int | None) -> Iterator[None]:
+        """``eventfd`` (borrowed) is the one for configuration changes when the body has ended well."""
+        with _duplicate(eventfd) as duplicate:
+            yield
+        if self.config_call is not None:
+            os.close(self.config_call)
+        self.config_call = duplicate
+
+    @contextmanager
+    def _adopting_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> Iterator[None]:
+        """``eventfd`` (borrowed) is that of queue ``index`` when the body has ended well."""
+        with _duplicate(eventfd) as duplicate:
+            yield
+        eventfds = self._record(index).eventfds
+        if (old := eventfds.pop(operation, None)) is not None:
+            os.close(old)
+        if duplicate is not None:
+            eventfds[operation] = duplicate
+
+    def _forget(self) -> None:
+        """What a reset forgets."""
+        for record in self.queues.values():
+            for eventfd in record.eventfds.values():
+                os.close(eventfd)
+        if self.config_call is not None:
+            os.close(self.config_call)
+            self.config_call = None
+        self.queues = {}
+        self.accepted_features = 0
+        self.failure = ""
+
+    @contextmanager
+    def _letting_go(self) -> Iterator[None]:
+        """The device is closed by the body; nothing of it is owned afterwards."""
+        self._closed = True
+        self._forget()
+        regions, self.regions = self.regions, []
+        try:
+            yield
+        finally:
+            for region in regions:
+                os.close(region.fd)
+
+
+def _kept(stack: ExitStack, fd: int) -> int:
+    duplicate = os.dup(fd)
+    stack.callback(os.close, duplicate)
+    return duplicate
+
+
+@contextmanager
+def _duplicate(eventfd: int | None) -> Iterator[int | None]:
+    duplicate = None if eventfd is None else os.dup(eventfd)
+    try:
+        yield duplicate
+    except BaseException:
+        if duplicate is not None:
+            os.close(duplicate)
+        raise

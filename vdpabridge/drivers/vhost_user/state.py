@@ -1,0 +1,61 @@
+"""The transfer of a back-end's own state: one at a time, and only `StateTransfer.check` tells what became of it.
+
+Source: docs/interop/vhost-user.rst, "Migrating back-end state".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from ...abi.vhost_user import DEVICE_STATE_NO_FD, FrontendRequest
+from ...abi.vhost_user_payloads import DeviceStateTransfer
+from ...values import StateDirection, StatePhase
+from ...vhost_user.errors import PeerRefused
+from .requests import Requests
+
+__all__ = ["StateTransfer"]
+
+
+class StateTransfer:
+    """Asks by ``requests`` (borrowed)."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._active = False
+
+    def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        """Begin one through ``fd`` (borrowed). Returns a descriptor of the back-end's own choice, or None.
+
+        Raises `PeerRefused`.
+        """
+        reply, fds = self._requests.ask_with_fds(
+            FrontendRequest.SET_DEVICE_STATE_FD, DeviceStateTransfer(direction, phase), [fd]
+        )
+        code = reply.value & 0xFF
+        if code or bool(fds) == bool(reply.value & DEVICE_STATE_NO_FD):
+            for each in fds:
+                os.close(each)
+            why = f"the back-end refused it (code {code})" if code else f"a reply of {reply.value:#x}, {len(fds)} fds"
+            raise self._refused(FrontendRequest.SET_DEVICE_STATE_FD, why, reply.value)
+        self._active = True
+        return fds[0] if fds else None
+
+    def check(self) -> None:
+        """Wait for the end of it. Raises `PeerRefused` where it failed."""
+        code = self._requests.number(FrontendRequest.CHECK_DEVICE_STATE)
+        self._active = False
+        if code:
+            # passt's is an errno, or all ones; rust-vmm's is always 1
+            why = f"the back-end failed to process its state (code {code:#x}): its own log may say why"
+            raise self._refused(FrontendRequest.CHECK_DEVICE_STATE, why, code)
+
+    def abandon(self) -> None:
+        """End one that nobody will check: no message does that, and whoever gave up has closed the other end, so this
+        asks whether it has ended."""
+        if self._active:
+            with contextlib.suppress(PeerRefused):
+                self.check()
+
+    def _refused(self, request: FrontendRequest, why: str, code: int) -> PeerRefused:
+        return PeerRefused(request.name, peer=self._requests.peer, why=why, request=request, code=code)
