@@ -1,6 +1,7 @@
 """The vhost-vdpa driver against a fake kernel: handshake, refusals, signals, deadlines, order of requests."""
 
 import os
+import signal
 import threading
 from contextlib import contextmanager
 from errno import EBUSY, EINVAL, EMFILE, ENOENT, ENOTTY, EPERM, ETIMEDOUT
@@ -8,14 +9,15 @@ from errno import EBUSY, EINVAL, EMFILE, ENOENT, ENOTTY, EPERM, ETIMEDOUT
 import pytest
 
 from vdpabridge.abi.vhost import VhostIoctl as Ioctl
-from vdpabridge.device import MemoryRegion, RunState, SplitBase
+from vdpabridge.device import MemoryRegion, QueueSetup, RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import NodeError, VhostVdpa
 from vdpabridge.drivers.vhost_vdpa.explain import explain
 from vdpabridge.errors import ENOTSUPP, DeadlineExceeded, DeviceFailed, FeatureError, KernelError, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.virtqueue import SplitQueue
 
-from ..support.fake_kernel import FAILED, NEEDS_RESET, FakeKernel, Parent
+from ..support.fake_kernel import ACK, DRIVER, FAILED, FEATURES_OK, NEEDS_RESET, FakeKernel, Parent
+from ..support.waiting import signalled, wait_until
 
 NODE = "/dev/vhost-vdpa-0"
 
@@ -283,6 +285,103 @@ def test_a_request_that_hangs_meets_its_deadline():
         with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SUSPEND is still in the kernel"):
             device.reset()
         kernel.release.set()
+
+
+@contextmanager
+def set_up(hang_on):
+    """(kernel, device): two queues, and a request that will hang."""
+    with GuestMemory(1 << 20) as memory, opened() as (kernel, device):
+        device.map([memory.region])
+        device.accept_features(1 << 32)
+        for index in range(2):
+            device.set_queue(index, QueueSetup(16, *(memory.allocate(4096) for _ in range(3))))
+            device.enable_queue(index)
+        kernel.hang_on = hang_on
+        try:
+            yield kernel, device
+        finally:
+            kernel.release.set()
+
+
+def let_go(kernel):
+    """The kernel comes back, whatever that brings about; the requests that it brings about."""
+    before = list(kernel.log)
+    kernel.release.set()
+    wait_until(lambda: "vdpabridge-call" not in [thread.name for thread in threading.enumerate()])
+    return kernel.log[len(before) :]
+
+
+@pytest.mark.parametrize("hang_on", ["VHOST_VDPA_SET_VRING_ENABLE", "VHOST_VDPA_SET_STATUS", "VHOST_VDPA_GET_STATUS"])
+def test_nothing_more_is_asked_for_who_does_not_wait_any_more(hang_on):
+    """Else a device would start after its start was reported as failed, and another one was told to go on."""
+    with set_up(hang_on) as (kernel, device):
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded, match=f"{hang_on}: no answer within"):
+            device.start()
+        kernel.status = NEEDS_RESET
+        assert let_go(kernel) == []
+        assert device.state is RunState.CONFIGURED, "nor is it judged by an answer that came too late"
+        assert not device.give_up()
+
+
+def test_nobody_is_kicked_for_who_does_not_wait_any_more():
+    kick = os.eventfd(0, os.EFD_NONBLOCK)
+    with set_up("VHOST_VDPA_RESUME") as (kernel, device):
+        device.set_kick(0, kick)
+        device.start()
+        device.suspend()
+        os.eventfd_read(kick)
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_RESUME: no answer within"):
+            device.resume()
+        let_go(kernel)
+        assert not signalled(kick)
+    os.close(kick)
+
+
+def test_a_request_that_there_is_no_time_for_is_not_made():
+    with set_up(None) as (kernel, device):
+        device.timeout_s = 0
+        kernel.log.clear()
+        for _ in range(50):
+            with pytest.raises(DeadlineExceeded):
+                device.set_base(0, SplitBase(7))
+        # the thread may be quick enough for some, whose answer nobody waited for: then no other is made
+        assert len(kernel.log) <= 1
+        device.timeout_s = None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_wait_ends_what_was_waited_for(error):
+    def handler(*_):
+        raise error
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with set_up("VHOST_VDPA_SET_VRING_ENABLE") as (kernel, device):
+            device.timeout_s = 10
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(error):
+                device.start()
+            with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SET_VRING_ENABLE is still in the kernel"):
+                device.reset()
+            assert let_go(kernel) == []
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_fork_has_no_use_for_its_parents_thread():
+    with set_up(None) as (_, device):
+        device.timeout_s = 10
+        assert device.status == ACK | DRIVER | FEATURES_OK
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.write(writer, str(device.status).encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader, encoding="ascii") as said:
+            assert said.read() == "11"
+        os.waitpid(pid, 0)
 
 
 def test_an_open_that_hangs_meets_its_deadline_and_leaks_nothing():

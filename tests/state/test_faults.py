@@ -7,11 +7,12 @@ import itertools
 import os
 import resource
 import signal
+import time
 from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge.device import RunState
+from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.state import channel
@@ -33,10 +34,16 @@ class Tripped(VdpaBridgeError):
     """What a test wanted to go wrong."""
 
 
-def tripping():
+class WithoutState(Sim):
+    """As a vDPA disk is; the destination is set up while this one is at work."""
+
+    capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+
+
+def tripping(base=Sim):
     """A disk whose ``trip_at``-th call of a hook fails, once, before it does anything."""
 
-    class Tripping(Sim):
+    class Tripping(base):
         trip_at = None
         calls = 0
 
@@ -60,6 +67,9 @@ def attempt(act, source_class, destination_class):
     """Run ``act`` on two disks; the one that runs now does the work to its end. Returns the error."""
     with lab("sim", source_class) as (source, _, work), made("sim", destination_class) as (destination, _):
         destination.map([work.memory.region])
+        if Capability.DEVICE_STATE not in source.capabilities:
+            # one disk behind both
+            os.dup2(source.model._fd, destination.model._fd, inheritable=False)
         armed = [cls for cls in (source_class, destination_class) if hasattr(cls, "calls")]
         for cls in armed:
             cls.calls = 0
@@ -100,16 +110,20 @@ def save_then_load(source, destination, work):
         return None
 
 
+BASES = [Sim, WithoutState]
+
+
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("act", [migration, save_then_load])
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_an_error_at_every_step_leaves_one_that_runs(act, side):
+def test_an_error_at_every_step_leaves_one_that_runs(act, side, base):
     """Enumerated: every call of a driver's hook that the procedure makes fails once, in its own run."""
-    cls = tripping()
-    classes = (cls, Sim) if side == "source" else (Sim, cls)
+    cls = tripping(base)
+    classes = (cls, base) if side == "source" else (base, cls)
     cls.trip_at = -1
     assert attempt(act, *classes) is None
     total = cls.counted
-    assert total > 3
+    assert total >= 3
     failed = 0
     for number in range(1, total + 1):
         cls.trip_at = number
@@ -119,6 +133,50 @@ def test_an_error_at_every_step_leaves_one_that_runs(act, side):
 
 
 # --- what must never be: two that run ---
+
+
+class Slow(WithoutState):
+    """It is set up when no time is left."""
+
+    def _set_queue(self, *words):
+        super()._set_queue(*words)
+        time.sleep(0.2)
+
+
+class Watched(WithoutState):
+    asked = ()
+
+    def _suspend(self, **options):
+        self.asked = (*self.asked, "suspend")
+        super()._suspend(**options)
+
+
+def test_a_destination_that_takes_too_long_to_be_set_up_leaves_the_source_alone():
+    """It is not even suspended."""
+    with lab("sim", Watched) as (source, _, work), made("sim", Slow) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="no time is left") as caught:
+            migrate(source, destination, limits(timeout_s=0.1))
+        assert (caught.value.running, source.state, source.asked) == (source.name, RunState.RUNNING, ())
+        work.finish()
+
+
+class SlowAtTheEnd(WithoutState):
+    """Its last queue is put in place when no time is left."""
+
+    def _enable_queue(self, *words):
+        super()._enable_queue(*words)
+        if self.state is RunState.CONFIGURED:
+            time.sleep(0.5)
+
+
+def test_a_destination_that_there_is_no_time_to_start_has_not_started():
+    with lab("sim", Watched) as (source, _, work), made("sim", SlowAtTheEnd) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="no time is left") as caught:
+            migrate(source, destination, limits(timeout_s=0.4))
+        assert (caught.value.running, destination.state) == (source.name, RunState.RESET)
+        work.finish()
 
 
 class Stubborn(Sim):
@@ -209,9 +267,9 @@ def test_work_that_a_failed_destination_has_done_is_not_done_again():
 # --- the same errors, after they took effect, and through a socket ---
 
 
-def tripping_late():
+def tripping_late(base):
     """A disk whose ``trip_at``-th call of a hook is done, and then fails."""
-    cls = tripping()
+    cls = tripping(base)
     early = {name: getattr(cls, name) for name in HOOKS}
 
     def late(name):
@@ -229,12 +287,13 @@ def tripping_late():
     return cls
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("act", [migration, save_then_load])
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_an_error_after_every_step_leaves_one_that_runs(act, side):
+def test_an_error_after_every_step_leaves_one_that_runs(act, side, base):
     """As a reply that is lost: the device did what it was told, and whoever told it hears of a failure."""
-    cls = tripping_late()
-    classes = (cls, Sim) if side == "source" else (Sim, cls)
+    cls = tripping_late(base)
+    classes = (cls, base) if side == "source" else (base, cls)
     cls.trip_at = -1
     assert attempt(act, *classes) is None
     for number in range(1, cls.counted + 1):

@@ -26,7 +26,7 @@ class Far:
         self._work = work
         self._stack = stack
         self.digest = None
-        self.back_end, self.ours = stack.enter_context(scripted(VIRTIOFSD, 1 << 32 | 1 << 30))
+        self.back_end, self.ours = stack.enter_context(scripted(VIRTIOFSD, 1 << 32 | 1 << 30, timeout_s=None))
         self.back_end.answers[FrontendRequest.SET_DEVICE_STATE_FD] = self._begin
 
     def _begin(self, message):

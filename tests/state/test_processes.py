@@ -5,6 +5,7 @@ the process that does not answer is ended, by following its advice.
 """
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -16,21 +17,21 @@ from vdpabridge.state.image_reader import ImageError
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, verify
 from vdpabridge.state.snapshot import restore
 
-from ..support.disk_lab import Lab, limits
+from ..support.disk_lab import DISK_BYTES, Lab, limits
 from ..support.nursery import FAULTS, KINDS, nursery
 from ..support.transitions import shared_file
 
 #: How long a back-end may take where one is meant not to answer. One that is merely slow fails too, and just so.
-PATIENCE_S = 0.4
+PATIENCE_S = 0.5
 AT_ONCE = 4
 
 
 class Pair:
     """Two processes and the guest whose disk moves."""
 
-    def __init__(self, stack, back_end):
-        self.source_process = stack.enter_context(back_end())
-        self.destination_process = stack.enter_context(back_end())
+    def __init__(self, stack, back_end, disk):
+        self.source_process = stack.enter_context(back_end(disk))
+        self.destination_process = stack.enter_context(back_end(disk))
         self.source = stack.enter_context(self.source_process.open())
         self.work = Lab(stack, self.source)
         self.destination = stack.enter_context(self.destination_process.open())
@@ -44,9 +45,11 @@ class Pair:
 
 
 @contextmanager
-def pair(back_end):
-    with ExitStack() as stack:
-        yield Pair(stack, back_end)
+def pair(back_end, *, with_state):
+    """With state, or with one disk behind both."""
+    with ExitStack() as stack, tempfile.NamedTemporaryFile() as disk:
+        disk.truncate(DISK_BYTES)
+        yield Pair(stack, back_end, "" if with_state else disk.name)
 
 
 def do_migrate(those, timeout_s, _image):
@@ -75,9 +78,9 @@ def image_for(procedure, those):
         yield file
 
 
-def count_events(procedure, back_end):
+def count_events(procedure, back_end, *, with_state):
     """(side, kind of event) -> how many of them there are, where nothing goes wrong."""
-    with pair(back_end) as those, image_for(procedure, those) as image:
+    with pair(back_end, with_state=with_state) as those, image_for(procedure, those) as image:
         places = [(side, kind) for side in SIDES[procedure] for kind in KINDS]
         before = {(side, kind): those.process(side).events(kind) for side, kind in places}
         PROCEDURES[procedure](those, 20, image)
@@ -86,27 +89,30 @@ def count_events(procedure, back_end):
     return counts
 
 
+@pytest.mark.parametrize("with_state", [True, False], ids=["with state", "without"])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("procedure", PROCEDURES)
-def test_at_every_message(procedure, fault, tmp_path):
+def test_at_every_message(procedure, fault, with_state, tmp_path):
     with nursery(tmp_path) as back_end, ThreadPoolExecutor(AT_ONCE) as pool:
-        counts = count_events(procedure, back_end)
-        assert all(count >= (8 if kind == "message" else 2) for (_, kind), count in counts.items()), counts
+        counts = count_events(procedure, back_end, with_state=with_state)
+        fewest = {"message": 5, "piece": 2 if with_state else 0}
+        assert all(count >= fewest[kind] for (_, kind), count in counts.items()), counts
         places = [(*place, number) for place, count in counts.items() for number in range(1, count + 1)]
         # most of the time they wait
-        list(pool.map(lambda place: one(back_end, procedure, fault, *place), places))
+        list(pool.map(lambda place: one(back_end, procedure, fault, *place, with_state=with_state), places))
 
 
-def one(back_end, procedure, fault, side, kind, number):
+def one(back_end, procedure, fault, side, kind, number, *, with_state):
     try:
-        go_wrong_once(back_end, procedure, fault, side, kind, number)
+        with pair(back_end, with_state=with_state) as those:
+            go_wrong_once(those, procedure, fault, side, kind, number)
     except BaseException as error:
         error.add_note(f"{procedure}: {side} {fault} at {kind} {number}")
         raise
 
 
-def go_wrong_once(back_end, procedure, fault, side, kind, number):
-    with pair(back_end) as those, image_for(procedure, those) as image:
+def go_wrong_once(those, procedure, fault, side, kind, number):
+    with image_for(procedure, those) as image:
         timeout_s = 20 if fault == "killed" else PATIENCE_S
         if fault != "killed":
             those.impatient()

@@ -3,6 +3,7 @@
 ``python3 -m tests.support.nursery`` is that one; it forks a back-end for each path that it reads.
 """
 
+import ctypes
 import itertools
 import mmap
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
+from vdpabridge.device import Capability
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.sim.transfer import Transfer
 from vdpabridge.drivers.vhost_user import VhostUser
@@ -23,6 +25,7 @@ from vdpabridge.vhost_user.connection import Connection
 
 from .disk_lab import DISK_BYTES
 
+PR_SET_PDEATHSIG = 1
 FAULTS = ("killed", "stopped", "mute")
 #: Of each kind of event: how many there were (written by the back-end), at which to go wrong, and how (by the test).
 KINDS = ("message", "piece")
@@ -77,13 +80,14 @@ def nursery(folder):
         lock = threading.Lock()
 
         @contextmanager
-        def back_end():
+        def back_end(disk=""):
+            """A disk whose content is its state; or one without state, whose content is in file ``disk``."""
             path = f"{folder}/{next(numbers)}"
             with open(f"{path}.shared", "w+b") as file:
                 file.truncate(SHARED_BYTES)
                 shared = mmap.mmap(file.fileno(), SHARED_BYTES)
             with lock:
-                process.stdin.write(f"{path}\n")
+                process.stdin.write(f"{path} {disk}\n")
                 process.stdin.flush()
                 made = BackEnd(int(process.stdout.readline()), path, shared)
             try:
@@ -144,11 +148,15 @@ def go_wrong(fault):
         threading.Event().wait()
 
 
-def be_back_end(path):
+class WithoutState(Sim):
+    capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+
+
+def be_back_end(path, disk):
     Counting.trap = Trap(path)
     count_pieces(Counting.trap)
     with (
-        Sim.blk(DISK_BYTES, timeout_s=60) as device,
+        WithoutState.blk_file(disk, timeout_s=60) if disk else Sim.blk(DISK_BYTES, timeout_s=60) as device,
         listen(path) as listener,
         Server(device, report=lambda text: None) as server,
     ):
@@ -159,10 +167,13 @@ def be_back_end(path):
 
 def main():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while path := sys.stdin.readline().strip():
+    while line := sys.stdin.readline():
         if os.fork() == 0:
             os.close(sys.stdin.fileno())
-            be_back_end(path)
+            # with whoever forks, who ends with the test
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            path, _, disk = line.rstrip("\n").partition(" ")
+            be_back_end(path, disk)
 
 
 if __name__ == "__main__":

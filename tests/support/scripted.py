@@ -91,10 +91,10 @@ class ScriptedBackEnd:
 
 
 @contextmanager
-def scripted(offers=FULL, features=VERSION_1 | PROTOCOL | LOG_ALL):
-    """(back-end, our end of its socket)."""
+def scripted(offers=FULL, features=VERSION_1 | PROTOCOL | LOG_ALL, *, timeout_s=20):
+    """(back-end, our end of its socket). The back-end ends where nobody says anything for ``timeout_s``."""
     ours, theirs = socket.socketpair()
-    back_end = ScriptedBackEnd(Connection(theirs, "the test", timeout_s=20), offers, features)
+    back_end = ScriptedBackEnd(Connection(theirs, "the test", timeout_s=timeout_s), offers, features)
     thread = threading.Thread(target=back_end.run)
     thread.start()
     try:

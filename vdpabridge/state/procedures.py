@@ -121,10 +121,7 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
         with report.step("place"), within(destination, limits):
             place(destination, snapshot, eventfds)
         if snapshot.started:
-            undo.expect_start(destination, snapshot)
-            # no signal between a device that starts and our knowing of it
-            with report.step("start"), within(destination, limits), uninterrupted():
-                destination.start()
+            _start(destination, snapshot, limits, undo)
     # the destination runs: whatever becomes of the source, it must not
     undo.try_step("reset the source", source.reset)
     return report
@@ -157,10 +154,18 @@ def _set_up(
         destination.set_config_call(source.config_call)
 
 
+def _start(device: Device, snapshot: DeviceSnapshot, limits: Limits, undo: Undo) -> None:
+    # no signal between a device that starts and our knowing of it
+    with undo.report.step("start"), within(device, limits), uninterrupted():
+        undo.expect_start(device, snapshot)
+        device.start()
+
+
 def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
     """Where ``device`` stands, stopped."""
     if device.state is RunState.RUNNING:
         with undo.report.step("suspend"), within(device, limits), undo.report.watching(device):
+            undo.suspending = True
             device.suspend()
         undo.suspended = True
     with undo.report.step("capture"):
@@ -211,9 +216,7 @@ def _load(
                     restore(device, reader.facts.snapshot, eventfds)
             snapshot = reader.facts.snapshot
             if start or (start is None and snapshot.started is not False):
-                undo.expect_start(device, snapshot)
-                with report.step("start"), within(device, limits), uninterrupted():
-                    device.start()
+                _start(device, snapshot, limits, undo)
     finally:
         os.close(spool)
     return report

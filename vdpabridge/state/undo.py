@@ -61,8 +61,10 @@ class Undo:
         self.report = Report()
         self.snapshot: DeviceSnapshot | None = None
         """Where the source stands, as soon as it is stopped."""
+        self.suspending = False
+        """Whether the source was told to stop."""
         self.suspended = False
-        """Whether the source has said that it is stopped."""
+        """Whether it has said that it is stopped."""
         self._witness: Witness | None = None
 
     def __enter__(self) -> Self:
@@ -127,6 +129,8 @@ class Undo:
         return ""
 
     def _bring_back(self, source: Device, cause: BaseException) -> str:
+        if self._was_running and not self.suspending and source.state is RunState.RUNNING:
+            return source.name
         if source.state is RunState.FAILED:
             if not self.suspended and isinstance(cause, DeadlineExceeded):
                 return f"not known: {source.name} does not answer; it may have stopped or not"
@@ -152,9 +156,12 @@ class Undo:
 
 @contextmanager
 def within(device: Device, limits: Limits) -> Iterator[None]:
-    """Let ``device`` wait no longer than ``limits`` allow."""
+    """Let ``device`` wait no longer than ``limits`` allow. Raises `DeadlineExceeded` where no time is left."""
     before = device.timeout_s
     left_s = limits.deadline.left_s()
+    if limits.deadline.passed:
+        # not asked at all, it need not be put right
+        raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, device=device.name, why="no time is left")
     if left_s is not None:
         device.timeout_s = left_s if before is None else min(before, left_s)
     try:

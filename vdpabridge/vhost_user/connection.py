@@ -153,6 +153,8 @@ class Connection:
         Raises `ProtocolError` for what is no message, `ConnectionLost` where the peer closed in the middle of one,
         `DeadlineExceeded`. No descriptor stays open where it raises.
         """
+        if self.fileno() < 0:
+            raise self._lost("receive a message", error=OSError(errno.EBADF, "the connection was closed"))
         deadline = Deadline(self.timeout_s)
         fds: list[int] = []
         self.cut = False

@@ -39,7 +39,7 @@ def write_payload(
         for name in TREE:
             if (repository / name).exists():
                 archive.add(repository / name, f"tree/{name}", filter=_for_guest)
-        for path in extra:
+        for path in _distinct(extra):
             archive.add(path, f"with/{path.name}", filter=_for_guest)
         for module in MODULES:
             path = _module_path(module)
@@ -47,6 +47,17 @@ def write_payload(
         info = tarfile.TarInfo("command")
         info.size = len(script.encode())
         archive.addfile(info, io.BytesIO(script.encode()))
+
+
+def _distinct(paths: Sequence[Path]) -> list[Path]:
+    """``paths``, each with a name that the guest can tell from the others'."""
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if not path.exists():
+            raise HostError(f"{path} is not there")
+        if [other.name for other in resolved].count(path.name) > 1:
+            raise HostError(f"two of what is to be in the guest are called {path.name}")
+    return resolved
 
 
 def _for_guest(info: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -40,7 +40,7 @@ class Node:
     """An open vhost-vdpa node. Owns its descriptor.
 
     ``timeout_s`` bounds every system call; None waits for ever. One that is still in the kernel when its time is over
-    goes on there: the node says so from then on instead of queueing behind it.
+    goes on there: the node says so from then on instead of queueing behind it, and nothing else comes of it.
     """
 
     def __init__(self, fd: int, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> None:
@@ -49,7 +49,6 @@ class Node:
         self._fd = fd
         self._system = system
         self._owner_pid = os.getpid()
-        self._stuck_in = ""
         self._calls = CallThread("vdpabridge-call")
         self._together: int | None = None
         """The thread whose calls have a deadline already, all together."""
@@ -83,11 +82,10 @@ class Node:
             self._refuse_fork(request.name)
         while True:
             try:
-                if not self._stuck_in and (self.timeout_s is None or self._together == threading.get_ident()):
-                    self._request = request
+                if self.timeout_s is None and not self._calls.lost:
                     self._system.ioctl(self._fd, request, argument)
                 else:
-                    self._bounded(request.name, lambda: self._system.ioctl(self._fd, request, argument))
+                    self._bounded(request, lambda: self._system.ioctl(self._fd, request, argument))
                 return
             except DeadlineExceeded:
                 raise
@@ -109,7 +107,7 @@ class Node:
     def together(self, what: str, calls: Callable[[], Value]) -> Value:
         """Run ``calls``, which makes several calls, under one deadline: they need one thread's attention, not each.
 
-        When the deadline has passed, what is left of them is refused. Raises as `call` does.
+        When the deadline has passed, the one that lasts ends in an error, and with it ``calls``. Raises as `call` does.
         """
         if self.timeout_s is None or self._together == threading.get_ident():
             return calls()
@@ -119,7 +117,8 @@ class Node:
             try:
                 return calls()
             finally:
-                self._together = None
+                if not self._calls.lost:
+                    self._together = None
 
         return self._bounded(what, run)
 
@@ -128,11 +127,13 @@ class Node:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        if self._stuck_in or self.timeout_s is None:
-            self._system.close(fd)  # with a request still in the kernel, that one's end does the work
-        else:
-            self._bounded("close", lambda: self._system.close(fd))
-        self._calls.close()
+        try:
+            if self.stuck:
+                self._system.close(fd)  # with a request still in the kernel, that one's end does the work
+            else:
+                self._bounded("close", lambda: self._system.close(fd))
+        finally:
+            self._calls.close()
 
     @property
     def usable(self) -> bool:
@@ -142,29 +143,38 @@ class Node:
     @property
     def stuck(self) -> bool:
         """Whether a call whose deadline has passed went on in the kernel."""
-        return bool(self._stuck_in)
+        return self._calls.lost
 
-    def _bounded(self, what: str, call: Callable[[], Value]) -> Value:
-        if self._stuck_in:
-            raise DeadlineExceeded(what, 0, device=self.path, why=f"{self._stuck_in} is still in the kernel")
-        timeout_s = self.timeout_s
-        deadline = Deadline(timeout_s)
+    def _bounded(self, what: Ioctl | str, call: Callable[[], Value]) -> Value:
+        self._require_unstuck(what)
+        if self._together == threading.get_ident():
+            self._request = what
+            try:
+                return call()
+            finally:
+                # whoever asked was told that it lasts: nothing more is to be done on the strength of its answer
+                self._require_unstuck(what)
+        deadline = Deadline(self.timeout_s)
         self._request = what
         while True:
             try:
-                if timeout_s is None or self._together == threading.get_ident():
-                    return call()
-                return self._calls.call(deadline.left_s() or 0.0, call)
+                left_s = deadline.left_s()
+                return call() if left_s is None else self._calls.call(left_s, call)
             except InterruptedError:
                 continue
-            except KeyboardInterrupt:
-                if timeout_s is not None:
-                    self._stuck_in = _name(self._request)  # the waiting was interrupted, not the call
-                raise
             except StillRunning:
-                self._stuck_in = _name(self._request)
-                hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
-                raise DeadlineExceeded(self._stuck_in, timeout_s or 0, device=self.path, hint=hint) from None
+                raise self._too_late(_name(self._request), deadline.timeout_s or 0) from None
+
+    def _require_unstuck(self, what: Ioctl | str) -> None:
+        if self.stuck:
+            why = f"{_name(self._request)} is still in the kernel"
+            raise DeadlineExceeded(_name(what), 0, device=self.path, why=why)
+
+    def _too_late(self, what: str, timeout_s: float) -> DeadlineExceeded:
+        if not self.stuck:
+            return DeadlineExceeded(what, timeout_s, device=self.path, why="no time was left to ask the kernel")
+        hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
+        return DeadlineExceeded(what, timeout_s, device=self.path, hint=hint)
 
     def _refuse_fork(self, what: str) -> None:
         why = f"the device belongs to process {self._owner_pid}, whose fork this is"
