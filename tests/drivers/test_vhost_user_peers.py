@@ -3,6 +3,7 @@
 import os
 import struct
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from vdpabridge.device import (
 )
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, MissingCapability, VdpaBridgeError
+from vdpabridge.memory import GuestMemory
 from vdpabridge.vhost_user.connection import Connection
 from vdpabridge.vhost_user.errors import PeerRefused, ProtocolError
 
@@ -509,3 +511,20 @@ def test_what_a_back_end_asks_for_without_leave_is_refused():
                 with theirs.receive() as answer:
                     assert (answer.request, answer.flags, answer.payload) == (request, 5, struct.pack("=Q", code))
             assert os.eventfd_read(changed) == 1
+
+
+@pytest.mark.parametrize("slots", [True, False], ids=["slots", "table"])
+def test_memory_that_is_mapped_twice_is_refused(slots):
+    """Back-ends differ in what they make of it, and a table has no room for it."""
+    offers = FULL if slots else FULL - {P.CONFIGURE_MEM_SLOTS}
+    with driven(offers) as (back_end, device), GuestMemory(8192) as memory:
+        region = memory.region
+        device.map([region])
+        since = len(back_end.log)
+        upper = replace(region, guest_address=region.guest_address + 4096, size_bytes=4096, offset=4096)
+        for again in ([region], [upper], [replace(region, guest_address=0), replace(region, guest_address=4096)]):
+            with pytest.raises(ValueError, match="mapped twice"):
+                device.map(again)
+        assert back_end.names(since) == []
+        device.unmap([region])
+        device.map([upper])

@@ -4,8 +4,10 @@ The devices are simulated ones from which capabilities were taken: what a vDPA d
 """
 
 import os
+import select
 import socket
 import struct
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -375,3 +377,22 @@ def test_rings_that_skip_the_drain():
         assert reply == struct.pack("=II", 0, 1)
         assert front.sim.state is RunState.SUSPENDED
         assert ALL >> P.GET_VRING_BASE_SKIP_DRAIN & 1
+
+
+def test_a_signal_wakes_the_server_and_ends_nothing_by_itself(tmp_path):
+    """What it brings about is its handler's business; the server only must not sleep over it."""
+    woken, wake = os.pipe2(os.O_NONBLOCK)
+    with Sim.blk(1 << 20, timeout_s=5) as device, Server(device, report=print, timeout_s=5) as server:
+        ours, theirs = socket.socketpair()
+        server.signal_fd = woken
+        thread = threading.Thread(target=server.serve_connection, args=[Connection(theirs, "the front-end")])
+        thread.start()
+        os.write(wake, b"\x0f")
+        wait_until(lambda: not select.select([woken], [], [], 0)[0])
+        front = FrontEnd(ours, device)
+        assert front.number(F.GET_FEATURES)
+        server.stop()
+        thread.join()
+        ours.close()
+    os.close(woken)
+    os.close(wake)

@@ -14,9 +14,12 @@ import pytest
 
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.state import channel
+from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
+from vdpabridge.memory import GuestMemory
+from vdpabridge.state import channel, undo
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file
+from vdpabridge.state.snapshot import DeviceSnapshot
+from vdpabridge.state.witness import Witness
 
 from ..support.disk_lab import lab, limits, made
 from ..support.transitions import shared_file
@@ -257,7 +260,7 @@ class LateFailure(Sim):
 def test_work_that_a_failed_destination_has_done_is_not_done_again():
     with lab("sim") as (source, _, work), made("sim", LateFailure) as (destination, _):
         destination.map([work.memory.region])
-        with pytest.raises(ProcedureFailed, match="had begun to work") as caught:
+        with pytest.raises(ProcedureFailed, match="begun to work") as caught:
             migrate(source, destination, limits())
         assert caught.value.running.startswith("nothing")
         assert (source.state, destination.state) == (RunState.SUSPENDED, RunState.RESET)
@@ -372,3 +375,90 @@ def test_a_signal_at_any_step(number, tmp_path, monkeypatch):
             work.finish()
     finally:
         signal.signal(number, before)
+
+
+class NotResumed(WithoutState):
+    """As a kernel before 6.3: it goes on by a reset and a replay."""
+
+    capabilities = WithoutState.capabilities - {Capability.RESUME}
+
+
+class Alarming:
+    """A disk that is told to do something when the user presses Ctrl-C, and a thread is there to take the signal."""
+
+    hook = ""
+
+    def _reset(self):
+        self._press("_reset")
+        super()._reset()
+
+    def _resume(self):
+        self._press("_resume")
+        super()._resume()
+
+    def _press(self, hook):
+        if self.hook == hook:
+            self.hook = ""
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("base", "hook"), [(Sim, "_resume"), (NotResumed, "_reset")])
+def test_an_interruption_while_the_source_goes_on_waits(base, hook):
+    class Device(Alarming, base):
+        pass
+
+    with lab("sim", Device) as (source, _, work), shared_file(0) as file:
+        source.hook = hook
+        with pytest.raises(KeyboardInterrupt):
+            save(source, file, limits())
+        assert source.state is RunState.RUNNING
+        work.finish()
+
+
+def test_going_back_has_a_deadline_where_the_devices_have_none():
+    """A destination that never answers is not waited for without end."""
+
+    class Mute(WithoutState):
+        def _start(self):
+            super()._start()
+            raise Tripped("start")
+
+        def _reset(self):
+            assert self.timeout_s is not None
+            raise DeadlineExceeded("reset", self.timeout_s, device=self.name)
+
+        def _close(self):
+            self._reset = super()._reset
+            super()._close()
+
+        def _give_up(self):
+            assert self.timeout_s == undo._GRACE_S
+            super()._give_up()
+            return False
+
+    with lab("sim", WithoutState) as (source, _, work), made("sim", Mute, timeout_s=None) as (destination, _):
+        destination.map([work.memory.region])
+        with pytest.raises(ProcedureFailed, match="not known"):
+            migrate(source, destination, limits())
+        assert destination.timeout_s is None
+
+
+def test_memory_that_cannot_be_watched_leaves_no_descriptor(monkeypatch):
+    """Out of descriptors just before the destination is started: it is not."""
+    duplicates = itertools.count(1)
+    real = os.dup
+
+    def dup(fd):
+        if next(duplicates) > 1:
+            raise OSError(24, "Too many open files")
+        return real(fd)
+
+    with lab("sim", WithoutState) as (source, _, work), GuestMemory(4096, 0x9000_0000) as more:
+        source.map([more.region])
+        snapshot = DeviceSnapshot(2, 0, {}, b"")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "dup", dup)
+            with pytest.raises(OSError, match="Too many"):
+                Witness(snapshot, source.regions)
+        work.finish()

@@ -170,10 +170,10 @@ def check_failed_start(those, fault, error):
         return
     assert those.source.state is RunState.SUSPENDED
     if fault == "killed":
-        assert "had begun to work" in error.running
+        assert "begun to work" in error.running
     else:
         assert error.running.startswith("not known: ")
-        assert "end it first" in error.running
+        assert "end its process first" in error.advice
         those.destination_process.kill()
     worked = those.work.queue.device_used_index != error.snapshot.queues[0].base.avail_index
     assert worked or fault != "killed"

@@ -61,7 +61,8 @@ def serve(words: argparse.Namespace) -> None:
             _restore(device, words)
         if words.control:
             control = stack.enter_context(_listening(words.control, private=True))
-            server.companion = stack.enter_context(ControlServer(control, methods_of(device, server, words.timeout)))
+            methods = methods_of(device, server, words.timeout)
+            server.companion = stack.enter_context(ControlServer(control, methods, report=_say))
         _say(f"{device.name} is served at {where}")
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             server.serve(place, once=words.once)
@@ -139,12 +140,19 @@ class _Ending:
     def __init__(self) -> None:
         self._watched: tuple[Device, Server] | None = None
         self._before: dict[int, Any] = {}
+        self._ended = False
+        self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def watch(self, device: Device, server: Server) -> None:
         """From now on there is something to end well."""
+        server.signal_fd = self._woken
         self._watched = device, server
+        if self._ended:
+            # one that came while a module was imported may have been swallowed there
+            raise SystemExit(0)
 
     def __enter__(self) -> Self:
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         for number, handler in ((signal.SIGTERM, self._end), (signal.SIGINT, self._end), (signal.SIGALRM, self._hurry)):
             self._before[number] = signal.signal(number, handler)
         return self
@@ -153,8 +161,12 @@ class _Ending:
         signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._woken)
+        os.close(self._wake)
 
     def _end(self, *_: object) -> None:
+        self._ended = True
         if self._watched is None:
             raise SystemExit(0)
         device, server = self._watched

@@ -23,7 +23,7 @@ class ControlError(VdpaBridgeError):
 
 
 class ControlClient:
-    """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each answer."""
+    """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each wait for a word of it."""
 
     def __init__(self, path: str, *, timeout_s: float | None = None) -> None:
         self._path = path
@@ -50,7 +50,8 @@ class ControlClient:
             params["progress"] = True
         request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
         self._lines.send(request, () if fd is None else (fd,))
-        while "id" not in (answer := self._receive(method)):
+        # by the way it tells of progress; and an earlier answer may have come too late
+        while (answer := self._receive(method)).get("id") != self._number:
             if progress is not None and answer.get("method") == "progress":
                 progress(answer["params"]["state_bytes"])
         if (error := answer.get("error")) is not None:
@@ -63,7 +64,12 @@ class ControlClient:
         line = self._lines.receive()
         if line is None:
             raise VdpaBridgeError(method, device=self._path, why="the process that owns the device has ended")
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError as error:
+            raise VdpaBridgeError(method, device=self._path, why=f"the answer is no JSON: {error}") from None
+        if not isinstance(message, dict):
+            raise VdpaBridgeError(method, device=self._path, why=f"{message!r} is no answer")
         return message
 
     def close(self) -> None:

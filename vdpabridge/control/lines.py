@@ -9,6 +9,7 @@ import array
 import contextlib
 import json
 import os
+import select
 import socket
 from typing import Any
 
@@ -24,12 +25,20 @@ _LINE_BYTES_MAX = 1 << 20
 
 
 class Lines:
-    """Messages over ``connection``, which is taken. Owns the descriptors that came and were not taken."""
+    """Messages over ``connection``, which is taken. Owns the descriptors that came and were not taken.
+
+    Those that come with a message are sent with it, by one sendmsg(2): they belong to the line that the bytes end in
+    with which they came.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = b""
-        self._fds: list[int] = []
+        self._fds: list[tuple[int, int]] = []
+        """(number of bytes that had come with it, descriptor)."""
+        self._came = 0
+        self._line_end = 0
+        """How many bytes the lines so far had."""
 
     def fileno(self) -> int:
         """The socket; borrowed."""
@@ -41,24 +50,27 @@ class Lines:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
-            self._socket.sendall(data[sent:])
+            if rest := data[sent:]:
+                self._socket.sendall(rest)
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"send: {error.strerror or error}") from error
 
     def offer(self, message: dict[str, Any]) -> None:
         """Send one message if the peer has room for it, and else not."""
-        # a message on a UNIX socket that is this short goes whole or not at all
-        with contextlib.suppress(OSError):
-            self._socket.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        writable = select.poll()
+        writable.register(self._socket, select.POLLOUT)
+        if writable.poll(0):
+            # a message on a UNIX socket that is this short goes whole or not at all
+            with contextlib.suppress(OSError):
+                self._socket.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL)
 
     def receive(self) -> bytes | None:
         """The next line, None at the end. Raises `VdpaBridgeError` for one without end, or that does not come."""
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > _LINE_BYTES_MAX:
-                raise VdpaBridgeError("control socket", why=f"a line of more than {_LINE_BYTES_MAX} bytes")
+        while not self.has_line:
             if not self.read():
                 return None
         line, self._buffer = self._buffer.split(b"\n", 1)
+        self._line_end += len(line) + 1
         return line
 
     def read(self) -> bool:
@@ -68,12 +80,17 @@ class Lines:
             data, ancillary, _, _ = self._socket.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"receive: {error.strerror or error}") from error
+        self._came += len(data)
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = array.array("i")
                 whole.frombytes(content[: len(content) - len(content) % whole.itemsize])
-                self._fds += whole
+                self._fds += [(self._came, fd) for fd in whole]
         self._buffer += data
+        if len(self._fds) > FDS_MAX:
+            raise VdpaBridgeError("control socket", why=f"more than {FDS_MAX} descriptors that no request asked for")
+        if len(self._buffer) > _LINE_BYTES_MAX and not self.has_line:
+            raise VdpaBridgeError("control socket", why=f"a line of more than {_LINE_BYTES_MAX} bytes")
         return bool(data)
 
     @property
@@ -82,11 +99,19 @@ class Lines:
         return b"\n" in self._buffer
 
     def take_fd(self) -> int | None:
-        """The next descriptor that came, owned by the caller from now on."""
-        return self._fds.pop(0) if self._fds else None
+        """The next descriptor that came with the last line, owned by the caller from now on."""
+        if self._fds and self._fds[0][0] <= self._line_end:
+            return self._fds.pop(0)[1]
+        return None
+
+    def drop_fds(self) -> None:
+        """Close what came with the last line and was not taken."""
+        while (fd := self.take_fd()) is not None:
+            os.close(fd)
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took. Idempotent."""
-        while (fd := self.take_fd()) is not None:
+        for _, fd in self._fds:
             os.close(fd)
+        self._fds.clear()
         self._socket.close()

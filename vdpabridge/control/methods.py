@@ -16,7 +16,7 @@ from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
 from ..state.channel import Limits
 from ..state.files import replacing
-from ..state.procedures import load_state, save
+from ..state.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
 from .server import Caller, Method
 
@@ -24,6 +24,8 @@ __all__ = ["methods_of"]
 
 #: Between two notifications of progress.
 _INTERVAL_S = 0.2
+#: Who has asked for `suspend`.
+_EVERYBODY = "everybody"
 #: What `stay` of the method `save` may be; the last: suspended for as long as whoever asked is connected.
 _STAYS = (False, True, "connection")
 Params = Mapping[str, Any]
@@ -34,9 +36,6 @@ class _Controlled:
         self._device = device
         self._server = server
         self._timeout_s = timeout_s
-        self._held = False
-        self._held_for: Caller | None = None
-        """Whose connection's end ends the suspension."""
         self._last: Report | None = None
         self._began_s = time.monotonic()
         self._counts = {name: {"done": 0, "failed": 0, "state_bytes": 0, "seconds": 0.0} for name in ("save", "load")}
@@ -58,7 +57,7 @@ class _Controlled:
             "device": device.name,
             "device_id": device.identity.device_id,
             "state": device.state.value,
-            "held": self._held,
+            "held": self._server.held,
             "front_end": self._server.session is not None,
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
@@ -76,15 +75,16 @@ class _Controlled:
             "procedures": self._counts,
         }
 
-    def suspend(self, _params: Params, _caller: Caller) -> dict[str, Any]:
-        """Suspend, until `resume`; the front-end's requests do not start the device meanwhile."""
-        self._hold()
-        self._held_for = None
+    def suspend(self, _params: Params, caller: Caller) -> dict[str, Any]:
+        """Suspend, until `resume`, whatever front-ends do; who has held the device by a connection needs it no more."""
+        self._server.hold(_EVERYBODY)
+        self._server.release(caller)
         return {"state": self._device.state.value}
 
-    def resume(self, _params: Params, _caller: Caller) -> dict[str, Any]:
-        """Let the device do again what its front-end wants."""
-        self._release()
+    def resume(self, _params: Params, caller: Caller) -> dict[str, Any]:
+        """Let the device do again what its front-end wants, unless somebody else holds it by a connection."""
+        self._server.release(caller)
+        self._server.release(_EVERYBODY)
         return {"state": self._device.state.value}
 
     def save(self, params: Params, caller: Caller) -> dict[str, Any]:
@@ -96,25 +96,26 @@ class _Controlled:
         stay = params.get("stay", False)
         if stay not in _STAYS:
             raise VdpaBridgeError("save", why=f"stay {stay!r} is none of {', '.join(map(str, _STAYS))}")
-        was_held = self._held
+        holder = {False: object(), True: _EVERYBODY, "connection": caller}[stay]
+        was_held = self._server.holds(holder)
         report = Report()
-        with self._counted("save") as counted, _sink(params, caller) as fd:
-            limits = self._limits(params, caller)
-            with report.step("suspend"), report.watching(self._device):
-                self._hold()
-            try:
+        try:
+            with self._counted("save") as counted, _sink(params, caller) as fd:
+                limits = self._limits(params, caller)
+                with report.step("suspend"), report.watching(self._device):
+                    self._server.hold(holder)
                 saved = save(self._device, fd, limits, go_on=False)
-            except BaseException:
-                if not was_held:
-                    self._release()
-                raise
-            saved.steps[:0] = report.steps
-            counted(saved)
-        if stay == "connection" and not was_held:
-            self._held_for = caller
-            caller.when_gone = lambda: self._release_for(caller)
-        elif not stay and not was_held:
-            self._release()
+                saved.steps[:0] = report.steps
+                counted(saved)
+        except VdpaBridgeError as error:
+            if not was_held:
+                self._server.release(holder)
+            self._tell_state(error)
+            raise
+        if stay == "connection":
+            caller.when_gone = lambda: self._server.release(caller)
+        elif not stay:
+            self._server.release(holder)
         return {**_shown(saved), "state": self._device.state.value}
 
     def load(self, params: Params, caller: Caller) -> dict[str, Any]:
@@ -127,22 +128,12 @@ class _Controlled:
             counted(loaded)
         return {**_shown(loaded), "device": self._device.name}
 
-    def _hold(self) -> None:
-        if self._server.session is not None:
-            self._server.session.hold()
-        elif self._device.state is RunState.RUNNING:
-            self._device.suspend()
-        self._held = True
-
-    def _release(self) -> None:
-        self._held = False
-        self._held_for = None
-        if self._server.session is not None:
-            self._server.session.release()
-
-    def _release_for(self, caller: Caller) -> None:
-        if self._held_for is caller:
-            self._release()
+    def _tell_state(self, error: VdpaBridgeError) -> None:
+        """Have ``error`` say what the device does now: a procedure knows of nobody who lets it go on afterwards."""
+        state = self._device.state
+        error.hint = f"the device is {state.value} now"
+        if isinstance(error, ProcedureFailed):
+            error.running = self._device.name if state is RunState.RUNNING else "nothing"
 
     def _limits(self, params: Params, caller: Caller) -> Limits:
         most = params.get("limit_bytes")
@@ -204,7 +195,8 @@ def _source(params: Params, caller: Caller) -> Iterator[int]:
             yield fd
         return
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # what keeps a reader waiting, as a FIFO does, is waited for where there is a deadline
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise VdpaBridgeError("load", device=path, why=os.strerror(error.errno or 0)) from error
     try:

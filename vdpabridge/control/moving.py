@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -23,7 +24,7 @@ def move(
     bytes of device state have gone. Raises the error of the side that caused it.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    there: list[VdpaBridgeError] = []
+    there: list[Exception] = []
     here: list[VdpaBridgeError] = []
     saved: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
@@ -31,7 +32,7 @@ def move(
     def load_there() -> None:
         try:
             loaded.update(destination.ask("load", reader))
-        except VdpaBridgeError as error:
+        except Exception as error:  # noqa: BLE001  # it is raised where somebody hears it
             there.append(error)
         finally:
             os.close(reader)
@@ -46,7 +47,9 @@ def move(
         os.close(writer)
         thread.join()
     if here or there:
-        source.ask("resume")
+        # it goes on without being told where it has lost us already
+        with contextlib.suppress(VdpaBridgeError):
+            source.ask("resume")
         # a destination that refuses does not read on, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
         raise (there or here)[0] if broken else (here or there)[0]

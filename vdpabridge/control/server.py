@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -16,8 +16,9 @@ from .lines import INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERRO
 __all__ = ["Caller", "ControlServer", "Method"]
 
 _CREDENTIALS = struct.Struct("3i")
-#: For a client to take an answer in, or to end its line.
+#: For a client to take an answer in.
 _PATIENCE_S = 2.0
+_PAUSE_S = 0.1
 
 
 class Caller:
@@ -44,11 +45,14 @@ Method = Callable[[Mapping[str, Any], Caller], Any]
 class ControlServer:
     """Answers requests on ``listener``, which is taken. Call `serve` for each of `fds` that is readable.
 
-    Only this user and root are listened to.
+    Only this user and root are listened to. ``report`` is told what nobody is left to be told.
     """
 
-    def __init__(self, listener: socket.socket, methods: Mapping[str, Method]) -> None:
+    def __init__(
+        self, listener: socket.socket, methods: Mapping[str, Method], *, report: Callable[[str], None]
+    ) -> None:
         listener.setblocking(False)
+        self._report = report
         self._listener = listener
         self._methods = methods
         self._clients: dict[int, tuple[Lines, Caller]] = {}
@@ -67,6 +71,7 @@ class ControlServer:
             alive = client.read()
             while client.has_line:
                 self._answer(client, caller, client.receive() or b"")
+                client.drop_fds()
         except VdpaBridgeError:
             alive = False
         if not alive:
@@ -82,7 +87,10 @@ class ControlServer:
         client, caller = self._clients.pop(fd)
         client.close()
         if caller.when_gone is not None:
-            caller.when_gone()
+            try:
+                caller.when_gone()
+            except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
+                self._report(f"when a client of the control socket had left: {error}")
 
     def __enter__(self) -> Self:
         return self
@@ -91,16 +99,23 @@ class ControlServer:
         self.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            _, uid, _ = _CREDENTIALS.unpack(credentials)
-            if uid not in (0, os.geteuid()):
-                connection.close()
-                return
-            connection.settimeout(_PATIENCE_S)
-            client = Lines(connection)
-            self._clients[connection.fileno()] = client, Caller(client)
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # out of descriptors, perhaps; whoever waits there still waits then
+            self._report(f"a client of the control socket cannot be let in: {error.strerror}")
+            time.sleep(_PAUSE_S)
+            return
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        if uid not in (0, os.geteuid()):
+            connection.close()
+            return
+        connection.settimeout(_PATIENCE_S)
+        client = Lines(connection)
+        self._clients[connection.fileno()] = client, Caller(client)
 
     def _answer(self, client: Lines, caller: Caller, line: bytes) -> None:
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
@@ -113,6 +128,7 @@ class ControlServer:
             not isinstance(request, dict)
             or request.get("jsonrpc") != "2.0"
             or not isinstance(request.get("method"), str)
+            or not isinstance(request.get("id"), (str, int, float, type(None)))
         ):
             client.send(answer | {"error": {"code": INVALID_REQUEST, "message": "that is no request"}})
             return

@@ -19,10 +19,11 @@ from .files import replacing
 from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageWriter
 from .image_reader import ImageReader
+from .interruptions import uninterrupted
 from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, place, prepare, restore
 from .stream import reading
-from .undo import ProcedureFailed, Undo, uninterrupted, within
+from .undo import ProcedureFailed, Undo, within
 
 __all__ = ["ProcedureFailed", "load", "load_state", "migrate", "save", "save_file", "verify"]
 
@@ -36,8 +37,8 @@ def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True) -> Re
     undo = _prepare(device, "save")
     with undo:
         _write_image(device, sink, limits, undo)
-    if go_on:
-        undo.resume_source("resume")
+        if go_on:
+            undo.resume_source("resume")
     return undo.report
 
 
@@ -47,10 +48,11 @@ def save_file(device: Device, path: str, limits: Limits, *, go_on: bool = True) 
     Only when the file is safe does the device go on.
     """
     undo = _prepare(device, "save")
-    with undo, replacing(path) as fd:
-        _write_image(device, fd, limits, undo)
-    if go_on:
-        undo.resume_source("resume")
+    with undo:
+        with replacing(path) as fd:
+            _write_image(device, fd, limits, undo)
+        if go_on:
+            undo.resume_source("resume")
     return undo.report
 
 
@@ -122,8 +124,7 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
             place(destination, snapshot, eventfds)
         if snapshot.started:
             _start(destination, snapshot, limits, undo)
-    # the destination runs: whatever becomes of the source, it must not
-    undo.try_step("reset the source", source.reset)
+    undo.retire_source()
     return report
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from ..device import Capability, Device
 from ..errors import VdpaBridgeError
+from .interruptions import uninterrupted
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
 
 __all__ = ["ReplayFailed", "replay", "resume"]
@@ -59,10 +60,12 @@ def replay(device: Device) -> None:
         }
         config_call = keep(device.config_call)
         try:
-            device.reset()
-            restore(device, snapshot, eventfds)
-            if config_call is not None:
-                device.set_config_call(config_call)
-            device.start()
+            # cut in two it would leave a device that is reset, and positions that nobody has
+            with uninterrupted():
+                device.reset()
+                restore(device, snapshot, eventfds)
+                if config_call is not None:
+                    device.set_config_call(config_call)
+                device.start()
         except VdpaBridgeError as error:
             raise ReplayFailed(device.name, str(error), snapshot) from error

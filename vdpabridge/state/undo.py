@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from ..device import Capability, Device, RunState
 from ..errors import DeadlineExceeded, VdpaBridgeError
 from .channel import Limits
+from .interruptions import uninterrupted
 from .replay import resume
 from .report import Report
 from .snapshot import DeviceSnapshot
 from .witness import Witness
 
-__all__ = ["ProcedureFailed", "Undo", "uninterrupted", "within"]
+__all__ = ["ProcedureFailed", "Undo", "within"]
 
-_NOTHING = "nothing"
+_NOTHING, _UNKNOWN = "nothing", "not known"
+#: For a device that has no deadline of its own: whoever goes back has waited long enough already.
+_GRACE_S = 30.0
+
+
+class Outcome(NamedTuple):
+    """What a failed procedure has left."""
+
+    running: str
+    advice: str
 
 
 class ProcedureFailed(VdpaBridgeError):
     """A procedure that did not come to its end.
 
     ``report`` has its steps and those of going back; ``running`` is the device that goes on now, ``nothing``, or
-    ``not known: …`` where a device did not answer. ``snapshot`` has the queues' positions, if they were known.
+    ``not known: …`` where a device did not answer; ``advice`` says what to do. ``snapshot`` has the queues' positions,
+    if they were known.
     """
 
     def __init__(
@@ -36,13 +45,15 @@ class ProcedureFailed(VdpaBridgeError):
         cause: BaseException,
         *,
         report: Report,
-        running: str,
+        outcome: Outcome,
         snapshot: DeviceSnapshot | None = None,
     ) -> None:
         why = str(cause) or type(cause).__name__
-        super().__init__(what, device=device.name, why=why, hint=f"running now: {running}")
+        hint = f"running now: {outcome.running}; {outcome.advice}"
+        super().__init__(what, device=device.name, why=why, hint=hint)
         self.report = report
-        self.running = running
+        self.running = outcome.running
+        self.advice = outcome.advice
         self.snapshot = snapshot
 
 
@@ -74,25 +85,32 @@ class Undo:
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            if error is None or isinstance(error, ProcedureFailed):
                 return
-            running = self._go_back(error)
+            outcome = self._go_back(error)
         finally:
             if self._witness is not None:
                 self._witness.close()
         if isinstance(error, Exception):
-            raise self._failed(error, running) from error
+            raise self._failed(error, outcome) from error
 
     def expect_start(self, destination: Device, snapshot: DeviceSnapshot) -> None:
         """``destination`` is about to be told to start where ``snapshot`` was taken: from now on it may do work."""
         self._witness = Witness(snapshot, destination.regions)
 
     def resume_source(self, name: str) -> None:
-        """Let the source go on, if it was at work. Raises `ProcedureFailed`."""
+        """Let the source go on, if it was at work: the last step. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
-            error, running = self._resume(self._source, name)
+            with uninterrupted(), _patient(self._source):
+                error, outcome = self._resume(self._source, name)
             if error is not None:
-                raise self._failed(error, running) from error
+                raise self._failed(error, outcome) from error
+
+    def retire_source(self) -> None:
+        """The destination runs: whatever becomes of the source, it must not. How that went is in the report only."""
+        if self._source is not None:
+            with uninterrupted(), _patient(self._source):
+                self.try_step("reset the source", self._source.reset)
 
     def try_step(self, name: str, act: Callable[[], object]) -> Exception | None:
         """Do ``act`` as a step. Returns its error, if any, which is in the report too."""
@@ -103,55 +121,84 @@ class Undo:
             return error
         return None
 
-    def _failed(self, error: Exception, running: str) -> ProcedureFailed:
+    def _failed(self, error: Exception, outcome: Outcome) -> ProcedureFailed:
         device = self._source or self._destination
         if device is None:
             raise error
-        return ProcedureFailed(self._what, device, error, report=self.report, running=running, snapshot=self.snapshot)
+        return ProcedureFailed(self._what, device, error, report=self.report, outcome=outcome, snapshot=self.snapshot)
 
-    def _go_back(self, cause: BaseException) -> str:
-        """What runs after it."""
+    def _go_back(self, cause: BaseException) -> Outcome:
         with uninterrupted():
-            if self._destination is not None and (hindrance := self._stop(self._destination)):
-                return hindrance
-            return _NOTHING if self._source is None else self._bring_back(self._source, cause)
+            if self._destination is not None:
+                with _patient(self._destination):
+                    hindrance = self._stop(self._destination)
+                if hindrance is not None:
+                    return hindrance
+            if self._source is None:
+                return Outcome(_NOTHING, "the device is as it was before, or reset; another can be given the image")
+            with _patient(self._source):
+                return self._bring_back(self._source, cause)
 
-    def _stop(self, destination: Device) -> str:
+    def _stop(self, destination: Device) -> Outcome | None:
         """See to it that ``destination`` does nothing more; why the source must not go on, if so."""
+        name = destination.name
         if self.try_step("undo: reset the destination", destination.reset) is not None:
             stopped: list[bool] = []
             self.try_step("undo: give the destination up", lambda: stopped.append(destination.give_up()))
             # who was not told to start has nothing to do it with
             if self._witness is not None and stopped != [True]:
-                return f"not known: {destination.name} does not answer, and may have started; end it first"
+                advice = "end its process first, then resume the source"
+                return Outcome(f"{_UNKNOWN}: {name} does not answer, and may have started", advice)
         if self._witness is not None and self._witness.has_seen_work():
-            return f"{_NOTHING}: {destination.name} had begun to work, which the source would do again"
-        return ""
+            running = f"{_NOTHING}: {name} has, or may have, begun to work, which the source would do again"
+            return Outcome(running, "have the guest reset its device")
+        return None
 
-    def _bring_back(self, source: Device, cause: BaseException) -> str:
+    def _bring_back(self, source: Device, cause: BaseException) -> Outcome:
         if self._was_running and not self.suspending and source.state is RunState.RUNNING:
-            return source.name
+            return self._goes_on(source)
         if source.state is RunState.FAILED:
             if not self.suspended and isinstance(cause, DeadlineExceeded):
-                return f"not known: {source.name} does not answer; it may have stopped or not"
-            return f"{_NOTHING}: {source.name} failed: {source.failure}"
+                return self._unanswered(source, "may have stopped or not")
+            advice = "start it anew, and restore the error's snapshot on it; a state of its own is lost"
+            return Outcome(f"{_NOTHING}: {source.name} failed: {source.failure}", advice)
         if Capability.DEVICE_STATE in source.capabilities and source.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self.try_step("undo: abandon the transfer", source.abandon_state)
         if not self._was_running:
-            return _NOTHING
+            return Outcome(_NOTHING, f"{source.name} is {source.state.value}, as it was before")
         # a suspend that failed late may have stopped some queues, or all, and not said so
         if source.state is RunState.RUNNING and self.try_step("undo: end the suspend", source.suspend):
-            return f"not known: {source.name} does not answer; its suspend was not brought to an end"
+            return self._unanswered(source, "was told to stop, and may have")
         return self._resume(source, "undo: resume")[1]
 
-    def _resume(self, source: Device, name: str) -> tuple[Exception | None, str]:
+    def _resume(self, source: Device, name: str) -> tuple[Exception | None, Outcome]:
         """What went wrong, if anything, and what runs after it."""
         error = self.try_step(name, lambda: resume(source))
         if error is None:
-            return None, source.name
+            return None, self._goes_on(source)
         if isinstance(error, DeadlineExceeded):
-            return error, f"not known: {source.name} does not answer; it may have gone on, or may yet"
-        return error, f"{_NOTHING}: {error}"
+            return error, self._unanswered(source, "may have gone on, or may yet")
+        return error, Outcome(f"{_NOTHING}: {error}", "restore the error's snapshot on this device or another")
+
+    @staticmethod
+    def _goes_on(source: Device) -> Outcome:
+        return Outcome(source.name, "nothing was lost; mend the cause, and do it again")
+
+    @staticmethod
+    def _unanswered(source: Device, what: str) -> Outcome:
+        advice = "when it answers again, suspend and resume it; or end its process"
+        return Outcome(f"{_UNKNOWN}: {source.name} does not answer; it {what}", advice)
+
+
+@contextmanager
+def _patient(device: Device) -> Iterator[None]:
+    """Let ``device`` have a deadline, whatever its own is."""
+    before = device.timeout_s
+    device.timeout_s = _GRACE_S if before is None else before
+    try:
+        yield
+    finally:
+        device.timeout_s = before
 
 
 @contextmanager
@@ -168,16 +215,3 @@ def within(device: Device, limits: Limits) -> Iterator[None]:
         yield
     finally:
         device.timeout_s = before
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the body is done; in the main thread, the only one that they interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

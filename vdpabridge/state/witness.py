@@ -21,8 +21,14 @@ class Witness:
 
     def __init__(self, snapshot: DeviceSnapshot, regions: Sequence[MemoryRegion]) -> None:
         self._snapshot = snapshot
-        # its own, as the device that has them may be closed before this is asked
-        self._regions = [replace(region, fd=os.dup(region.fd)) for region in regions]
+        self._regions: list[MemoryRegion] = []
+        try:
+            for region in regions:
+                # its own, as the device that has them may be closed before this is asked
+                self._regions.append(replace(region, fd=os.dup(region.fd)))
+        except OSError:
+            self.close()
+            raise
         self._before = list(self._look())
 
     def has_seen_work(self) -> bool:

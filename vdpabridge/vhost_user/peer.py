@@ -9,39 +9,56 @@ import struct
 
 from ..deadline import Deadline
 
-__all__ = ["hang_up"]
+__all__ = ["PeerProcess"]
 
 _CREDENTIALS = struct.Struct("3i")
 
 
-def hang_up(connection: int, timeout_s: float | None) -> bool:
-    """Send nothing any more through socket ``connection`` (borrowed), and wait for the end of the peer's process.
+class PeerProcess:
+    """The process that listened where socket ``connection`` (borrowed) leads to. Owns a descriptor of it.
 
-    Whether it is certain that the process which listened there has ended, and its end of the socket is closed. False
-    also where the process cannot be known: it is this one, or of another PID namespace.
-
-    Source: unix(7), SO_PEERCRED; pidfd_open(2), Linux 5.3.
+    It is not known where it had ended before (it handed its socket to another), where it is this process, or of another
+    PID namespace. Source: unix(7), SO_PEERCRED; pidfd_open(2), Linux 5.3.
     """
-    deadline = Deadline(timeout_s)
+
+    def __init__(self, connection: int) -> None:
+        self._connection = connection
+        self._pidfd = _pidfd_of(connection)
+
+    def hang_up(self, timeout_s: float | None) -> bool:
+        """Send nothing any more, and wait for the process's end and that of every other that has its end of the socket.
+
+        Whether it is certain that both have come.
+        """
+        if self._pidfd < 0:
+            return False
+        deadline = Deadline(timeout_s)
+        with socket.socket(fileno=os.dup(self._connection)) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            # both: to close a socket does not end a thread that is at work
+            return _happens(connection.fileno(), 0, deadline) and _happens(self._pidfd, select.POLLIN, deadline)
+
+    def close(self) -> None:
+        """Close. Idempotent."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _pidfd_of(connection: int) -> int:
     with socket.socket(fileno=os.dup(connection)) as peer:
         pid, _, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        if pid in (0, os.getpid()):
-            return False
-        peer.shutdown(socket.SHUT_WR)
-        # both: a process may have handed its end to another, and to close it does not end a thread that is at work
-        return _happens(peer.fileno(), 0, deadline) and _ends(pid, deadline)
-
-
-def _ends(pid: int, deadline: Deadline) -> bool:
+    if pid in (0, os.getpid()):
+        return -1
     try:
-        # another process can have this number by now only if ours has ended: then this waits for too much
         pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return _happens(pidfd, select.POLLIN, deadline)
-    finally:
+    except OSError:
+        return -1
+    if _happens(pidfd, select.POLLIN, Deadline(0)):
+        # it has ended, and somebody answers
         os.close(pidfd)
+        return -1
+    return pidfd
 
 
 def _happens(fd: int, events: int, deadline: Deadline) -> bool:

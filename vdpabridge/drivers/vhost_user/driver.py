@@ -46,7 +46,7 @@ from ...device import (
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
 from ...vhost_user.connection import Connection
 from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
-from ...vhost_user.peer import hang_up
+from ...vhost_user.peer import PeerProcess
 from .channel import BackendChannel
 from .memory import BackendMemory, slots_of
 from .negotiation import QUEUE_SIZE_MAX, capabilities_of, config_size_of, negotiate, queue_count_of
@@ -100,6 +100,7 @@ class VhostUser(Device):
         self._identity = Identity(device_id, count, QUEUE_SIZE_MAX, size)
         self._capabilities = capabilities_of(self._requests, self._features, size)
         self._rings = Rings(self._requests, self._features)
+        self._process = PeerProcess(connection.fileno())
         self._channel: BackendChannel | None = None
         self._logging = False
         self._transfer = StateTransfer(self._requests)
@@ -309,6 +310,7 @@ class VhostUser(Device):
             self._stop_rings(drain=True)
         if self._channel is not None:
             self._channel.close()
+        self._process.close()
         self._requests.close()
 
     def _give_up(self) -> bool:
@@ -316,7 +318,7 @@ class VhostUser(Device):
             with contextlib.suppress(ProtocolError, DeadlineExceeded):
                 self._stop_rings(drain=True)
             # a back-end for one front-end, such as virtiofsd, ends with its connection
-            return not self._rings.started or hang_up(self.fileno(), self.timeout_s)
+            return not self._rings.started or self._process.hang_up(self.timeout_s)
         finally:
             self._requests.broken = self._requests.broken or "it was given up"
             self._close()

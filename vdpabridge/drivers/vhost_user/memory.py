@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeature
@@ -25,12 +26,13 @@ class BackendMemory:
         """Each region with its descriptor, borrowed from the device: tables send all of them each time."""
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Add ``regions``, all or none. Raises ValueError where they are too many."""
+        """Add ``regions``, all or none. Raises ValueError where they are too many, or overlap."""
         limit = self._slots or MEMORY_REGIONS_MAX
         if len(self._mapped) + len(regions) > limit:
             raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at the most")
         if any(region.address_space for region in regions):
             raise ValueError(f"{self._requests.peer}: a vhost-user device has one address space, 0")
+        self._check_overlaps(regions)
         if self._slots:
             self._add(regions)
         else:
@@ -46,6 +48,13 @@ class BackendMemory:
         for region in gone:
             self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
         self._mapped = kept
+
+    def _check_overlaps(self, regions: Sequence[MemoryRegion]) -> None:
+        spans = [(each.guest_address, each.size_bytes) for each in (*self._mapped, *map(_region, regions))]
+        spans.sort()
+        for (begin, size), (following, _) in itertools.pairwise(spans):
+            if following < begin + size:
+                raise ValueError(f"{self._requests.peer}: memory is mapped twice at {following:#x}")
 
     def _add(self, regions: Sequence[MemoryRegion]) -> None:
         added: dict[Region, int] = {}

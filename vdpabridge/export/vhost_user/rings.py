@@ -130,7 +130,13 @@ class Rings:
 
     def hold(self) -> None:
         """Suspend, and stay so whatever the front-end does, until `release`. Idempotent."""
-        self.suspend()
+        try:
+            self.suspend()
+        except VdpaBridgeError:
+            # it may have stopped some queues, or all, and not said so in time: brought to its end, it can go on
+            self.suspend()
+            self.go_on()
+            raise
         self._held = True
 
     def release(self) -> None:

@@ -23,6 +23,8 @@ __all__ = ["Server", "listen"]
 _PATH_BYTES_MAX = 107
 _PATIENCE_S = 0.1
 _WAITING_MAX = 16
+#: Read at a time, a byte each; what they bring about their handlers have done.
+_SIGNALS = 64
 
 
 def listen(path: str) -> socket.socket:
@@ -104,8 +106,12 @@ class Server:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.companion: Companion | None = None
         """Served beside the front-end, by the same thread."""
+        self.signal_fd: int | None = None
+        """Readable when a signal came (`signal.set_wakeup_fd`), borrowed: one that comes between Python's last look and
+        a wait would else end neither."""
         self.session: Session | None = None
         """The front-end of the moment."""
+        self._holders: set[object] = set()
         self.front_ends = 0
         """How many were served, this one included."""
         self.messages = 0
@@ -114,6 +120,30 @@ class Server:
     def stop(self) -> None:
         """Have `serve` and `serve_connection` return soon."""
         os.eventfd_write(self._stop, 1)
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody has the device suspended."""
+        return bool(self._holders)
+
+    def hold(self, holder: object) -> None:
+        """Have the device suspended, whatever its front-end does, until each holder has called `release`.
+
+        Raises what suspending it raises; it goes on then.
+        """
+        if not self._holders and self.session is not None:
+            self.session.hold()
+        self._holders.add(holder)
+
+    def holds(self, holder: object) -> bool:
+        """Whether ``holder`` is one."""
+        return holder in self._holders
+
+    def release(self, holder: object) -> None:
+        """``holder`` does not need it any more. Raises what letting the device go on raises."""
+        self._holders.discard(holder)
+        if not self._holders and self.session is not None:
+            self.session.release()
 
     def serve(self, listener: socket.socket, *, once: bool = False) -> None:
         """Serve whoever connects to ``listener`` (borrowed), one at a time, until `stop`; with ``once``, only one.
@@ -140,6 +170,8 @@ class Server:
             with Session(self._device, connection, report=self._report, trace=self._trace) as session:
                 self.session = session
                 self.front_ends += 1
+                if self._holders:
+                    session.hold()
                 return self._attend(session, listener)
         except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
             self._report(str(error))
@@ -185,9 +217,13 @@ class Server:
             companions = [] if self.companion is None else self.companion.fds()
             poll = select.poll()
             poll.register(self._device.fileno(), 0)
-            for fd in (*fds, *companions, self._stop):
+            signals = [] if self.signal_fd is None else [self.signal_fd]
+            for fd in (*fds, *companions, *signals, self._stop):
                 poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll()}
+            for fd in ready.intersection(signals):
+                os.read(fd, _SIGNALS)
+                ready.discard(fd)
             if self._stop in ready:
                 return None
             for fd in ready.intersection(companions):

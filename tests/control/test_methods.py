@@ -1,0 +1,275 @@
+"""What the control socket does to a device: who holds it, who lets it go on, and what is said of it when that fails."""
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from vdpabridge.abi.vhost_user import FrontendRequest as F
+from vdpabridge.control.client import ControlClient, ControlError
+from vdpabridge.control.lines import FDS_MAX
+from vdpabridge.control.methods import methods_of
+from vdpabridge.control.moving import move
+from vdpabridge.control.server import ControlServer
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.drivers.vhost_user import VhostUser
+from vdpabridge.errors import KernelError, VdpaBridgeError
+from vdpabridge.export.vhost_user.server import Server, listen
+from vdpabridge.memory import GuestMemory
+from vdpabridge.vhost_user.connection import Connection
+from vdpabridge.virtqueue import SplitQueue
+
+from ..support.disk_lab import DISK_BYTES, Lab
+from ..support.scripted import scripted
+from ..support.waiting import wait_until
+
+
+class Served:
+    """A device that is served, and can be asked about, by a thread of this process."""
+
+    def __init__(self, stack, folder, device, timeout_s=5):
+        self.path, self.control = str(folder / "s"), str(folder / "c")
+        self.device = device
+        self.reports = []
+        listener = stack.enter_context(listen(self.path))
+        self.server = stack.enter_context(Server(device, report=self.reports.append, timeout_s=timeout_s))
+        control = stack.enter_context(listen(self.control))
+        methods = methods_of(device, self.server, timeout_s)
+        self.server.companion = stack.enter_context(ControlServer(control, methods, report=self.reports.append))
+        thread = threading.Thread(target=self.server.serve, args=[listener])
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(self.server.stop)
+        self._stack = stack
+
+    def client(self):
+        return self._stack.enter_context(ControlClient(self.control, timeout_s=10))
+
+    def front_end(self):
+        device = VhostUser.open(self.path, device_id=2, config_size_bytes=60, timeout_s=10)
+        return self._stack.enter_context(device)
+
+    def at_work(self):
+        return Lab(self._stack, self.front_end())
+
+
+@contextmanager
+def serving(folder, cls=Sim, timeout_s=5):
+    with ExitStack() as stack:
+        device = stack.enter_context(cls.blk(DISK_BYTES, timeout_s=5))
+        yield Served(stack, folder, device, timeout_s)
+
+
+# --- who holds it ---
+
+
+def test_a_save_that_fails_at_the_end_lets_the_device_go_on(tmp_path, monkeypatch):
+    """The file cannot be put in place: that comes after the image was written."""
+
+    def fail(*_words):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(ControlError, match="the device is running now"):
+                client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["held"] is False
+        client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["state"] == "running"
+        work.finish()
+
+
+def test_a_save_that_fails_says_that_the_device_runs(tmp_path):
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+        reader, writer = os.pipe()
+        os.close(reader)
+        with pytest.raises(ControlError, match=r"Broken pipe.*the device is running now"):
+            client.ask("save", writer)
+        os.close(writer)
+        work.finish()
+
+
+def test_a_suspend_that_ends_too_late_is_ended_before_the_device_goes_on(tmp_path):
+    """A back-end behind us stops its ring after our deadline: it is told to go on all the same."""
+    with scripted() as (back_end, ours), ExitStack() as stack:
+        device = stack.enter_context(
+            VhostUser(Connection(ours, "the back-end", timeout_s=0.3), device_id=2, config_size_bytes=60, timeout_s=0.3)
+        )
+        those = Served(stack, tmp_path, device)
+        front, client = those.front_end(), those.client()
+
+        def wait(message):
+            time.sleep(0.5)
+            return back_end.right(message)
+
+        start(stack, front)
+        back_end.answers[F.GET_VRING_BASE] = wait
+        since = len(back_end.log)
+        with pytest.raises(ControlError, match="the device is running now"):
+            client.ask("save", path=str(tmp_path / "image"))
+        back_end.answers.clear()
+        assert "SET_VRING_KICK" in back_end.names(since), "it was started again"
+        assert client.ask("status")["state"] == "running"
+
+
+def start(stack, front):
+    memory = stack.enter_context(GuestMemory(1 << 20))
+    queue = stack.enter_context(SplitQueue(memory, 16))
+    front.map([memory.region])
+    front.accept_features(1 << 32)
+    queue.attach(front, 0)
+    front.start()
+
+
+def test_who_holds_it_by_a_connection_holds_it_until_the_last_one(tmp_path):
+    """Two migrations at once: the first one's end does not let the device run while the second loads its state."""
+    with serving(tmp_path) as those, open(os.devnull, "wb") as nowhere:
+        work, watcher = those.at_work(), those.client()
+        first, second = those.client(), those.client()
+        for client in (first, second):
+            client.ask("save", nowhere.fileno(), stay="connection")
+        first.close()
+        watcher.ask("resume")
+        assert watcher.ask("status")["state"] == "suspended"
+        second.close()
+        wait_until(lambda: watcher.ask("status")["state"] == "running")
+        work.finish()
+
+
+def test_a_hold_outlives_front_ends(tmp_path):
+    with serving(tmp_path) as those, ExitStack() as stack:
+        client = those.client()
+        client.ask("suspend")
+        start(stack, those.front_end())
+        assert client.ask("status")["state"] != "running"
+        client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["held"] is True
+        assert client.ask("resume")["state"] == "running"
+
+
+class CannotGoOn(Sim):
+    def _resume(self):
+        raise KernelError(errno.EIO, "RESUME", device=self.name)
+
+
+def test_who_has_left_does_not_end_the_process_that_owns_the_device(tmp_path):
+    with serving(tmp_path, CannotGoOn) as those, open(os.devnull, "wb") as nowhere:
+        those.at_work()
+        client, watcher = those.client(), those.client()
+        client.ask("save", nowhere.fileno(), stay="connection")
+        client.close()
+        wait_until(lambda: those.reports)
+        assert "had left: sim:blk: RESUME: EIO" in those.reports[0]
+        assert watcher.ask("status")["state"] == "suspended"
+        those.device.__class__ = Sim
+        watcher.ask("resume")
+
+
+# --- descriptors ---
+
+
+def test_a_descriptor_belongs_to_the_request_that_it_came_with(tmp_path):
+    wrong, right = tmp_path / "wrong", tmp_path / "right"
+    with serving(tmp_path) as those, wrong.open("wb") as first, right.open("wb") as second:
+        work, client = those.at_work(), those.client()
+        with pytest.raises(ControlError):
+            client.ask("save", first.fileno(), stay="forever")
+        client.ask("status", first.fileno())
+        client.ask("save", second.fileno())
+        assert (wrong.stat().st_size, right.stat().st_size > 1000) == (0, True)
+        work.finish()
+
+
+def test_a_fifo_that_nobody_writes_to_is_no_trap(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with serving(tmp_path, timeout_s=0.2) as those, pytest.raises(ControlError, match="not done within"):
+        those.client().ask("load", path=str(fifo))
+
+
+# --- who means ill, or is mistaken ---
+
+
+@contextmanager
+def raw(those):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(those.control)
+        yield client
+
+
+def test_a_number_that_is_none(tmp_path):
+    with serving(tmp_path) as those, raw(those) as client:
+        nested = b"[" * 900 + b"]" * 900
+        client.sendall(b'{"jsonrpc": "2.0", "method": "status", "id": ' + nested + b"}\n")
+        assert json.loads(client.recv(65536))["error"]["code"] == -32600
+        assert those.client().ask("status")["state"] == "reset"
+
+
+def again_and_again(send):
+    for _ in range(1000):
+        send()
+
+
+@pytest.mark.parametrize("what", ["a line without end", "descriptors that nobody wants"])
+def test_who_sends_too_much_is_hung_up_on(tmp_path, what):
+    with serving(tmp_path) as those, raw(those) as client, open(os.devnull, "rb") as nothing:
+        send = {
+            "a line without end": lambda: client.sendall(b"x" * 65536),
+            "descriptors that nobody wants": lambda: socket.send_fds(client, [b"x"], [nothing.fileno()] * FDS_MAX),
+        }[what]
+        with pytest.raises(ConnectionError):
+            again_and_again(send)
+        assert those.client().ask("status")["state"] == "reset"
+
+
+def test_progress_is_not_waited_for(tmp_path):
+    """A client that does not read misses it; the guest, who is suspended meanwhile, does not wait for it."""
+    with serving(tmp_path) as those, raw(those):
+        wait_until(lambda: those.server.companion._clients)
+        (_, caller), *_ = those.server.companion._clients.values()
+        for _ in range(20_000):
+            caller.notify("progress", {"state_bytes": 1})
+
+
+def move_fails(source, destination):
+    with pytest.raises(VdpaBridgeError, match="no JSON"):
+        move(source, destination)
+
+
+def test_a_destination_that_talks_nonsense(tmp_path):
+    with serving(tmp_path) as those, listen(str(tmp_path / "odd")) as odd:
+        work, source = those.at_work(), those.client()
+
+        def answer():
+            connection, _ = odd.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"what?\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with ControlClient(str(tmp_path / "odd"), timeout_s=10) as destination:
+            move_fails(source, destination)
+        thread.join()
+        assert source.ask("status")["state"] == "running"
+        work.finish()
+
+
+def test_an_answer_that_comes_too_late_is_not_the_next_ones(tmp_path):
+    with listen(str(tmp_path / "slow")) as listener, ControlClient(str(tmp_path / "slow"), timeout_s=0.2) as client:
+        connection, _ = listener.accept()
+        with connection:
+            with pytest.raises(VdpaBridgeError):
+                client.ask("save")
+            connection.sendall(b'{"jsonrpc": "2.0", "id": 1, "result": "late"}\n')
+            connection.sendall(b'{"jsonrpc": "2.0", "id": 2, "result": "right"}\n')
+            assert client.ask("status") == "right"
