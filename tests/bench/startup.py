@@ -7,6 +7,8 @@ import time
 from .table import show
 
 EMPTY = "python3 -c pass"
+#: What pip writes into the command's file.
+COMMAND = "import sys; from vdpabridge.cli import main; sys.exit(main())"
 PAIRS = 5
 
 
@@ -14,8 +16,8 @@ def measure(runs):
     """``runs`` times each, in turns; each time the least of a few, since what disturbs only adds."""
     ways = {
         EMPTY: ["-c", "pass"],
-        "vdpabridge list": ["-m", "vdpabridge", "list"],
-        "vdpabridge --help": ["-m", "vdpabridge", "--help"],
+        "vdpabridge list": ["-c", COMMAND, "list"],
+        "vdpabridge --help": ["-c", COMMAND, "--help"],
     }
     series = {name: [] for name in ways}
     for _ in range(runs):

@@ -135,7 +135,7 @@ class VhostVdpa(Device):
 
     @property
     def timeout_s(self) -> float | None:
-        """Bounds every system call on the device; None waits for ever. Where it is set, each takes a thread."""
+        """Bounds what each operation asks of the kernel; None waits for ever. Where it is set, a thread does the asking."""
         return self._node.timeout_s
 
     @timeout_s.setter
