@@ -3,14 +3,17 @@
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from vdpabridge.abi.vhost_user import FrontendRequest as F
+from vdpabridge.control import methods
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.lines import FDS_MAX
 from vdpabridge.control.methods import methods_of
@@ -273,3 +276,10 @@ def test_an_answer_that_comes_too_late_is_not_the_next_ones(tmp_path):
             connection.sendall(b'{"jsonrpc": "2.0", "id": 1, "result": "late"}\n')
             connection.sendall(b'{"jsonrpc": "2.0", "id": 2, "result": "right"}\n')
             assert client.ask("status") == "right"
+
+
+def test_the_protocol_is_written_down(tmp_path):
+    text = (Path(methods.__file__).parent / "PROTOCOL.md").read_text()
+    with Sim.blk(DISK_BYTES) as device, Server(device, report=print) as server:
+        names = set(methods_of(device, server, None))
+    assert names == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
