@@ -135,7 +135,7 @@ class VhostVdpa(Device):
 
     @property
     def timeout_s(self) -> float | None:
-        """Bounds what an operation asks of the kernel; None waits for ever. Where it is set, a thread does the asking."""
+        """Bounds what an operation asks of the kernel; None waits for ever. Where it is set, a thread asks."""
         return self._node.timeout_s
 
     @timeout_s.setter
