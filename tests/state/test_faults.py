@@ -416,6 +416,31 @@ def test_an_interruption_while_the_source_goes_on_waits(base, hook):
         work.finish()
 
 
+class AlarmingStart(Alarming, Sim):
+    def _start(self):
+        super()._start()
+        self._press("_start")
+
+
+@pytest.mark.parametrize("by", ["migration", "image"])
+def test_an_interruption_while_the_destination_starts_comes_when_all_is_done(by):
+    """It runs: to take that back would lose what it has done already."""
+    with lab("sim") as (source, _, work), made("sim", AlarmingStart) as (destination, _), shared_file(0) as file:
+        destination.hook = "_start"
+        destination.map([work.memory.region])
+        if by == "migration":
+            with pytest.raises(KeyboardInterrupt):
+                migrate(source, destination, limits())
+            assert source.state is RunState.RESET
+        else:
+            save(source, file, limits(), go_on=False)
+            os.lseek(file, 0, os.SEEK_SET)
+            with pytest.raises(KeyboardInterrupt):
+                load(destination, file, limits(), work.eventfds)
+        assert destination.state is RunState.RUNNING
+        work.finish()
+
+
 def test_going_back_has_a_deadline_where_the_devices_have_none():
     """A destination that never answers is not waited for without end."""
 

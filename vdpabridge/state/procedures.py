@@ -122,9 +122,11 @@ def migrate(source: Device, destination: Device, limits: Limits) -> Report:
                 _set_up(destination, source, snapshot, eventfds)
         with report.step("place"), within(destination, limits):
             place(destination, snapshot, eventfds)
-        if snapshot.started:
-            _start(destination, snapshot, limits, undo)
-    undo.retire_source()
+        # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
+        with uninterrupted():
+            if snapshot.started:
+                _start(destination, snapshot, limits, undo)
+            undo.finish()
     return report
 
 
@@ -156,8 +158,7 @@ def _set_up(
 
 
 def _start(device: Device, snapshot: DeviceSnapshot, limits: Limits, undo: Undo) -> None:
-    # no signal between a device that starts and our knowing of it
-    with undo.report.step("start"), within(device, limits), uninterrupted():
+    with undo.report.step("start"), within(device, limits):
         undo.expect_start(device, snapshot)
         device.start()
 
@@ -169,7 +170,7 @@ def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
             undo.suspending = True
             device.suspend()
         undo.suspended = True
-    with undo.report.step("capture"):
+    with undo.report.step("capture"), within(device, limits):
         return capture(device)
 
 
@@ -216,8 +217,10 @@ def _load(
                 with report.step("restore"), within(device, limits):
                     restore(device, reader.facts.snapshot, eventfds)
             snapshot = reader.facts.snapshot
-            if start or (start is None and snapshot.started is not False):
-                _start(device, snapshot, limits, undo)
+            with uninterrupted():
+                if start or (start is None and snapshot.started is not False):
+                    _start(device, snapshot, limits, undo)
+                undo.finish()
     finally:
         os.close(spool)
     return report

@@ -77,6 +77,7 @@ class Undo:
         self.suspended = False
         """Whether it has said that it is stopped."""
         self._witness: Witness | None = None
+        self._done = False
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +86,7 @@ class Undo:
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None or isinstance(error, ProcedureFailed):
+            if error is None or self._done or isinstance(error, ProcedureFailed):
                 return
             outcome = self._go_back(error)
         finally:
@@ -103,13 +104,16 @@ class Undo:
         if self._source is not None and self._was_running:
             with uninterrupted(), _patient(self._source):
                 error, outcome = self._resume(self._source, name)
+                self._done = True
             if error is not None:
                 raise self._failed(error, outcome) from error
 
-    def retire_source(self) -> None:
-        """The destination runs: whatever becomes of the source, it must not. How that went is in the report only."""
+    def finish(self) -> None:
+        """The destination is where it ought to be: nothing is put back any more, and the source, whatever becomes of
+        it, must not run. How that went is in the report only."""
+        self._done = True
         if self._source is not None:
-            with uninterrupted(), _patient(self._source):
+            with _patient(self._source):
                 self.try_step("reset the source", self._source.reset)
 
     def try_step(self, name: str, act: Callable[[], object]) -> Exception | None:
@@ -150,7 +154,7 @@ class Undo:
                 advice = "end its process first, then resume the source"
                 return Outcome(f"{_UNKNOWN}: {name} does not answer, and may have started", advice)
         if self._witness is not None and self._witness.has_seen_work():
-            running = f"{_NOTHING}: {name} has, or may have, begun to work, which the source would do again"
+            running = f"{_NOTHING}: {name} has, or may have, begun to work, which would be done again"
             return Outcome(running, "have the guest reset its device")
         return None
 
