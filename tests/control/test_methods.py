@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from vdpabridge.abi.vhost_user import FrontendRequest as F
+from vdpabridge.abi.vhost_user_payloads import U64, Config
 from vdpabridge.control import methods
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.lines import FDS_MAX
 from vdpabridge.control.methods import methods_of
 from vdpabridge.control.moving import move
 from vdpabridge.control.server import ControlServer
+from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import KernelError, VdpaBridgeError
@@ -132,6 +134,122 @@ def start(stack, front):
     front.start()
 
 
+class Refusing(Sim):
+    """It fails by itself while it is being stopped, and has no RESUME."""
+
+    capabilities = frozenset(Capability) - {
+        Capability.RESUME,
+        Capability.SETUP_WHILE_SUSPENDED,
+        Capability.QUEUE_CONTROL,
+    }
+    fails = False
+
+    def _suspend(self, **options):
+        if self.fails:
+            raise self._fail("NEEDS_RESET")
+        super()._suspend(**options)
+
+
+def test_a_device_that_failed_is_not_started_where_it_once_stood(tmp_path):
+    """Its requests would be done again."""
+    with serving(tmp_path, Refusing) as those:
+        work, client = those.at_work(), those.client()
+        work.disk.settle(work.disk.driver.drain())
+        used = work.queue.device_used_index
+        those.device.fails = True
+        with pytest.raises(ControlError, match="NEEDS_RESET"):
+            client.ask("suspend")
+        assert (those.device.state, work.queue.device_used_index) == (RunState.FAILED, used)
+
+
+def test_a_suspend_that_never_ends_is_not_known_to_have(tmp_path):
+    """Nobody is told that the device runs; and once it answers, "resume" has it go on."""
+    mute = threading.Event()
+    with scripted() as (back_end, ours), ExitStack() as stack:
+        device = stack.enter_context(
+            VhostUser(Connection(ours, "the back-end", timeout_s=0.2), device_id=2, config_size_bytes=60, timeout_s=0.2)
+        )
+        those = Served(stack, tmp_path, device)
+        front, client = those.front_end(), those.client()
+
+        def wait(message):
+            mute.wait(10)
+            return back_end.right(message)
+
+        start(stack, front)
+        back_end.answers[F.GET_VRING_BASE] = wait
+        with pytest.raises(ControlError, match="it is not known whether the device runs"):
+            client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["held"] is True
+        with pytest.raises(ControlError):
+            client.ask("resume")
+        mute.set()
+        back_end.answers.clear()
+        since = len(back_end.log)
+        device.timeout_s = 5
+        assert client.ask("resume")["state"] == "running"
+        assert "SET_VRING_KICK" in back_end.names(since)
+        assert client.ask("status")["held"] is False
+
+
+def test_an_error_that_nobody_thought_of_lets_go_too(tmp_path, monkeypatch):
+    """As close(2) of a file on a network file system that is full."""
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+
+        def fail(*_words, **_options):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, "save", fail)
+            with pytest.raises(ControlError, match="quota"):
+                client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["held"] is False
+        work.finish()
+
+
+def test_a_load_that_fails_does_not_end_the_process(tmp_path):
+    """A back-end that takes the state and does not say what became of it."""
+    image = tmp_path / "image"
+    with serving(tmp_path) as those:
+        those.at_work()
+        those.client().ask("save", path=str(image))
+    mute = threading.Event()
+    (tmp_path / "b").mkdir()
+    with scripted() as (back_end, ours), ExitStack() as stack:
+        device = stack.enter_context(
+            VhostUser(Connection(ours, "the back-end", timeout_s=0.3), device_id=2, config_size_bytes=96, timeout_s=0.3)
+        )
+        those = Served(stack, tmp_path / "b", device)
+
+        def swallow(message):
+            for fd in message.take_fds():
+                threading.Thread(target=drain, args=[fd]).start()
+            return [(F.SET_DEVICE_STATE_FD, 5, U64(0x100).pack(), ())]
+
+        back_end.answers[F.SET_DEVICE_STATE_FD] = swallow
+        back_end.answers[F.GET_CONFIG] = lambda message: [(F.GET_CONFIG, 5, config_of(message), ())]
+        back_end.answers[F.CHECK_DEVICE_STATE] = lambda message: (mute.wait(10), back_end.right(message))[1]
+        client = those.client()
+        with pytest.raises(ControlError, match="no answer within"):
+            client.ask("load", path=str(image))
+        mute.set()
+        assert client.ask("statistics")["procedures"]["load"]["failed"] == 1
+
+
+def drain(fd):
+    with open(fd, "rb") as file:
+        while file.read(1 << 16):
+            continue
+
+
+def config_of(message):
+    """What the simulator says."""
+    with Sim.blk(DISK_BYTES) as device:
+        asked = Config.unpack(message.payload)
+        return Config(asked.offset, asked.size_bytes, asked.flags, device.read_config()).pack()
+
+
 def test_who_holds_it_by_a_connection_holds_it_until_the_last_one(tmp_path):
     """Two migrations at once: the first one's end does not let the device run while the second loads its state."""
     with serving(tmp_path) as those, open(os.devnull, "wb") as nowhere:
@@ -165,7 +283,7 @@ class CannotGoOn(Sim):
 
 def test_who_has_left_does_not_end_the_process_that_owns_the_device(tmp_path):
     with serving(tmp_path, CannotGoOn) as those, open(os.devnull, "wb") as nowhere:
-        those.at_work()
+        work = those.at_work()
         client, watcher = those.client(), those.client()
         client.ask("save", nowhere.fileno(), stay="connection")
         client.close()
@@ -173,7 +291,8 @@ def test_who_has_left_does_not_end_the_process_that_owns_the_device(tmp_path):
         assert "had left: sim:blk: RESUME: EIO" in those.reports[0]
         assert watcher.ask("status")["state"] == "suspended"
         those.device.__class__ = Sim
-        watcher.ask("resume")
+        assert watcher.ask("resume")["state"] == "running"
+        work.finish()
 
 
 # --- descriptors ---

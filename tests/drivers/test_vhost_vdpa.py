@@ -1,5 +1,6 @@
 """The vhost-vdpa driver against a fake kernel: handshake, refusals, signals, deadlines, order of requests."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -321,7 +322,30 @@ def test_nothing_more_is_asked_for_who_does_not_wait_any_more(hang_on):
         kernel.status = NEEDS_RESET
         assert let_go(kernel) == []
         assert device.state is RunState.CONFIGURED, "nor is it judged by an answer that came too late"
+        kernel.hang_on = None
+        device.timeout_s = 5
+        device.reset()
+
+
+def test_a_device_that_is_given_up_while_the_kernel_has_it_may_still_do_something():
+    with set_up("VHOST_VDPA_SET_STATUS") as (kernel, device):
+        device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded):
+            device.start()
         assert not device.give_up()
+        let_go(kernel)
+    with set_up(None) as (kernel, device):
+        device.timeout_s = 5
+        device.start()
+        assert device.give_up()
+
+
+def test_a_close_is_made_be_it_late():
+    with opened() as (kernel, device):
+        device.timeout_s = 0
+        with contextlib.suppress(DeadlineExceeded):
+            device.close()
+        wait_until(lambda: kernel.fd == -1)
 
 
 def test_nobody_is_kicked_for_who_does_not_wait_any_more():
@@ -351,23 +375,45 @@ def test_a_request_that_there_is_no_time_for_is_not_made():
         device.timeout_s = None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_wait_ends_what_was_waited_for(error):
+@contextmanager
+def alarms(error, *times_s):
+    """An alarm at the first time, and then again and again, raises ``error``."""
+
     def handler(*_):
         raise error
 
     before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, *times_s)
     try:
-        with set_up("VHOST_VDPA_SET_VRING_ENABLE") as (kernel, device):
-            device.timeout_s = 10
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(error):
-                device.start()
-            with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SET_VRING_ENABLE is still in the kernel"):
-                device.reset()
-            assert let_go(kernel) == []
+        yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_comes_when_the_kernel_has_answered(error):
+    """Else nobody knows what has become of the request, and the device could not be used any more."""
+    with set_up("VHOST_VDPA_SET_VRING_ENABLE") as (kernel, device):
+        device.timeout_s = 10
+        timer = threading.Timer(0.3, kernel.release.set)
+        timer.start()
+        with alarms(error, 0.05), pytest.raises(error):
+            device.start()
+        timer.join()
+        assert "VHOST_VDPA_GET_STATUS" in kernel.log[-2:], "all of it was done"
+        device.reset()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_second_interruption_ends_the_wait(error):
+    with set_up("VHOST_VDPA_SET_VRING_ENABLE") as (kernel, device):
+        device.timeout_s = 10
+        with alarms(error, 0.05, 0.05), pytest.raises(error):
+            device.start()
+        with pytest.raises(DeadlineExceeded, match="VHOST_VDPA_SET_VRING_ENABLE is still in the kernel"):
+            device.reset()
+        assert let_go(kernel) == []
 
 
 def test_a_fork_has_no_use_for_its_parents_thread():

@@ -16,7 +16,7 @@ from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
-from vdpabridge.state import channel, undo
+from vdpabridge.state import channel, patience
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file
 from vdpabridge.state.snapshot import DeviceSnapshot
 from vdpabridge.state.witness import Witness
@@ -458,7 +458,7 @@ def test_going_back_has_a_deadline_where_the_devices_have_none():
             super()._close()
 
         def _give_up(self):
-            assert self.timeout_s == undo._GRACE_S
+            assert self.timeout_s == patience.GRACE_S
             super()._give_up()
             return False
 
@@ -486,4 +486,48 @@ def test_memory_that_cannot_be_watched_leaves_no_descriptor(monkeypatch):
             patch.setattr(os, "dup", dup)
             with pytest.raises(OSError, match="Too many"):
                 Witness(snapshot, source.regions)
+        work.finish()
+
+
+def test_a_replay_that_lasts_too_long_may_yet_end():
+    """By a reset and a replay, the device may start after all: "nothing runs" would have another one started."""
+
+    class Late(NotResumed):
+        def _start(self):
+            if self.starts:
+                raise DeadlineExceeded("start", 1, device=self.name)
+            self.starts += 1
+            super()._start()
+
+        starts = 0
+
+    with lab("sim", Late) as (source, _, work), shared_file(0) as file:
+        with pytest.raises(ProcedureFailed) as caught:
+            save(source, file, limits())
+        assert caught.value.running.startswith("not known: ")
+        assert "end its process" in caught.value.advice
+        source.starts = 0
+        source.start()
+        work.finish()
+
+
+class Mute(WithoutState):
+    """Who does not answer when its state is asked for has the procedure's time, and no more."""
+
+    capabilities = frozenset(Capability)
+    waited_s = None
+
+    def _set_state_fd(self, direction, phase, fd):
+        os.close(fd)
+        self.waited_s = self.timeout_s
+        raise Tripped("set state")
+
+
+def test_asking_for_state_has_a_deadline():
+    with lab("sim", Mute) as (source, _, work), shared_file(0) as file:
+        source.timeout_s = None
+        with pytest.raises(ProcedureFailed):
+            save(source, file, limits(timeout_s=7))
+        assert 0 < source.waited_s <= 7
+        source.timeout_s = 5
         work.finish()

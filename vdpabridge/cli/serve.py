@@ -27,6 +27,7 @@ from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
 from ..opening import device_id_of, open_device
 from ..state.channel import Limits
+from ..state.interruptions import harmless
 from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
 from .progress import ProgressLine
@@ -165,15 +166,16 @@ class _Ending:
         os.close(self._woken)
         os.close(self._wake)
 
+    @harmless
     def _end(self, *_: object) -> None:
         self._ended = True
         if self._watched is None:
             raise SystemExit(0)
         device, server = self._watched
         # for all waits that are still to come; the one that lasts already is what the alarm is for
+        signal.alarm(_GRACE_S)
         device.timeout_s = _GRACE_S
         server.stop()
-        signal.alarm(_GRACE_S)
 
     def _hurry(self, *_: object) -> None:
         signal.alarm(_GRACE_S)

@@ -99,6 +99,8 @@ class _Controlled:
         holder = {False: object(), True: _EVERYBODY, "connection": caller}[stay]
         was_held = self._server.holds(holder)
         report = Report()
+        if stay == "connection":
+            caller.when_gone = lambda: self._server.release(caller)
         try:
             with self._counted("save") as counted, _sink(params, caller) as fd:
                 limits = self._limits(params, caller)
@@ -107,14 +109,12 @@ class _Controlled:
                 saved = save(self._device, fd, limits, go_on=False)
                 saved.steps[:0] = report.steps
                 counted(saved)
-        except VdpaBridgeError as error:
+        except BaseException as error:
             if not was_held:
-                self._server.release(holder)
+                self._give_back(holder)
             self._tell_state(error)
             raise
-        if stay == "connection":
-            caller.when_gone = lambda: self._server.release(caller)
-        elif not stay:
+        if not stay:
             self._server.release(holder)
         return {**_shown(saved), "state": self._device.state.value}
 
@@ -128,12 +128,26 @@ class _Controlled:
             counted(loaded)
         return {**_shown(loaded), "device": self._device.name}
 
-    def _tell_state(self, error: VdpaBridgeError) -> None:
+    def _give_back(self, holder: object) -> None:
+        """``holder`` held the device only for what has failed."""
+        try:
+            if self._server.holds(holder):
+                self._server.release(holder)
+        except VdpaBridgeError as error:
+            self._tell_state(error)
+            raise
+
+    def _tell_state(self, error: BaseException) -> None:
         """Have ``error`` say what the device does now: a procedure knows of nobody who lets it go on afterwards."""
+        if not isinstance(error, VdpaBridgeError):
+            return
         state = self._device.state
-        error.hint = f"the device is {state.value} now"
+        known = state is not RunState.RUNNING or not self._server.held
+        what = f"the device is {state.value} now"
+        error.hint = what if known else "it is not known whether the device runs: ask for 'resume' until that succeeds"
         if isinstance(error, ProcedureFailed):
-            error.running = self._device.name if state is RunState.RUNNING else "nothing"
+            nothing = "nothing" if known else "not known"
+            error.running = self._device.name if state is RunState.RUNNING and known else nothing
 
     def _limits(self, params: Params, caller: Caller) -> Limits:
         most = params.get("limit_bytes")

@@ -12,6 +12,7 @@ from ..memory import memory_file
 from .channel import READ_AND_WRITE, Limits, copy, enlarge, read_some, write_all
 from .image import ImageWriter
 from .image_reader import ImageReader
+from .patience import within
 from .report import Report
 
 __all__ = ["carry_state", "read_state", "spool_state", "write_state"]
@@ -23,7 +24,7 @@ _SPOOL_BYTES = 16 << 20
 def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Report) -> None:
     """Device state into the image, piece by piece: hashing takes the bytes through this process, once."""
     report.way = READ_AND_WRITE
-    fd = _save_fd(device)
+    fd = _save_fd(device, limits)
     try:
         enlarge(fd)
         # two: one is filled while the other is hashed
@@ -44,7 +45,7 @@ def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Repo
 
 def write_state(device: Device, spool: int, limits: Limits, report: Report) -> None:
     """The state in ``spool`` (borrowed) into ``device``; what became of it `Device.check_state` tells."""
-    fd = _load_fd(device)
+    fd = _load_fd(device, limits)
     try:
         enlarge(fd)
         os.lseek(spool, 0, os.SEEK_SET)
@@ -55,9 +56,9 @@ def write_state(device: Device, spool: int, limits: Limits, report: Report) -> N
 
 def carry_state(source: Device, destination: Device, limits: Limits, report: Report) -> None:
     """Device state from one to the other, through the kernel alone where it can."""
-    reader = _save_fd(source)
+    reader = _save_fd(source, limits)
     try:
-        writer = _load_fd(destination)
+        writer = _load_fd(destination, limits)
         try:
             enlarge(reader)
             enlarge(writer)
@@ -101,26 +102,35 @@ def _to_disk(spool: int, limits: Limits) -> int:
         raise VdpaBridgeError("spool the state", why=why, hint=hint) from error
 
 
-def _save_fd(device: Device) -> int:
+def _save_fd(device: Device, limits: Limits) -> int:
     """The end to read ``device``'s state from, owned by the caller."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        instead = device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, writer)
+        instead = _begin(device, StateDirection.SAVE, writer, limits)
     except BaseException:
         os.close(reader)
         raise
     return _other(reader, instead)
 
 
-def _load_fd(device: Device) -> int:
+def _load_fd(device: Device, limits: Limits) -> int:
     """The end to write ``device``'s state to, owned by the caller."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        instead = device.set_state_fd(StateDirection.LOAD, StatePhase.STOPPED, reader)
+        instead = _begin(device, StateDirection.LOAD, reader, limits)
     except BaseException:
         os.close(writer)
         raise
     return _other(writer, instead)
+
+
+def _begin(device: Device, direction: StateDirection, fd: int, limits: Limits) -> int | None:
+    """Begin a transfer through ``fd``, which is taken."""
+    try:
+        with within(device, limits):
+            return device.set_state_fd(direction, StatePhase.STOPPED, os.dup(fd))
+    finally:
+        os.close(fd)
 
 
 def _other(ours: int, instead: int | None) -> int:

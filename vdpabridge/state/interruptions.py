@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-__all__ = ["uninterrupted"]
+__all__ = ["harmless", "uninterrupted"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def harmless(handler: Handler) -> Handler:
+    """Mark a signal's handler that raises nothing: it need not wait."""
+    handler.__dict__["harmless"] = True
+    return handler
 
 
 @contextmanager
@@ -20,15 +27,34 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # not by a mask: the kernel would give the signal to another thread, and Python its handler to this one
-    deferred = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
-    for number in deferred:
-        signal.signal(number, lambda which, _frame: came.append(which))
+    before: list[tuple[int, Any]] = []
     try:
+        # not by a mask: the kernel would give the signal to another thread, and Python its handler to this one
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (None, signal.SIG_IGN) and not getattr(handler, "harmless", False):
+                before.append((number, handler))
+                signal.signal(number, lambda which, _frame: came.append(which))
         yield
     finally:
-        for number in deferred:
-            signal.signal(number, before[number])
-        for which in came:
-            signal.raise_signal(which)
+        try:
+            _restore(before)
+        finally:
+            _deliver(came)
+
+
+def _restore(handlers: Sequence[tuple[int, Any]]) -> None:
+    """Put all of ``handlers`` back, also where one of them is called at once, and raises."""
+    if handlers:
+        try:
+            signal.signal(*handlers[0])
+        finally:
+            _restore(handlers[1:])
+
+
+def _deliver(numbers: Sequence[int]) -> None:
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _deliver(numbers[1:])

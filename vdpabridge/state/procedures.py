@@ -20,10 +20,11 @@ from .fit import check_fits, facts_of
 from .image import ImageFacts, ImageWriter
 from .image_reader import ImageReader
 from .interruptions import uninterrupted
+from .patience import within
 from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, place, prepare, restore
 from .stream import reading
-from .undo import ProcedureFailed, Undo, within
+from .undo import ProcedureFailed, Undo
 
 __all__ = ["ProcedureFailed", "load", "load_state", "migrate", "save", "save_file", "verify"]
 

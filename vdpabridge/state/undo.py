@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from ..device import Capability, Device, RunState
 from ..errors import DeadlineExceeded, VdpaBridgeError
-from .channel import Limits
 from .interruptions import uninterrupted
+from .patience import patient
 from .replay import resume
 from .report import Report
 from .snapshot import DeviceSnapshot
 from .witness import Witness
 
-__all__ = ["ProcedureFailed", "Undo", "within"]
+__all__ = ["ProcedureFailed", "Undo"]
 
 _NOTHING, _UNKNOWN = "nothing", "not known"
-#: For a device that has no deadline of its own: whoever goes back has waited long enough already.
-_GRACE_S = 30.0
 
 
 class Outcome(NamedTuple):
@@ -102,7 +99,7 @@ class Undo:
     def resume_source(self, name: str) -> None:
         """Let the source go on, if it was at work: the last step. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
-            with uninterrupted(), _patient(self._source):
+            with uninterrupted(), patient(self._source):
                 error, outcome = self._resume(self._source, name)
                 self._done = True
             if error is not None:
@@ -113,7 +110,7 @@ class Undo:
         it, must not run. How that went is in the report only."""
         self._done = True
         if self._source is not None:
-            with _patient(self._source):
+            with patient(self._source):
                 self.try_step("reset the source", self._source.reset)
 
     def try_step(self, name: str, act: Callable[[], object]) -> Exception | None:
@@ -134,23 +131,24 @@ class Undo:
     def _go_back(self, cause: BaseException) -> Outcome:
         with uninterrupted():
             if self._destination is not None:
-                with _patient(self._destination):
+                with patient(self._destination):
                     hindrance = self._stop(self._destination)
                 if hindrance is not None:
                     return hindrance
             if self._source is None:
-                return Outcome(_NOTHING, "the device is as it was before, or reset; another can be given the image")
-            with _patient(self._source):
+                return Outcome(_NOTHING, "the device has not started; another can be given the image")
+            with patient(self._source):
                 return self._bring_back(self._source, cause)
 
     def _stop(self, destination: Device) -> Outcome | None:
         """See to it that ``destination`` does nothing more; why the source must not go on, if so."""
         name = destination.name
-        if self.try_step("undo: reset the destination", destination.reset) is not None:
+        error = self.try_step("undo: reset the destination", destination.reset)
+        # who was not told to start has nothing to do it with
+        if error is not None and self._witness is not None:
             stopped: list[bool] = []
             self.try_step("undo: give the destination up", lambda: stopped.append(destination.give_up()))
-            # who was not told to start has nothing to do it with
-            if self._witness is not None and stopped != [True]:
+            if stopped != [True]:
                 advice = "end its process first, then resume the source"
                 return Outcome(f"{_UNKNOWN}: {name} does not answer, and may have started", advice)
         if self._witness is not None and self._witness.has_seen_work():
@@ -164,8 +162,7 @@ class Undo:
         if source.state is RunState.FAILED:
             if not self.suspended and isinstance(cause, DeadlineExceeded):
                 return self._unanswered(source, "may have stopped or not")
-            advice = "start it anew, and restore the error's snapshot on it; a state of its own is lost"
-            return Outcome(f"{_NOTHING}: {source.name} failed: {source.failure}", advice)
+            return self._stands_still(f"{source.name} failed: {source.failure}")
         if Capability.DEVICE_STATE in source.capabilities and source.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self.try_step("undo: abandon the transfer", source.abandon_state)
         if not self._was_running:
@@ -180,9 +177,14 @@ class Undo:
         error = self.try_step(name, lambda: resume(source))
         if error is None:
             return None, self._goes_on(source)
-        if isinstance(error, DeadlineExceeded):
+        if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
             return error, self._unanswered(source, "may have gone on, or may yet")
-        return error, Outcome(f"{_NOTHING}: {error}", "restore the error's snapshot on this device or another")
+        return error, self._stands_still(str(error))
+
+    def _stands_still(self, why: str) -> Outcome:
+        where = "restore the error's snapshot on this device or another; a state of its own may be lost"
+        unknown = "where its queues stand is not known: have the guest reset its device"
+        return Outcome(f"{_NOTHING}: {why}", unknown if self.snapshot is None else where)
 
     @staticmethod
     def _goes_on(source: Device) -> Outcome:
@@ -192,30 +194,3 @@ class Undo:
     def _unanswered(source: Device, what: str) -> Outcome:
         advice = "when it answers again, suspend and resume it; or end its process"
         return Outcome(f"{_UNKNOWN}: {source.name} does not answer; it {what}", advice)
-
-
-@contextmanager
-def _patient(device: Device) -> Iterator[None]:
-    """Let ``device`` have a deadline, whatever its own is."""
-    before = device.timeout_s
-    device.timeout_s = _GRACE_S if before is None else before
-    try:
-        yield
-    finally:
-        device.timeout_s = before
-
-
-@contextmanager
-def within(device: Device, limits: Limits) -> Iterator[None]:
-    """Let ``device`` wait no longer than ``limits`` allow. Raises `DeadlineExceeded` where no time is left."""
-    before = device.timeout_s
-    left_s = limits.deadline.left_s()
-    if limits.deadline.passed:
-        # not asked at all, it need not be put right
-        raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, device=device.name, why="no time is left")
-    if left_s is not None:
-        device.timeout_s = left_s if before is None else min(before, left_s)
-    try:
-        yield
-    finally:
-        device.timeout_s = before

@@ -94,13 +94,13 @@ class VhostUser(Device):
             self._memory = BackendMemory(self._requests, slots_of(self._requests))
             self._requests.tell(FrontendRequest.SET_OWNER)
             size = config_size_of(self._requests, device_id, config_size_bytes)
+            self._process = PeerProcess(connection.fileno())
         except BaseException:
             connection.close()
             raise
         self._identity = Identity(device_id, count, QUEUE_SIZE_MAX, size)
         self._capabilities = capabilities_of(self._requests, self._features, size)
         self._rings = Rings(self._requests, self._features)
-        self._process = PeerProcess(connection.fileno())
         self._channel: BackendChannel | None = None
         self._logging = False
         self._transfer = StateTransfer(self._requests)

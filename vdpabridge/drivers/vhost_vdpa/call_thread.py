@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from ...deadline import StillRunning
+from ...deadline import Deadline, StillRunning
 
 __all__ = ["CallThread"]
 
@@ -18,8 +18,8 @@ Value = TypeVar("Value")
 class CallThread:
     """A thread that makes calls for one caller: quicker than a thread for each.
 
-    It begins with the first call. A call that had not begun when its time was over is never made; one that had goes on,
-    and from then on `lost` says so.
+    It begins with the first call. A call that had not begun when its time was over is never made, unless it must be;
+    one that had goes on, and until it ends `busy` says so.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,23 +27,39 @@ class CallThread:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._running = False
         self._pid = 0
-        self.lost = False
-        """Whether nobody waits any more for a call that has begun."""
+        self._left: _Job[Any] | None = None
+        """What nobody waits for any more."""
 
-    def call(self, timeout_s: float, call: Callable[[], Value]) -> Value:
-        """Return what ``call`` returns, or raise what it raises. Raises `StillRunning` after ``timeout_s``."""
+    @property
+    def busy(self) -> bool:
+        """Whether a call goes on for which nobody waits."""
+        return self._left is not None and not self._left.ended
+
+    def call(self, timeout_s: float, call: Callable[[], Value], *, must: bool = False) -> Value:
+        """Return what ``call`` returns, or raise what it raises. Raises `StillRunning` after ``timeout_s``.
+
+        ``must``: it is made, be it later. An interruption comes when the call has ended, or at the second time.
+        """
         if not self._running or self._pid != os.getpid():
             self._begin()
+        deadline = Deadline(timeout_s)
         job = _Job(call)
         self._jobs.put(job)
         try:
-            if not job.done.acquire(timeout=timeout_s) and not job.has_ended():
+            if not job.wait(deadline):
                 raise StillRunning
+        except StillRunning:
+            if must or not job.withdraw():
+                self._leave(job)
+            raise
         except BaseException:
-            # also where the wait is interrupted
-            if not job.withdraw() and not job.has_ended():
-                self.lost = True
-                self.close()
+            try:
+                # what has begun is better seen to its end: nobody could tell what has become of it
+                if (must or not job.withdraw()) and not job.wait(deadline):
+                    self._leave(job)
+            except BaseException:
+                self._leave(job)
+                raise
             raise
         return job.result()
 
@@ -52,6 +68,10 @@ class CallThread:
         if self._running:
             self._running = False
             self._jobs.put(None)
+
+    def _leave(self, job: _Job[Any]) -> None:
+        self._left = job
+        self.close()
 
     def _begin(self) -> None:
         # a fork has neither the thread nor a use for what was queued for it
@@ -63,9 +83,9 @@ class CallThread:
 
 
 class _Job(Generic[Value]):
-    """A call and what came of it; ``done`` is locked until then."""
+    """A call and what came of it."""
 
-    __slots__ = ("_begun", "_call", "_error", "_value", "done")
+    __slots__ = ("_begun", "_call", "_done", "_error", "_value", "ended")
 
     def __init__(self, call: Callable[[], Value]) -> None:
         self._call = call
@@ -73,8 +93,9 @@ class _Job(Generic[Value]):
         self._error: BaseException | None = None
         # held by whoever comes first: the thread that makes the call, or the caller who does not want it any more
         self._begun = threading.Lock()
-        self.done = threading.Lock()
-        self.done.acquire()
+        self._done = threading.Lock()
+        self._done.acquire()
+        self.ended = False
 
     def run(self) -> None:
         if not self._begun.acquire(blocking=False):
@@ -83,11 +104,13 @@ class _Job(Generic[Value]):
             self._value = self._call()
         except BaseException as error:  # noqa: BLE001  # every kind of it goes to the caller's thread
             self._error = error
-        self.done.release()
+        self.ended = True
+        self._done.release()
 
-    def has_ended(self) -> bool:
-        """Whether the call was made, after all."""
-        return self.done.acquire(blocking=False)
+    def wait(self, deadline: Deadline) -> bool:
+        """Until the call has ended; whether it has."""
+        # an interruption may come when the lock is taken already, so that alone does not tell
+        return self.ended or self._done.acquire(timeout=deadline.left_s() or 0.0) or self.ended
 
     def withdraw(self) -> bool:
         """Have the call not made; False where it is too late for that."""

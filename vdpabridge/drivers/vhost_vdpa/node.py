@@ -40,7 +40,7 @@ class Node:
     """An open vhost-vdpa node. Owns its descriptor.
 
     ``timeout_s`` bounds every system call; None waits for ever. One that is still in the kernel when its time is over
-    goes on there: the node says so from then on instead of queueing behind it, and nothing else comes of it.
+    goes on there: until it ends the node says so instead of queueing behind it, and nothing else comes of it.
     """
 
     def __init__(self, fd: int, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> None:
@@ -82,7 +82,7 @@ class Node:
             self._refuse_fork(request.name)
         while True:
             try:
-                if self.timeout_s is None and not self._calls.lost:
+                if self.timeout_s is None and not self._calls.busy:
                     self._system.ioctl(self._fd, request, argument)
                 else:
                     self._bounded(request, lambda: self._system.ioctl(self._fd, request, argument))
@@ -117,7 +117,7 @@ class Node:
             try:
                 return calls()
             finally:
-                if not self._calls.lost:
+                if self._together == threading.get_ident():
                     self._together = None
 
         return self._bounded(what, run)
@@ -131,7 +131,7 @@ class Node:
             if self.stuck:
                 self._system.close(fd)  # with a request still in the kernel, that one's end does the work
             else:
-                self._bounded("close", lambda: self._system.close(fd))
+                self._bounded("close", lambda: self._system.close(fd), must=True)
         finally:
             self._calls.close()
 
@@ -142,10 +142,10 @@ class Node:
 
     @property
     def stuck(self) -> bool:
-        """Whether a call whose deadline has passed went on in the kernel."""
-        return self._calls.lost
+        """Whether a call whose deadline has passed goes on in the kernel."""
+        return self._calls.busy
 
-    def _bounded(self, what: Ioctl | str, call: Callable[[], Value]) -> Value:
+    def _bounded(self, what: Ioctl | str, call: Callable[[], Value], *, must: bool = False) -> Value:
         self._require_unstuck(what)
         if self._together == threading.get_ident():
             self._request = what
@@ -159,7 +159,7 @@ class Node:
         while True:
             try:
                 left_s = deadline.left_s()
-                return call() if left_s is None else self._calls.call(left_s, call)
+                return call() if left_s is None else self._calls.call(left_s, call, must=must)
             except InterruptedError:
                 continue
             except StillRunning:

@@ -128,22 +128,28 @@ class Rings:
             self._device.suspend()
             self._collect_bases()
 
+    @property
+    def held(self) -> bool:
+        """Whether the device is to stay suspended, whatever the front-end does."""
+        return self._held
+
     def hold(self) -> None:
-        """Suspend, and stay so whatever the front-end does, until `release`. Idempotent."""
-        try:
-            self.suspend()
-        except VdpaBridgeError:
-            # it may have stopped some queues, or all, and not said so in time: brought to its end, it can go on
-            self.suspend()
-            self.go_on()
-            raise
+        """Suspend, and stay so whatever the front-end does, until `release`; also where this raises."""
         self._held = True
+        self.suspend()
 
     def release(self) -> None:
-        """End `hold`: what the front-end wants by now is done. Idempotent."""
-        if self._held:
-            self._held = False
+        """End `hold`: what the front-end wants by now is done. Where this raises, the hold lasts. Idempotent."""
+        if not self._held:
+            return
+        # one that failed late may have stopped some queues, or all, and not said so: it is brought to its end first
+        self.suspend()
+        self._held = False
+        try:
             self.go_on()
+        except BaseException:
+            self._held = True
+            raise
 
     def go_on(self) -> None:
         """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
@@ -192,6 +198,9 @@ class Rings:
 
     def _go(self) -> None:
         device = self._device
+        if device.state is RunState.FAILED:
+            # nobody knows where its rings stand; at an earlier position requests would be done twice
+            device.check_health()
         # all of them, before anything is touched
         setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
         if device.state is RunState.CONFIGURED:

@@ -118,22 +118,29 @@ class Server:
         """How many they have sent."""
 
     def stop(self) -> None:
-        """Have `serve` and `serve_connection` return soon."""
-        os.eventfd_write(self._stop, 1)
+        """Have `serve` and `serve_connection` return soon. Idempotent, also after `close`."""
+        if self._stop >= 0:
+            os.eventfd_write(self._stop, 1)
 
     @property
     def held(self) -> bool:
-        """Whether somebody has the device suspended."""
-        return bool(self._holders)
+        """Whether the device is to stay suspended."""
+        return bool(self._holders) or (self.session is not None and self.session.held)
 
     def hold(self, holder: object) -> None:
         """Have the device suspended, whatever its front-end does, until each holder has called `release`.
 
-        Raises what suspending it raises; it goes on then.
+        Raises what suspending it raises, and what letting it go on then raises: in this case it stays `held`, and
+        `release` tries again.
         """
-        if not self._holders and self.session is not None:
-            self.session.hold()
+        first = not self._holders
         self._holders.add(holder)
+        if first and self.session is not None:
+            try:
+                self.session.hold()
+            except BaseException:
+                self.release(holder)
+                raise
 
     def holds(self, holder: object) -> bool:
         """Whether ``holder`` is one."""

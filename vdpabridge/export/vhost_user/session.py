@@ -57,8 +57,13 @@ class Session:
         """Readable when the device's configuration has changed: call `announce_config_change` then. Borrowed."""
         return self._requests.config_changed
 
+    @property
+    def held(self) -> bool:
+        """Whether the device is to stay suspended."""
+        return self._requests.rings.held
+
     def hold(self) -> None:
-        """Suspend the device, whatever the front-end asks for meanwhile."""
+        """Suspend the device, whatever the front-end asks for meanwhile, until `release`; also where this raises."""
         self._requests.rings.hold()
 
     def release(self) -> None:
