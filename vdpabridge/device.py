@@ -50,7 +50,8 @@ class Device(DeviceCore):
     """A virtio device under control.
 
     Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
-    operation that fails leaves the run state as it was, unless the device itself failed.
+    operation that fails leaves the run state as it was, unless the device itself failed; but a start or resume that
+    meets its deadline may yet be done, and the device is taken for one that runs: suspend or reset it to be certain.
 
     ``timeout_s`` bounds every call that can block; None waits for ever. An instance belongs to one thread at a time.
     The device is held until `close`, which resets it; use it as a context manager.
@@ -188,8 +189,8 @@ class Device(DeviceCore):
     def start(self) -> None:
         """Process enabled queues. Buffers that were made available before are found without another kick."""
         after = self._permit(Operation.START)
-        self._start()
-        self._state = after
+        with self._perhaps(after):
+            self._start()
 
     def suspend(self, *, drain: bool = True) -> None:
         """Stop, and remember everything; on return nothing more happens. Idempotent.
@@ -205,8 +206,8 @@ class Device(DeviceCore):
     def resume(self) -> None:
         """Go on after `suspend`, kicks of the meantime included."""
         after = self._permit(Operation.RESUME)
-        self._resume()
-        self._state = after
+        with self._perhaps(after):
+            self._resume()
 
     def reset(self) -> None:
         """Forget features, queues and eventfds. Mapped memory stays mapped.

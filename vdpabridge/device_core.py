@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import DeviceFailed
+from .errors import DeadlineExceeded, DeviceFailed
 from .hooks import DriverHooks
 from .transitions import Operation, RunState
 from .values import MemoryRegion, QueueRecord
@@ -39,6 +39,18 @@ class DeviceCore(DriverHooks):
         self._state = RunState.FAILED
         self.failure = why
         return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    @contextmanager
+    def _perhaps(self, after: RunState) -> Iterator[None]:
+        """The body leads to ``after``; it may also where it lasts too long, and nobody is told when it ends."""
+        before = self._state
+        try:
+            yield
+        except DeadlineExceeded:
+            if self._state is before:
+                self._state = after
+            raise
+        self._state = after
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

@@ -23,13 +23,14 @@ from vdpabridge.control.server import ControlServer
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import KernelError, VdpaBridgeError
+from vdpabridge.errors import DeadlineExceeded, KernelError, VdpaBridgeError
 from vdpabridge.export.vhost_user.server import Server, listen
 from vdpabridge.memory import GuestMemory
+from vdpabridge.state.procedures import verify
 from vdpabridge.vhost_user.connection import Connection
 from vdpabridge.virtqueue import SplitQueue
 
-from ..support.disk_lab import DISK_BYTES, Lab
+from ..support.disk_lab import DISK_BYTES, Lab, limits
 from ..support.scripted import scripted
 from ..support.waiting import wait_until
 
@@ -248,6 +249,45 @@ def config_of(message):
     with Sim.blk(DISK_BYTES) as device:
         asked = Config.unpack(message.payload)
         return Config(asked.offset, asked.size_bytes, asked.flags, device.read_config()).pack()
+
+
+class LateToGoOn(Sim):
+    """It goes on, and does not say so in time."""
+
+    late = False
+
+    def _resume(self):
+        super()._resume()
+        if self.late:
+            raise DeadlineExceeded("RESUME", 1, device=self.name)
+
+
+def test_a_device_that_may_have_gone_on_is_asked_again_where_it_stands(tmp_path):
+    """Its positions of before would have another device do again what it has done since."""
+    with serving(tmp_path, LateToGoOn) as those:
+        work, client = those.at_work(), those.client()
+        those.device.late = True
+        with pytest.raises(ControlError, match="RESUME"):
+            client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["held"] is True
+        work.disk.settle(work.disk.driver.drain())
+        those.device.late = False
+        client.ask("save", path=str(tmp_path / "image"), stay=True)
+        with (tmp_path / "image").open("rb") as file:
+            facts = verify(file.fileno(), limits())
+        assert facts.snapshot.queues[0].base.avail_index == work.queue.device_used_index
+        assert client.ask("resume")["state"] == "running"
+        work.finish()
+
+
+def test_a_failed_device_is_the_guests_again_when_it_has_reset_it(tmp_path):
+    with serving(tmp_path, Refusing) as those, ExitStack() as stack:
+        front, client = those.front_end(), those.client()
+        start(stack, front)
+        those.device.fails = True
+        with pytest.raises(ControlError):
+            client.ask("suspend")
+        assert client.ask("status")["held"] is False
 
 
 def test_who_holds_it_by_a_connection_holds_it_until_the_last_one(tmp_path):

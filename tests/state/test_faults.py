@@ -18,6 +18,7 @@ from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state import channel, patience
 from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file
+from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import DeviceSnapshot
 from vdpabridge.state.witness import Witness
 
@@ -507,7 +508,8 @@ def test_a_replay_that_lasts_too_long_may_yet_end():
         assert caught.value.running.startswith("not known: ")
         assert "end its process" in caught.value.advice
         source.starts = 0
-        source.start()
+        source.suspend()
+        resume(source)
         work.finish()
 
 

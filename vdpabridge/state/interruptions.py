@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,35 +26,58 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before: list[tuple[int, Any]] = []
+    deferral = _Deferral()
     try:
+        deferral.install()
+        yield
+    finally:
+        deferral.end()
+
+
+class _Deferral:
+    """Stands in for handlers. Where it is left behind, by a signal between two instructions, it does as they do."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._came: list[int] = []
+        self._active = True
+
+    def install(self) -> None:
         # not by a mask: the kernel would give the signal to another thread, and Python its handler to this one
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             if handler not in (None, signal.SIG_IGN) and not getattr(handler, "harmless", False):
-                before.append((number, handler))
-                signal.signal(number, lambda which, _frame: came.append(which))
-        yield
-    finally:
+                self._handlers[number] = handler
+                signal.signal(number, self)
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self._active:
+            self._came.append(number)
+        elif callable(handler := self._handlers[number]):
+            handler(number, frame)
+        else:
+            signal.signal(number, handler)
+            signal.raise_signal(number)
+
+    def end(self) -> None:
+        """Put the handlers back, and have what came happen."""
+        self._active = False
         try:
-            _restore(before)
+            self._restore(list(self._handlers.items()))
         finally:
-            _deliver(came)
+            self._deliver()
 
+    def _restore(self, handlers: list[tuple[int, Any]]) -> None:
+        """All of them, also where one is called at once, and raises."""
+        if handlers:
+            try:
+                signal.signal(*handlers.pop())
+            finally:
+                self._restore(handlers)
 
-def _restore(handlers: Sequence[tuple[int, Any]]) -> None:
-    """Put all of ``handlers`` back, also where one of them is called at once, and raises."""
-    if handlers:
-        try:
-            signal.signal(*handlers[0])
-        finally:
-            _restore(handlers[1:])
-
-
-def _deliver(numbers: Sequence[int]) -> None:
-    if numbers:
-        try:
-            signal.raise_signal(numbers[0])
-        finally:
-            _deliver(numbers[1:])
+    def _deliver(self) -> None:
+        if self._came:
+            try:
+                signal.raise_signal(self._came.pop(0))
+            finally:
+                self._deliver()

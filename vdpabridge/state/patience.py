@@ -23,20 +23,27 @@ def within(device: Device, limits: Limits) -> Iterator[None]:
     if limits.deadline.passed:
         # not asked at all, it need not be put right
         raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, device=device.name, why="no time is left")
-    if left_s is not None:
-        device.timeout_s = left_s if before is None else min(before, left_s)
-    try:
+    if left_s is None:
         yield
-    finally:
-        device.timeout_s = before
+        return
+    with _timeout(device, left_s if before is None else min(before, left_s)):
+        yield
 
 
 @contextmanager
 def patient(device: Device) -> Iterator[None]:
     """Let ``device`` have a deadline, whatever its own is."""
+    with _timeout(device, GRACE_S if device.timeout_s is None else device.timeout_s):
+        yield
+
+
+@contextmanager
+def _timeout(device: Device, timeout_s: float) -> Iterator[None]:
     before = device.timeout_s
-    device.timeout_s = GRACE_S if before is None else before
+    device.timeout_s = timeout_s
     try:
         yield
     finally:
-        device.timeout_s = before
+        # unless somebody in a hurry has set another one meanwhile
+        if device.timeout_s == timeout_s:
+            device.timeout_s = before

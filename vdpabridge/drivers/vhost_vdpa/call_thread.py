@@ -49,18 +49,18 @@ class CallThread:
             if not job.wait(deadline):
                 raise StillRunning
         except StillRunning:
-            if must or not job.withdraw():
-                self._leave(job)
+            if not must:
+                job.withdraw()
             raise
         except BaseException:
-            try:
-                # what has begun is better seen to its end: nobody could tell what has become of it
-                if (must or not job.withdraw()) and not job.wait(deadline):
-                    self._leave(job)
-            except BaseException:
-                self._leave(job)
-                raise
+            # what has begun is better seen to its end: nobody could tell what has become of it
+            if must or not job.withdraw():
+                job.wait(deadline)
             raise
+        finally:
+            if not job.ended and not job.withdrawn:
+                self._left = job
+                self.close()
         return job.result()
 
     def close(self) -> None:
@@ -68,10 +68,6 @@ class CallThread:
         if self._running:
             self._running = False
             self._jobs.put(None)
-
-    def _leave(self, job: _Job[Any]) -> None:
-        self._left = job
-        self.close()
 
     def _begin(self) -> None:
         # a fork has neither the thread nor a use for what was queued for it
@@ -85,7 +81,7 @@ class CallThread:
 class _Job(Generic[Value]):
     """A call and what came of it."""
 
-    __slots__ = ("_begun", "_call", "_done", "_error", "_value", "ended")
+    __slots__ = ("_begun", "_call", "_done", "_error", "_value", "ended", "withdrawn")
 
     def __init__(self, call: Callable[[], Value]) -> None:
         self._call = call
@@ -96,6 +92,7 @@ class _Job(Generic[Value]):
         self._done = threading.Lock()
         self._done.acquire()
         self.ended = False
+        self.withdrawn = False
 
     def run(self) -> None:
         if not self._begun.acquire(blocking=False):
@@ -114,7 +111,8 @@ class _Job(Generic[Value]):
 
     def withdraw(self) -> bool:
         """Have the call not made; False where it is too late for that."""
-        return self._begun.acquire(blocking=False)
+        self.withdrawn = self.withdrawn or self._begun.acquire(blocking=False)
+        return self.withdrawn
 
     def result(self) -> Value:
         if self._error is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ...abi.vhost_user_payloads import VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...device import Capability, Device, Operation, QueueBase, QueueSetup, RunState, decode_base
-from ...errors import VdpaBridgeError
+from ...errors import DeadlineExceeded, VdpaBridgeError
 from .memory import FrontendMemory
 
 __all__ = ["Rings"]
@@ -48,6 +48,8 @@ class Rings:
         self._memory = memory
         self._rings: dict[int, Ring] = {}
         self._held = False
+        self._due = False
+        """Whether it is held only because letting it go on did not succeed."""
 
     # --- what the front-end says ---
 
@@ -135,21 +137,24 @@ class Rings:
 
     def hold(self) -> None:
         """Suspend, and stay so whatever the front-end does, until `release`; also where this raises."""
-        self._held = True
+        self._held, self._due = True, False
         self.suspend()
 
     def release(self) -> None:
         """End `hold`: what the front-end wants by now is done. Where this raises, the hold lasts. Idempotent."""
         if not self._held:
             return
+        self._due = True
         # one that failed late may have stopped some queues, or all, and not said so: it is brought to its end first
         self.suspend()
         self._held = False
         try:
             self.go_on()
         except BaseException:
-            self._held = True
+            # one that failed cannot run, whatever happens
+            self._held = self._due = self._device.state is not RunState.FAILED
             raise
+        self._due = False
 
     def go_on(self) -> None:
         """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
@@ -163,6 +168,8 @@ class Rings:
 
     def forget(self) -> None:
         """RESET_DEVICE was done: every ring is stopped and disabled, and at its beginning."""
+        if self._due:
+            self._held = self._due = False
         for ring in self._rings.values():
             ring.started = ring.enabled = ring.decided = ring.live = False
             ring.base_word = None
@@ -203,6 +210,21 @@ class Rings:
             device.check_health()
         # all of them, before anything is touched
         setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
+        try:
+            self._set_going(setups)
+        except DeadlineExceeded:
+            # it may be at work all the same: where its rings stand is asked when it was stopped
+            if device.state is RunState.RUNNING:
+                self._note_live(setups)
+            raise
+        self._note_live(setups)
+
+    def _note_live(self, setups: dict[int, QueueSetup]) -> None:
+        for index, setup in setups.items():
+            self._rings[index].live, self._rings[index].installed = True, setup
+
+    def _set_going(self, setups: dict[int, QueueSetup]) -> None:
+        device = self._device
         if device.state is RunState.CONFIGURED:
             self._install_all(setups)
             device.start()
@@ -218,8 +240,6 @@ class Rings:
             device.resume()
         else:
             self._replay(setups)
-        for index, setup in setups.items():
-            self._rings[index].live, self._rings[index].installed = True, setup
 
     def _join(self) -> None:
         """Rings that were started after the device was."""
