@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -152,6 +153,22 @@ class WithoutState(Sim):
     """As a vDPA disk is: what the guest has set is all in its configuration space."""
 
     capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+
+
+class Blind(WithoutState):
+    """As a back-end without CONFIG: its guest writes what we do not see."""
+
+    @property
+    def identity(self):
+        return replace(super().identity, config_size_bytes=0)
+
+
+def test_what_cannot_be_seen_is_not_set_again():
+    with Blind.blk(DISK_BYTES, timeout_s=5) as source, Blind.blk(DISK_BYTES, timeout_s=5) as destination:
+        source.accept_features(VERSION_1 | 1 << VIRTIO_BLK_F_CONFIG_WCE)
+        source.start()
+        migrate(source, destination, limits())
+        assert destination.state is RunState.RUNNING
 
 
 class ReadOnly(WithoutState):

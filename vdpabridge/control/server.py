@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from ..credentials import credentials_of
 from ..errors import VdpaBridgeError
 from .lines import INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, REFUSED, Lines
 
 __all__ = ["Caller", "ControlServer", "Method"]
 
-_CREDENTIALS = struct.Struct("3i")
 #: For a client to take an answer in.
 _PATIENCE_S = 2.0
 _PAUSE_S = 0.1
@@ -108,9 +107,7 @@ class ControlServer:
             self._report(f"a client of the control socket cannot be let in: {error.strerror}")
             time.sleep(_PAUSE_S)
             return
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        if uid not in (0, os.geteuid()):
+        if credentials_of(connection).uid not in (0, os.geteuid()):
             connection.close()
             return
         connection.settimeout(_PATIENCE_S)

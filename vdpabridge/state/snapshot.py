@@ -121,9 +121,9 @@ def guest_written(snapshot: DeviceSnapshot) -> list[tuple[int, bytes]]:
     to write since VIRTIO 1.0.
     """
     at = VIRTIO_BLK_CONFIG.offsets["wce"]
-    if snapshot.device_id != VIRTIO_ID_BLOCK or not snapshot.features >> VIRTIO_BLK_F_CONFIG_WCE & 1:
-        return []
-    return [(at, snapshot.config[at : at + 1])]
+    can_write = snapshot.device_id == VIRTIO_ID_BLOCK and snapshot.features >> VIRTIO_BLK_F_CONFIG_WCE & 1
+    # a back-end without CONFIG shows none of it
+    return [(at, snapshot.config[at : at + 1])] if can_write and at < len(snapshot.config) else []
 
 
 def _restore_config(device: Device, snapshot: DeviceSnapshot) -> None:

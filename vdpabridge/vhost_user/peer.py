@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 
+from ..credentials import credentials_of
 from ..deadline import Deadline
 
 __all__ = ["PeerProcess"]
-
-_CREDENTIALS = struct.Struct("3i")
 
 
 class PeerProcess:
@@ -47,7 +45,7 @@ class PeerProcess:
 
 def _pidfd_of(connection: int) -> int:
     with socket.socket(fileno=os.dup(connection)) as peer:
-        pid, _, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        pid = credentials_of(peer).pid
     if pid in (0, os.getpid()):
         return -1
     try:
