@@ -71,6 +71,13 @@ def serving(folder, cls=Sim, timeout_s=5):
         yield Served(stack, folder, device, timeout_s)
 
 
+def serving_back_end(stack, folder, ours, *, timeout_s, config_size_bytes):
+    """The device behind socket ``ours``."""
+    connection = Connection(ours, "the back-end", timeout_s=timeout_s)
+    device = VhostUser(connection, device_id=2, config_size_bytes=config_size_bytes, timeout_s=timeout_s)
+    return Served(stack, folder, stack.enter_context(device))
+
+
 # --- who holds it ---
 
 
@@ -106,10 +113,7 @@ def test_a_save_that_fails_says_that_the_device_runs(tmp_path):
 def test_a_suspend_that_ends_too_late_is_ended_before_the_device_goes_on(tmp_path):
     """A back-end behind us stops its ring after our deadline: it is told to go on all the same."""
     with scripted() as (back_end, ours), ExitStack() as stack:
-        device = stack.enter_context(
-            VhostUser(Connection(ours, "the back-end", timeout_s=0.3), device_id=2, config_size_bytes=60, timeout_s=0.3)
-        )
-        those = Served(stack, tmp_path, device)
+        those = serving_back_end(stack, tmp_path, ours, timeout_s=0.3, config_size_bytes=60)
         front, client = those.front_end(), those.client()
 
         def wait(message):
@@ -167,10 +171,7 @@ def test_a_suspend_that_never_ends_is_not_known_to_have(tmp_path):
     """Nobody is told that the device runs; and once it answers, "resume" has it go on."""
     mute = threading.Event()
     with scripted() as (back_end, ours), ExitStack() as stack:
-        device = stack.enter_context(
-            VhostUser(Connection(ours, "the back-end", timeout_s=0.2), device_id=2, config_size_bytes=60, timeout_s=0.2)
-        )
-        those = Served(stack, tmp_path, device)
+        those = serving_back_end(stack, tmp_path, ours, timeout_s=0.2, config_size_bytes=60)
         front, client = those.front_end(), those.client()
 
         def wait(message):
@@ -187,7 +188,7 @@ def test_a_suspend_that_never_ends_is_not_known_to_have(tmp_path):
         mute.set()
         back_end.answers.clear()
         since = len(back_end.log)
-        device.timeout_s = 5
+        those.device.timeout_s = 5
         assert client.ask("resume")["state"] == "running"
         assert "SET_VRING_KICK" in back_end.names(since)
         assert client.ask("status")["held"] is False
@@ -218,10 +219,7 @@ def test_a_load_that_fails_does_not_end_the_process(tmp_path):
     mute = threading.Event()
     (tmp_path / "b").mkdir()
     with scripted() as (back_end, ours), ExitStack() as stack:
-        device = stack.enter_context(
-            VhostUser(Connection(ours, "the back-end", timeout_s=0.3), device_id=2, config_size_bytes=96, timeout_s=0.3)
-        )
-        those = Served(stack, tmp_path / "b", device)
+        those = serving_back_end(stack, tmp_path / "b", ours, timeout_s=0.3, config_size_bytes=96)
 
         def swallow(message):
             for fd in message.take_fds():
