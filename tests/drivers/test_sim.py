@@ -801,3 +801,66 @@ def test_an_empty_file_is_no_disk(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="no whole sector"):
         Sim.blk_file(str(path))
+
+
+# --- what fails leaves nothing half done ---
+
+
+def test_queues_go_on_after_a_suspend_that_failed():
+    """It was not over in time: the device is not suspended, so its queues are not draining either."""
+    with running_disk() as (made, disk):
+        made.device.faults.latency_s = 0.3
+        for block in range(4):
+            disk.write(block)
+        made.queue.kick()
+        wait_until(lambda: made.device._engine.workers[0].ring.taken)
+        made.device.timeout_s = 0.05
+        with pytest.raises(DeadlineExceeded):
+            made.device.suspend()
+        made.device.timeout_s = 5
+        made.device.faults.latency_s = 0
+        for block in range(4, 8):
+            disk.write(block)
+        disk.settle(disk.driver.drain())
+        assert disk.verify() == 8
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_queues_go_on_after_a_suspend_that_was_interrupted(call, monkeypatch):
+    """Ctrl-C between any two steps of it: told to drain, waited for, taken out."""
+    with running_disk() as (made, disk):
+        engine = made.device._engine
+        real, calls = engine._thread.call, []
+
+        def disturbed(function, timeout_s):
+            calls.append(function)
+            if len(calls) == call:
+                if call > 1:
+                    real(function, timeout_s)
+                raise KeyboardInterrupt
+            return real(function, timeout_s)
+
+        monkeypatch.setattr(engine._thread, "call", disturbed)
+        try:
+            made.device.suspend()
+        except KeyboardInterrupt:
+            assert made.device.state is RunState.RUNNING
+        monkeypatch.undo()
+        disk.write(1)
+        if call == 2:
+            # its queues were out already, and where they stood is known
+            made.device.suspend()
+        if made.device.state is RunState.SUSPENDED:
+            made.device.resume()
+        disk.settle(disk.driver.drain())
+        assert disk.verify() == 1
+
+
+def test_it_is_idle_where_no_thread_works():
+    with running_disk() as (made, _):
+        assert not made.device.is_idle()
+        made.device.suspend()
+        assert made.device.is_idle()
+        made.device.resume()
+        made.device._engine.failed = "a test says so"
+        assert made.device.is_idle(), "one that died does nothing more"

@@ -9,7 +9,8 @@ from typing import Self, TypeVar
 from ...abi.inflight import queue_region_bytes
 from ...abi.virtio import VIRTIO_F_VERSION_1
 from ...abi.virtio_ring import VIRTIO_RING_F_INDIRECT_DESC
-from ...deadline import StillRunning
+from ...deadline import StillRunning, TimeLimit
+from ...descriptors import Kind, kind_of
 from ...device import (
     Capability,
     Device,
@@ -26,7 +27,7 @@ from ...device import (
     StatePhase,
 )
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
-from ...eventfds import is_eventfd, signal
+from ...eventfds import signal
 from ...memory import SharedMapping, check_inside, memory_file
 from .blk import BlockModel
 from .engine import Engine
@@ -57,8 +58,9 @@ class Sim(Device):
         """Take ``model`` over."""
         self._faults = Faults()
         self._model = model
-        self._engine = Engine(model, self._faults)
-        super().__init__(name, timeout_s=timeout_s)
+        limit = TimeLimit(timeout_s)
+        self._engine = Engine(model, self._faults, limit)
+        super().__init__(name, limit)
         self._guest = GuestView()
         self._eventfds: dict[tuple[int, Operation], int] = {}
         self._bases: dict[int, int] = {}
@@ -94,15 +96,6 @@ class Sim(Device):
     def model(self) -> Model:
         """What the device does with requests."""
         return self._model
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Bounds every wait for the device's thread; None waits for ever."""
-        return self._engine.timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, timeout_s: float | None) -> None:
-        self._engine.timeout_s = timeout_s
 
     @property
     def identity(self) -> Identity:
@@ -174,7 +167,7 @@ class Sim(Device):
         return SplitBase(self._bases.get(index, 0))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        if eventfd is not None and not is_eventfd(eventfd):
+        if eventfd is not None and kind_of(eventfd) is not Kind.EVENTFD:
             raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is no eventfd")
         duplicate = None if eventfd is None else os.dup(eventfd)
         old = self._eventfds.pop((index, operation), None)
@@ -241,6 +234,9 @@ class Sim(Device):
     def _check_health(self) -> None:
         self._require_alive()
 
+    def _is_idle(self) -> bool:
+        return not self._engine.at_work
+
     def _close(self) -> None:
         self._reset()
         self._engine.close()
@@ -279,7 +275,8 @@ class Sim(Device):
             why = f"queue {untracked[0]} has no in-flight region: its requests would be lost"
             raise VdpaBridgeError("stop without draining", device=self.name, why=why, hint="call set_inflight() first")
         try:
-            self._bases |= self._wait_for(lambda: self._engine.stop_rings(indices, drain=drain), "stop queues")
+            note = self._bases.__setitem__
+            self._wait_for(lambda: self._engine.stop_rings(indices, note, drain=drain), "stop queues")
         except TimeoutError as error:
             if isinstance(error, DeadlineExceeded):
                 raise
@@ -323,7 +320,7 @@ class Sim(Device):
     def _check_state(self) -> None:
         self._require_alive()
         try:
-            self._state_transfer.check(self.timeout_s)
+            self._state_transfer.check(self.limit.left_s())
         except TimeoutError:
             why = "the other end has not closed its descriptor, or is slow"
             raise DeadlineExceeded("device state transfer", self.timeout_s or 0, device=self.name, why=why) from None

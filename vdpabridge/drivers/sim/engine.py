@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ...deadline import Deadline
+from ...deadline import TimeLimit
 from ...eventfds import clear, signal
 from .guest_view import BadAddress
 from .model import Died, Faults, Model
@@ -26,13 +26,13 @@ _BATCH = 64
 class Engine:
     """Runs ``model`` on rings. `failed` says what the device died of, where it did.
 
-    ``timeout_s`` bounds every wait for the thread: they raise `StillRunning`.
+    ``limit`` bounds every wait for the thread: they raise `StillRunning`.
     """
 
-    def __init__(self, model: Model, faults: Faults) -> None:
+    def __init__(self, model: Model, faults: Faults, limit: TimeLimit) -> None:
         self._model = model
         self._faults = faults
-        self.timeout_s: float | None = None
+        self._limit = limit
         self.workers: dict[int, Worker] = {}
         self.failed = ""
         self._answered = 0
@@ -46,14 +46,14 @@ class Engine:
 
     def stop(self) -> None:
         """End the thread. What is in flight stays so. Idempotent."""
-        self._thread.stop(self.timeout_s)
+        self._thread.stop(self._limit.left_s())
 
     def call(self, function: Callable[[], Value]) -> Value:
         """Run ``function`` where no ring is being processed, and return its result or raise what it raised."""
-        return self._thread.call(function, self.timeout_s)
+        return self._thread.call(function, self._limit.left_s())
 
-    def stop_rings(self, indices: Sequence[int], *, drain: bool) -> dict[int, int]:
-        """Take the workers of queues ``indices`` out, and return where each stands.
+    def stop_rings(self, indices: Sequence[int], note: Callable[[int, int], None], *, drain: bool) -> None:
+        """Take the workers of queues ``indices`` out; ``note`` is told where each stands, before anything else happens.
 
         Where they are not quiet in time, or the wait is interrupted, all of them go on. Raises TimeoutError.
         """
@@ -63,17 +63,21 @@ class Engine:
             for worker in workers.values():
                 worker.stop(how)
 
-        deadline = Deadline(self.timeout_s)
-        self.call(lambda: all_of_them(Stopping.DRAIN if drain else Stopping.NOW))
+        # whatever comes between them, an interruption too: rings that nobody waits for any more go on
         try:
+            self.call(lambda: all_of_them(Stopping.DRAIN if drain else Stopping.NOW))
             for worker in workers.values():
-                if not self.failed and not worker.idle.wait(deadline.left_s()):
+                if not self.failed and not worker.idle.wait(self._limit.left_s()):
                     raise TimeoutError
+            self.call(lambda: self._remove(indices, note))
         except BaseException:
-            self.call(lambda: all_of_them(Stopping.NO))
+            self._thread.leave(lambda: all_of_them(Stopping.NO))
             raise
-        self.call(lambda: self._remove(indices))
-        return {index: worker.ring.avail_index for index, worker in workers.items()}
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the thread may process rings."""
+        return self._thread.running and not self.failed
 
     def fileno(self) -> int:
         """What wakes the thread; borrowed."""
@@ -146,9 +150,9 @@ class Engine:
         for worker in self.workers.values():
             worker.idle.set()
 
-    def _remove(self, indices: Sequence[int]) -> None:
+    def _remove(self, indices: Sequence[int], note: Callable[[int, int], None]) -> None:
         for index in indices:
-            del self.workers[index]
+            note(index, self.workers.pop(index).ring.avail_index)
         self._due = [each for each in self._due if each[2] in self.workers]
         heapq.heapify(self._due)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...deadline import StillRunning
-from ...eventfds import signal
+from ...eventfds import wake
 
 __all__ = ["StepThread"]
 
@@ -44,7 +44,7 @@ class StepThread:
         """End after the present step. Idempotent. Raises `StillRunning` where that lasts longer than ``timeout_s``."""
         if self._thread is not None:
             self._ending = True
-            signal(self.wake_fd)
+            wake(self.wake_fd)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise StillRunning
@@ -70,7 +70,7 @@ class StepThread:
 
         with self._lock:
             self._commands.append(command)
-        signal(self.wake_fd)
+        wake(self.wake_fd)
         if not done.wait(timeout_s):
             with self._lock:
                 if command in self._commands:
@@ -79,6 +79,20 @@ class StepThread:
         if errors:
             raise errors[0]
         return results[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether steps are made."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def leave(self, function: Callable[[], object]) -> None:
+        """Have ``function``, which raises nothing, run between two steps, be it later; nobody waits for it."""
+        if self._thread is None or threading.current_thread() is self._thread:
+            function()
+            return
+        with self._lock:
+            self._commands.append(lambda: (function(), None)[1])
+        wake(self.wake_fd)
 
     def close(self) -> None:
         """Let go of `wake_fd`, after `stop`. Idempotent."""
