@@ -1,12 +1,11 @@
 """Errors read as one line and carry their facts."""
 
 import errno
-import time
 
 import pytest
 
-from vdpabridge.deadline import Deadline, StillRunning, call_within
-from vdpabridge.errors import DeadlineExceeded, KernelError, MissingCapability, VdpaBridgeError, errno_name
+from vdpabridge.deadline import Deadline
+from vdpabridge.errors import DeadlineExceeded, KernelError, MissingCapability, StateError, VdpaBridgeError, errno_name
 
 
 def test_one_line_with_all_parts():
@@ -43,12 +42,14 @@ def test_deadline_counts_down():
     assert 0 < Deadline(10).left_s() <= 10
 
 
-def test_call_within():
-    assert call_within(1, lambda: 7) == 7
-    with pytest.raises(ZeroDivisionError):
-        call_within(1, lambda: 1 // 0)
-    late = []
-    with pytest.raises(StillRunning):
-        call_within(0.01, lambda: time.sleep(0.1) or 9, late.append)
-    time.sleep(0.2)
-    assert late == [9]
+@pytest.mark.parametrize(
+    ("code", "nothing_done"),
+    [(errno.ENOTTY, True), (errno.EOPNOTSUPP, True), (errno.EPERM, True), (errno.EIO, False), (errno.EBUSY, False)],
+)
+def test_only_what_was_not_begun_has_certainly_done_nothing(code, nothing_done):
+    """Every other errno can come out of the middle of a request."""
+    assert KernelError(code, "VHOST_VDPA_SUSPEND", device="d").nothing_done is nothing_done
+    assert StateError("d", "start", "reset", ()).nothing_done
+    assert MissingCapability("d", "suspend", "SUSPEND", "").nothing_done
+    assert not DeadlineExceeded("start", 1).nothing_done
+    assert not VdpaBridgeError("start").nothing_done

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["Deadline", "StillRunning", "call_within"]
+__all__ = ["Deadline", "StillRunning", "TimeLimit", "call_within"]
 
 Value = TypeVar("Value")
 
@@ -29,6 +30,75 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the time is over."""
         return self._end_s is not None and time.monotonic() >= self._end_s
+
+
+class TimeLimit:
+    """How long a device may be waited for: one deadline for a whole operation, however many waits that has.
+
+    ``timeout_s`` bounds each operation; None waits for ever. What calls several operations can bound them together
+    (`within`). One thread at a time; only `timeout_s` may be set from elsewhere, such as a signal handler.
+    """
+
+    __slots__ = ("_bound", "_running", "_timeout_s")
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._running: Deadline | None = None
+        self._bound: Deadline | None = None
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds for one operation. To set it shortens an operation that lasts already, and never prolongs it."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        if self._running is not None:
+            self._running = _sooner(self._running, Deadline(timeout_s))
+
+    def begin(self) -> bool:
+        """Begin an operation; whether it is one of its own, to be ended by `end`, and not a part of another."""
+        if self._running is not None:
+            return False
+        self._running = self._fresh()
+        return True
+
+    def end(self) -> None:
+        """End the operation."""
+        self._running = None
+
+    def deadline(self) -> Deadline:
+        """That of the operation that lasts; outside of one, that of one which began now."""
+        return self._running or self._fresh()
+
+    def left_s(self) -> float | None:
+        """Seconds left for the operation, never below 0; None where there is no deadline."""
+        return self.deadline().left_s()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left, not even to begin with."""
+        return self.deadline().passed
+
+    @contextmanager
+    def within(self, deadline: Deadline) -> Iterator[None]:
+        """Let the operations in the body end by ``deadline`` as well."""
+        before = self._bound
+        self._bound = deadline if before is None else _sooner(before, deadline)
+        try:
+            yield
+        finally:
+            self._bound = before
+
+    def _fresh(self) -> Deadline:
+        own = Deadline(self._timeout_s)
+        return own if self._bound is None else _sooner(own, self._bound)
+
+
+def _sooner(one: Deadline, other: Deadline) -> Deadline:
+    mine, theirs = one.left_s(), other.left_s()
+    return one if theirs is None or (mine is not None and mine <= theirs) else other
 
 
 class StillRunning(Exception):
@@ -59,12 +129,17 @@ def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[
                 discard(value)
 
     thread = threading.Thread(target=run, name="vdpabridge-call", daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join(timeout_s)
-    finally:
+    except BaseException:
         with handing_over:
-            abandoned = not result and not error
+            abandoned = True
+            if result and discard:
+                discard(result.pop())
+        raise
+    with handing_over:
+        abandoned = not result and not error
     if abandoned:
         raise StillRunning
     if error:

@@ -6,10 +6,11 @@ the guest's own (what a transport calls IOVA or user address is the driver's aff
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import abstractmethod
-from collections.abc import Sequence, Set
-from typing import Self
+from collections.abc import Callable, Sequence, Set
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
 from .device_core import DeviceCore
@@ -46,14 +47,34 @@ __all__ = [
 ]
 
 
+Words = ParamSpec("Words")
+Value = TypeVar("Value")
+
+
+def _bounded(method: Callable[Concatenate[Device, Words], Value]) -> Callable[Concatenate[Device, Words], Value]:
+    """Have everything that ``method`` waits for end by one deadline."""
+
+    @functools.wraps(method)
+    def operation(self: Device, /, *words: Words.args, **options: Words.kwargs) -> Value:
+        if not self.limit.begin():
+            return method(self, *words, **options)
+        try:
+            return method(self, *words, **options)
+        finally:
+            self.limit.end()
+
+    return operation
+
+
 class Device(DeviceCore):
     """A virtio device under control.
 
     Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
-    operation that fails leaves the run state as it was, unless the device itself failed; but a start or resume that
-    meets its deadline may yet be done, and the device is taken for one that runs: suspend or reset it to be certain.
+    operation that fails leaves the run state as it was, unless the device itself failed. But a start or resume that
+    fails may have been done all the same: unless the opposite is certain the device is taken for one that runs.
+    Suspend or reset it to be certain.
 
-    ``timeout_s`` bounds every call that can block; None waits for ever. An instance belongs to one thread at a time.
+    ``timeout_s`` bounds each operation as a whole; None waits for ever. An instance belongs to one thread at a time.
     The device is held until `close`, which resets it; use it as a context manager.
     """
 
@@ -85,6 +106,7 @@ class Device(DeviceCore):
 
     # --- negotiation and configuration space ---
 
+    @_bounded
     def accept_features(self, features: int) -> None:
         """Accept ``features``. Raises `FeatureError` for bits that are not offered or that the device refuses."""
         after = self._permit(Operation.ACCEPT_FEATURES)
@@ -92,6 +114,7 @@ class Device(DeviceCore):
         self.accepted_features = features
         self._state = after
 
+    @_bounded
     def read_config(self, offset: int = 0, size_bytes: int | None = None) -> bytes:
         """Bytes of the configuration space; to its end by default. Raises ValueError outside of it."""
         self._permit(Operation.READ_CONFIG)
@@ -100,12 +123,14 @@ class Device(DeviceCore):
         self._check_config_range(offset, size)
         return self._read_config(offset, size)
 
+    @_bounded
     def write_config(self, offset: int, data: bytes) -> None:
         """Write into the configuration space. A device ignores what is read-only without saying so."""
         self._permit(Operation.WRITE_CONFIG)
         self._check_config_range(offset, len(data))
         self._write_config(offset, data)
 
+    @_bounded
     def set_config_call(self, eventfd: int | None) -> None:
         """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
         self._permit(Operation.SET_CONFIG_CALL)
@@ -114,12 +139,14 @@ class Device(DeviceCore):
 
     # --- memory ---
 
+    @_bounded
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Show ``regions`` (fds are borrowed) to the device, all or none."""
         self._permit(Operation.MAP)
         with self._adopting(regions) as own:
             self._map(own)
 
+    @_bounded
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
         self._permit(Operation.UNMAP)
@@ -138,18 +165,21 @@ class Device(DeviceCore):
 
     # --- queues ---
 
+    @_bounded
     def set_queue(self, index: int, setup: QueueSetup) -> None:
         """Give queue ``index`` its size and addresses."""
         self._permit_queue(Operation.SET_QUEUE, index)
         self._set_queue(index, setup)
         self._record(index).setup = setup
 
+    @_bounded
     def set_base(self, index: int, base: QueueBase) -> None:
         """Have queue ``index`` go on at ``base``."""
         self._permit_queue(Operation.SET_BASE, index)
         self._set_base(index, base)
         self._record(index).base = base
 
+    @_bounded
     def get_base(self, index: int) -> QueueBase:
         """Where queue ``index`` stands. Defined only for a device that is not running."""
         self._permit_queue(Operation.GET_BASE, index)
@@ -167,12 +197,14 @@ class Device(DeviceCore):
         """Have queue ``index`` signal errors on ``eventfd`` (borrowed); None takes it away."""
         self._set_eventfd(Operation.SET_ERR, index, eventfd)
 
+    @_bounded
     def enable_queue(self, index: int, enabled: bool = True) -> None:
         """Let queue ``index`` be processed while the device runs, or not. One that was not set up never is."""
         self._permit_queue(Operation.ENABLE_QUEUE, index)
         self._enable_queue(index, enabled)
         self._record(index).enabled = enabled
 
+    @_bounded
     def stop_queue(self, index: int, *, drain: bool = True) -> QueueBase:
         """Stop queue ``index`` alone and return where it stands. Set its base and enable it to have it go on.
 
@@ -180,18 +212,23 @@ class Device(DeviceCore):
         """
         self._permit_queue(Operation.STOP_QUEUE, index)
         self._check_drain(Operation.STOP_QUEUE, drain)
+        self.undrained = self.undrained or not drain
         base = self._stop_queue(index, drain=drain)
         self._record(index).enabled = False
         return base
 
     # --- run control ---
 
+    @_bounded
     def start(self) -> None:
         """Process enabled queues. Buffers that were made available before are found without another kick."""
         after = self._permit(Operation.START)
         with self._perhaps(after):
+            self._require_time("start")
             self._start()
+        self.undrained = False
 
+    @_bounded
     def suspend(self, *, drain: bool = True) -> None:
         """Stop, and remember everything; on return nothing more happens. Idempotent.
 
@@ -200,15 +237,21 @@ class Device(DeviceCore):
         """
         after = self._permit(Operation.SUSPEND)
         self._check_drain(Operation.SUSPEND, drain)
+        self._require_time("suspend")
+        self.undrained = self.undrained or not drain
         self._suspend(drain=drain)
         self._state = after
 
+    @_bounded
     def resume(self) -> None:
         """Go on after `suspend`, kicks of the meantime included."""
         after = self._permit(Operation.RESUME)
         with self._perhaps(after):
+            self._require_time("resume")
             self._resume()
+        self.undrained = False
 
+    @_bounded
     def reset(self) -> None:
         """Forget features, queues and eventfds. Mapped memory stays mapped.
 
@@ -219,6 +262,7 @@ class Device(DeviceCore):
         self._forget()
         self._state = after
 
+    @_bounded
     def check_health(self) -> None:
         """Ask whether the device has failed by itself. Raises `DeviceFailed` where it has; legal at any time."""
         if self._state is RunState.FAILED:
@@ -227,6 +271,7 @@ class Device(DeviceCore):
 
     # --- device state ---
 
+    @_bounded
     def set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
         """Begin a transfer of the device's internal state through ``fd``, a pipe or anything that reads like one.
 
@@ -242,11 +287,13 @@ class Device(DeviceCore):
             raise
         return self._set_state_fd(direction, phase, fd)
 
+    @_bounded
     def check_state(self) -> None:
         """Wait for the end of a transfer. Raises where it failed: only success here means that state arrived whole."""
         self._permit(Operation.CHECK_STATE)
         self._check_state()
 
+    @_bounded
     def abandon_state(self) -> None:
         """End a transfer that nobody will check; nothing happens where there is none.
 
@@ -257,16 +304,19 @@ class Device(DeviceCore):
 
     # --- dirty log and in-flight requests ---
 
+    @_bounded
     def set_dirty_log(self, log: DirtyLog | None) -> None:
         """Record the pages that the device writes from now on in ``log``; None ends that."""
         self._permit(Operation.SET_DIRTY_LOG)
         self._set_dirty_log(log)
 
+    @_bounded
     def get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
         """A region of the device's for ``queue_count`` queues of ``queue_size``; the caller owns its descriptor."""
         self._permit(Operation.GET_INFLIGHT)
         return self._get_inflight(queue_count, queue_size)
 
+    @_bounded
     def set_inflight(self, region: InflightRegion | None) -> None:
         """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed.
 
@@ -277,11 +327,13 @@ class Device(DeviceCore):
 
     # --- life cycle ---
 
+    @_bounded
     def close(self) -> None:
         """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
         with self._letting_go():
             self._close()
 
+    @_bounded
     def give_up(self) -> bool:
         """Let go of a device that does not answer, as `close` does; whether nothing of it is at work any more.
 
@@ -314,6 +366,7 @@ class Device(DeviceCore):
                 f"{self.name}: no queue {index}: the device has {self.identity.queue_count}, numbered from 0"
             )
 
+    @_bounded
     def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         self._permit_queue(operation, index)
         with self._adopting_eventfd(operation, index, eventfd):

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import DeadlineExceeded, DeviceFailed
+from .deadline import TimeLimit
+from .errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from .hooks import DriverHooks
 from .transitions import Operation, RunState
 from .values import MemoryRegion, QueueRecord
@@ -19,9 +20,10 @@ __all__ = ["DeviceCore"]
 class DeviceCore(DriverHooks):
     """The records of a device; `vdpabridge.device.Device` is the interface."""
 
-    def __init__(self, name: str, *, timeout_s: float | None = None) -> None:
+    def __init__(self, name: str, limit: TimeLimit) -> None:
         self.name = name
-        self.timeout_s = timeout_s
+        self.limit = limit
+        """Bounds each operation; shared with what the driver waits by."""
         self.accepted_features = 0
         self.queues: dict[int, QueueRecord] = {}
         self.regions: list[MemoryRegion] = []
@@ -31,8 +33,25 @@ class DeviceCore(DriverHooks):
         self.failure = ""
         self.observer: Callable[[str, float, float], None] | None = None
         """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
+        self.undrained = False
+        """Whether it was stopped with requests that it has taken and not answered (``drain=False``)."""
         self._state = RunState.RESET
         self._closed = False
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Bounds each operation as a whole; None waits for ever."""
+        return self.limit.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self.limit.timeout_s = timeout_s
+
+    def _require_time(self, what: str) -> None:
+        """Raise `DeadlineExceeded` where no time is left to begin with: the device is not asked at all then."""
+        if self.limit.passed:
+            timeout_s, why = self.limit.deadline().timeout_s or 0, "no time is left"
+            raise DeadlineExceeded(what, timeout_s, device=self.name, why=why, nothing_done=True)
 
     def _fail(self, why: str) -> DeviceFailed:
         """Note that the device gave up; returns the error for the driver to raise."""
@@ -42,15 +61,26 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _perhaps(self, after: RunState) -> Iterator[None]:
-        """The body leads to ``after``; it may also where it lasts too long, and nobody is told when it ends."""
+        """The body leads to ``after``, at which the device is at work. So it may where the body raises, whatever it
+        raises: the error of a request does not tell whether it took effect. Only proof of the opposite does."""
         before = self._state
         try:
             yield
-        except DeadlineExceeded:
-            if self._state is before:
+        except BaseException as error:
+            if self._state is before and not getattr(error, "nothing_done", False) and not self.is_idle():
                 self._state = after
             raise
         self._state = after
+
+    def is_idle(self) -> bool:
+        """Whether it is certain that nothing of the device is at work, whatever it was told; legal at any time.
+
+        False where that is not known. Raises nothing: a device that does not answer is not known to be idle.
+        """
+        try:
+            return self._is_idle()
+        except (VdpaBridgeError, OSError):
+            return False
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -111,6 +141,7 @@ class DeviceCore(DriverHooks):
         self.queues = {}
         self.accepted_features = 0
         self.failure = ""
+        self.undrained = False
 
     @contextmanager
     def _letting_go(self) -> Iterator[None]:

@@ -31,6 +31,9 @@ def errno_name(code: int) -> str:
 class VdpaBridgeError(Exception):
     """The root of the tree: ``device: what: why (hint)``, each part an attribute."""
 
+    nothing_done = False
+    """Whether it is certain that the request had no effect. An error alone does not say so."""
+
     def __init__(self, what: str, *, device: str = "", why: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.device = device
@@ -46,6 +49,8 @@ class VdpaBridgeError(Exception):
 class StateError(VdpaBridgeError):
     """An operation that the device's run state does not permit; nothing was done. See `transitions.RULES`."""
 
+    nothing_done = True
+
     def __init__(self, device: str, operation: str, state: str, legal_states: tuple[str, ...]) -> None:
         legal = " or ".join(legal_states)
         super().__init__(
@@ -58,6 +63,8 @@ class StateError(VdpaBridgeError):
 
 class MissingCapability(VdpaBridgeError):
     """The device does not offer what the operation needs; nothing was done."""
+
+    nothing_done = True
 
     def __init__(self, device: str, operation: str, capability: str, alternative: str) -> None:
         super().__init__(operation, device=device, why=f"the device does not offer {capability}", hint=alternative)
@@ -84,9 +91,24 @@ class OwnershipError(VdpaBridgeError):
 class DeadlineExceeded(VdpaBridgeError, TimeoutError):
     """An operation did not end within ``timeout_s``."""
 
-    def __init__(self, what: str, timeout_s: float, *, device: str = "", why: str = "", hint: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        timeout_s: float,
+        *,
+        device: str = "",
+        why: str = "",
+        hint: str = "",
+        nothing_done: bool = False,
+    ) -> None:
         super().__init__(what, device=device, why=why or f"no answer within {timeout_s:g} s", hint=hint)
         self.timeout_s = timeout_s
+        self.nothing_done = nothing_done
+
+
+#: The kernel does not know the request, the device's driver does not have it, or the caller may not make it: it was
+#: not begun. Any other errno can come out of the middle of it. Source: drivers/vhost/vdpa.c.
+_NOT_BEGUN = frozenset({errno_names.ENOTTY, errno_names.EOPNOTSUPP, errno_names.EPERM, errno_names.EBADF})
 
 
 class KernelError(VdpaBridgeError, OSError):
@@ -106,5 +128,6 @@ class KernelError(VdpaBridgeError, OSError):
         self.strerror = os.strerror(code)
         self.request = request
         self.queue = queue
+        self.nothing_done = code in _NOT_BEGUN
 
     __str__ = VdpaBridgeError.__str__

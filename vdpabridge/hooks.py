@@ -53,6 +53,9 @@ class DriverHooks(ABC):
     @abstractmethod
     def _close(self) -> None: ...
 
+    @abstractmethod
+    def _is_idle(self) -> bool: ...
+
     def _give_up(self) -> bool:
         self._close()
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from .abi.virtio_ring import packed_ring_bytes, split_ring_bytes
 from .abi.vring_base import QueueBase
 from .transitions import Operation
 
@@ -71,6 +72,11 @@ class QueueSetup:
     used_address: int
     address_space: int = 0
     """Which memory the queue and its buffers are in, where the device has more than one."""
+
+    def parts(self, *, packed: bool) -> list[tuple[int, int]]:
+        """(guest address, bytes) of each of the three parts of the ring."""
+        sizes = (packed_ring_bytes if packed else split_ring_bytes)(self.size)
+        return list(zip((self.desc_address, self.avail_address, self.used_address), sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

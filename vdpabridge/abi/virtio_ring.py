@@ -33,3 +33,21 @@ VRING_AVAIL = Layout("vring_avail", "<", (("flags", "H"), ("idx", "H")))
 VRING_USED = Layout("vring_used", "<", (("flags", "H"), ("idx", "H")))
 
 __all__ = [name for name in globals() if name.startswith(("VRING_", "VIRTIO_"))]
+__all__ += ["packed_ring_bytes", "split_ring_bytes"]
+
+
+def split_ring_bytes(size: int) -> tuple[int, int, int]:
+    """Bytes of the descriptor table, available and used ring of ``size`` descriptors (VIRTIO 1.4, 2.7).
+
+    Without the two bytes for an event index, which a device need not touch.
+    """
+    return (
+        VRING_DESC.size_bytes * size,
+        VRING_AVAIL.size_bytes + 2 * size,
+        VRING_USED.size_bytes + VRING_USED_ELEM.size_bytes * size,
+    )
+
+
+def packed_ring_bytes(size: int) -> tuple[int, int, int]:
+    """Bytes of the descriptor ring and of the two event suppression structures (VIRTIO 1.4, 2.8)."""
+    return VRING_PACKED_DESC.size_bytes * size, 4, 4

@@ -17,6 +17,7 @@ from typing import Self
 
 from ..abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, HEADER, PAYLOAD_SIZE_MAX, VERSION, VERSION_MASK
 from ..deadline import Deadline
+from ..descriptors import FDS_PER_MESSAGE_MAX, discard
 from ..errors import DeadlineExceeded
 from .errors import ConnectionLost, ProtocolError
 
@@ -27,7 +28,7 @@ FDS_MAX = 32
 _FD_BYTES = array.array("i").itemsize
 #: As a plain number: an enumeration's own arithmetic takes longer than the system call beside it.
 _CTRUNC = int(socket.MSG_CTRUNC)
-_ANCILLARY_BYTES = socket.CMSG_SPACE((FDS_MAX + 1) * _FD_BYTES)
+_ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * _FD_BYTES)
 _KNOWN_FLAGS = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
 #: A socket's file appears a moment before its process listens on it.
 _RETRY = (errno.ECONNREFUSED, errno.ENOENT)
@@ -57,8 +58,7 @@ class Message:
 
     def close(self) -> None:
         """Close the descriptors that nobody took. Idempotent."""
-        for fd in self.take_fds():
-            os.close(fd)
+        discard(self.take_fds())
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +75,8 @@ class Message:
 class Connection:
     """A connected vhost-user socket. Takes ``connection``; ``peer`` is what errors call the other end.
 
-    ``timeout_s`` bounds each message, sent or received. After any error the stream's position is unknown and the
-    connection is good for nothing but `close`. One thread at a time.
+    ``timeout_s`` bounds each message, sent or received, for which no deadline is given. One thread at a time. After an
+    error, an interruption too, `cut` says whether the connection is good for nothing but `close`.
     """
 
     def __init__(self, connection: socket.socket, peer: str, *, timeout_s: float | None = None) -> None:
@@ -85,7 +85,11 @@ class Connection:
         self.peer = peer
         self.timeout_s = timeout_s
         self.cut = False
-        """Whether a deadline has passed in the middle of a message."""
+        """Whether something has ended in the middle of a message, and the stream's position is not known any more."""
+        self.sent = 0
+        """How many whole messages have gone."""
+        self.received = 0
+        """How many whole messages have come."""
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
 
@@ -130,23 +134,39 @@ class Connection:
         """The socket; borrowed. -1 when closed."""
         return self._socket.fileno()
 
-    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION) -> None:
+    def send(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        flags: int = VERSION,
+        deadline: Deadline | None = None,
+    ) -> None:
         """Send one message; ``fds`` are borrowed. Raises `ConnectionLost`, `DeadlineExceeded`."""
-        deadline = Deadline(self.timeout_s)
+        deadline = deadline or Deadline(self.timeout_s)
         data = memoryview(HEADER.pack(request, flags, len(payload)) + payload)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        while data:
+        begun = False
+        while True:
             try:
+                # an exception of a signal's handler may come when the kernel has the data already
+                self.cut = True
                 sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+                data = data[sent:]
+                if not data:
+                    self.sent += 1
+                    self.cut = False
+                    return
+                begun = True
+                ancillary = []
             except BlockingIOError:
+                self.cut = begun
                 self._await_room(deadline, f"send message {request}")
-                continue
             except OSError as error:
                 raise self._lost(f"send message {request}", request, error) from None
-            data = data[sent:]
-            ancillary = []
 
-    def receive(self, *, at_hand: bool = False) -> Message | None:
+    def receive(self, *, at_hand: bool = False, deadline: Deadline | None = None) -> Message | None:
         """The next message; None where the peer closed between two messages. ``at_hand``: its first byte is known to
         be there, and need not be waited for.
 
@@ -155,9 +175,8 @@ class Connection:
         """
         if self.fileno() < 0:
             raise self._lost("receive a message", error=OSError(errno.EBADF, "the connection was closed"))
-        deadline = Deadline(self.timeout_s)
+        deadline = deadline or Deadline(self.timeout_s)
         fds: list[int] = []
-        self.cut = False
         try:
             if not at_hand:
                 self._await(deadline)
@@ -166,14 +185,23 @@ class Connection:
                 return None
             request, flags, size = HEADER.unpack(header)
             self._check_header(request, flags, size)
-            self.cut = True  # until all of it is here
-            payload = self._read(size, deadline) if size else b""
+            payload = self._read(size, deadline, fds) if size else b""
+            message = Message(request, flags, payload, fds)
+            self.received += 1
             self.cut = False
-            return Message(request, flags, payload, fds)
+            return message
         except BaseException:
-            for fd in fds:
-                os.close(fd)
+            discard(fds)
             raise
+
+    def check(self) -> None:
+        """Raise `ConnectionLost` if the peer cannot be sent anything any more."""
+        try:
+            self._socket.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._lost("send a message", error=error) from None
 
     def close(self) -> None:
         """Close. Idempotent."""
@@ -203,31 +231,34 @@ class Connection:
         """A header; nothing where the peer has closed. Its descriptors go to ``fds``."""
         data = b""
         while not data:
-            came = self._receive_first(fds)
+            self.cut = True  # until all of the message is here
+            came = self._receive_some(HEADER.size_bytes, fds)
             if came is None:
+                self.cut = False
                 self._await(deadline)
             elif not came:
+                self.cut = False
                 return b""
             else:
                 data = came
         missing = HEADER.size_bytes - len(data)
-        if missing:
-            self.cut = True
-            data += self._read(missing, deadline)
-        return data
+        return data + self._read(missing, deadline, fds) if missing else data
 
-    def _receive_first(self, fds: list[int]) -> bytes | None:
-        """The beginning of a message; None where there is nothing yet."""
+    def _receive_some(self, size: int, fds: list[int]) -> bytes | None:
+        """Up to ``size`` bytes, nothing where the peer has closed; None where there is nothing yet."""
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                HEADER.size_bytes, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
         except ConnectionResetError:
             return b""
         except OSError as error:
             raise self._lost("receive a message", error=error) from None
+        if ancillary or flags & _CTRUNC:
+            self._keep_fds(ancillary, flags, fds)
+        return data
+
+    def _keep_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int, fds: list[int]) -> None:
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = array.array("i")
@@ -236,21 +267,20 @@ class Connection:
         if flags & _CTRUNC or len(fds) > FDS_MAX:
             why = f"more than {FDS_MAX} descriptors came with it"
             raise ProtocolError("receive a message", peer=self.peer, why=why)
-        return data
 
-    def _read(self, size: int, deadline: Deadline) -> bytes:
-        """The next ``size`` bytes of a message that has begun."""
+    def _read(self, size: int, deadline: Deadline, fds: list[int]) -> bytes:
+        """The next ``size`` bytes of a message that has begun. Descriptors belong to its first byte: those that come
+        now are nobody's. Room is made for them: else the kernel closes them in this thread, and may wait for that."""
         data = b""
+        whose = len(fds)
         while len(data) < size:
-            try:
-                came = self._socket.recv(size - len(data))
-            except BlockingIOError:
+            came = self._receive_some(size - len(data), fds)
+            if len(fds) > whose:
+                discard(fds[whose:])
+                del fds[whose:]
+            if came is None:
                 self._await(deadline)
                 continue
-            except ConnectionResetError:
-                came = b""
-            except OSError as error:
-                raise self._lost("receive a message", error=error) from None
             if not came:
                 raise self._lost(f"receive a message: {size - len(data)} more bytes were to come")
             data += came

@@ -36,6 +36,15 @@ class PeerProcess:
             # both: to close a socket does not end a thread that is at work
             return _happens(connection.fileno(), 0, deadline) and _happens(self._pidfd, select.POLLIN, deadline)
 
+    def has_ended(self, timeout_s: float | None) -> bool:
+        """Whether it is certain that the process has ended, and whoever else had its end of the socket.
+
+        Waits up to ``timeout_s`` for the process where the socket was closed already: that comes first.
+        """
+        if self._pidfd < 0 or not _happens(self._connection, 0, Deadline(0)):
+            return False
+        return _happens(self._pidfd, select.POLLIN, Deadline(timeout_s))
+
     def close(self) -> None:
         """Close. Idempotent."""
         if self._pidfd >= 0:

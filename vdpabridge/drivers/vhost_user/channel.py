@@ -9,6 +9,7 @@ import threading
 from ...abi.vhost_user import FLAG_NEED_REPLY, REPLY_FLAGS, BackendRequest
 from ...abi.vhost_user_payloads import U64
 from ...errors import DeadlineExceeded
+from ...eventfds import signal
 from ...vhost_user.connection import Connection
 from ...vhost_user.errors import ProtocolError
 
@@ -72,6 +73,5 @@ class BackendChannel:
         if request != BackendRequest.CONFIG_CHANGE_MSG:
             return _UNSUPPORTED
         with self._lock:
-            if self._config_call is not None:
-                os.eventfd_write(self._config_call, 1)
+            signal(self._config_call)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from ...abi.virtio import (
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_F_ACCESS_PLATFORM,
 )
+from ...descriptors import discard
 from ...device import (
     Capability,
     Device,
@@ -87,7 +87,9 @@ class VhostUser(Device):
         many queues it has: ``device_id``, ``config_size_bytes`` and ``queue_count`` say so where it matters.
         """
         self._requests = Requests(connection)
-        super().__init__(connection.peer, timeout_s=timeout_s)
+        super().__init__(connection.peer, self._requests.limit)
+        if timeout_s is not None:
+            self.timeout_s = timeout_s
         try:
             self._features = negotiate(self._requests)
             count = queue_count_of(self._requests, device_id, queue_count)
@@ -126,15 +128,6 @@ class VhostUser(Device):
         )
 
     # --- what it is ---
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Bounds every request; None waits for ever."""
-        return self._requests.connection.timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, timeout_s: float | None) -> None:
-        self._requests.connection.timeout_s = timeout_s
 
     @property
     def identity(self) -> Identity:
@@ -273,6 +266,10 @@ class VhostUser(Device):
                     self._stop_rings(drain=True)
                 raise
 
+    def _is_idle(self) -> bool:
+        # a process that has ended may be known so a moment after its socket was closed
+        return not self._rings.started or self._process.has_ended(self.limit.left_s())
+
     def _resume(self) -> None:
         self._start()
 
@@ -318,7 +315,7 @@ class VhostUser(Device):
             with contextlib.suppress(ProtocolError, DeadlineExceeded):
                 self._stop_rings(drain=True)
             # a back-end for one front-end, such as virtiofsd, ends with its connection
-            return not self._rings.started or self._process.hang_up(self.timeout_s)
+            return not self._rings.started or self._process.hang_up(self.limit.left_s())
         finally:
             self._requests.broken = self._requests.broken or "it was given up"
             self._close()
@@ -331,7 +328,7 @@ class VhostUser(Device):
                 self._transfer.abandon()
                 return self._transfer.begin(direction, phase, fd)
         finally:
-            os.close(fd)
+            discard([fd])
 
     def _abandon_state(self) -> None:
         with self._asking():

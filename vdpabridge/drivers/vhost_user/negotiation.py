@@ -24,6 +24,8 @@ from .requests import Requests
 
 __all__ = ["QUEUE_SIZE_MAX", "capabilities_of", "config_size_of", "negotiate", "queue_count_of"]
 
+#: As many as the protocol can number: a kick's message has a byte for it. Who claims more has none of use.
+QUEUES_MAX = 256
 #: A back-end does not tell how large its rings may be. What all of them take.
 QUEUE_SIZE_MAX = 1024
 #: What this driver knows how to use. Not GET_VRING_BASE_INFLIGHT: it takes the choice away that SKIP_DRAIN gives.
@@ -67,9 +69,9 @@ def negotiate(requests: Requests) -> int:
 def queue_count_of(requests: Requests, device_id: int | None, told: int | None) -> int:
     """How many queues the device has: what the caller says, else what the back-end says."""
     if told is not None:
-        return told
+        return min(told, QUEUES_MAX)
     if requests.has(ProtocolFeature.MQ):
-        return requests.number(FrontendRequest.GET_QUEUE_NUM)
+        return min(requests.number(FrontendRequest.GET_QUEUE_NUM), QUEUES_MAX)
     return _QUEUES.get(device_id or 0, 1)
 
 

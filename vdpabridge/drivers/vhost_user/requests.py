@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from ...abi.vhost_user import FLAG_NEED_REPLY, REPLY_FLAGS, VERSION, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS
+from ...deadline import TimeLimit
+from ...descriptors import discard
 from ...errors import DeadlineExceeded
 from ...vhost_user.connection import Connection, Message
 from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
 
-__all__ = ["Requests"]
+__all__ = ["Requests", "Told"]
 
 #: What a back-end answers when its work is done, which may last: requests in flight, a transfer.
 _LENGTHY = frozenset(
@@ -25,18 +27,41 @@ _LENGTHY = frozenset(
 )
 
 
+#: Messages on their way at a time. A back-end that is not read stops reading; and descriptors in flight are counted
+#: against RLIMIT_NOFILE (net/unix/garbage.c).
+_WINDOW = 32
+
+
+class _Asked(NamedTuple):
+    """A request that gets a reply, booked before it is sent: whatever interrupts, the books are right."""
+
+    request: FrontendRequest
+    payload: bytes
+    message_number: int
+    """Which message of ours it is."""
+    reply_number: int
+    """Which message of the back-end's is the reply."""
+
+
+Told = tuple[FrontendRequest, Any, Sequence[int]]
+
+
 class Requests:
     """Asks over ``connection``, which is taken. ``protocol_features`` are what was negotiated so far.
 
-    What is no valid reply, or does not come in time, leaves the connection useless: `broken` says why.
+    What is no valid reply, or does not come in time, leaves the connection useless: `broken` says why. A reply that
+    nobody waited for, since an exception came first, is taken in before the next request is sent.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.limit = TimeLimit(connection.timeout_s)
+        """What every wait is bounded by."""
         self.protocol_features = 0
         self.broken = ""
-        self._owed: tuple[FrontendRequest, bytes] | None = None
-        """What was asked and not answered in time, though it may be yet."""
+        self.on_late: Callable[[FrontendRequest, Any], None] = lambda _request, _reply: None
+        """Told of replies that came too late for whoever had asked."""
+        self._asked: deque[_Asked] = deque()
 
     @property
     def peer(self) -> str:
@@ -51,8 +76,7 @@ class Requests:
         """Send ``request`` (``fds`` are borrowed) and return the payload of its own reply."""
         reply, its_fds = self.ask_with_fds(request, payload, fds)
         if its_fds:
-            for fd in its_fds:
-                os.close(fd)
+            discard(its_fds)
             raise self.no_reply(request, f"{len(its_fds)} descriptors came with the reply")
         return reply
 
@@ -61,14 +85,11 @@ class Requests:
     ) -> tuple[Any, list[int]]:
         """The same, with the descriptors of the reply, which the caller owns."""
         spec = FRONTEND_REQUESTS[request]
-        if self._owed != (request, _packed(payload)):
-            self._send(request, payload, fds, VERSION)
-        with self._reply_to(request, _packed(payload)) as message:
-            try:
-                # back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes, and nothing in them matters
-                reply = None if request is FrontendRequest.SET_LOG_BASE else spec.reply.unpack(message.payload)
-            except PayloadError as error:
-                raise self.no_reply(request, str(error)) from None
+        if not self._is_awaited(request, payload):
+            self._collect()
+            self._send(request, payload, fds, VERSION, replied=True)
+        with self._reply() as message:
+            reply = self._unpacked(request, message)
             if message.fd_count > spec.reply_fds[1]:
                 raise self.no_reply(request, f"{message.fd_count} descriptors came with the reply")
             return reply, message.take_fds()
@@ -85,29 +106,119 @@ class Requests:
         """
         self.tell_all([(request, payload, fds)])
 
-    def tell_all(self, told: Sequence[tuple[FrontendRequest, Any, Sequence[int]]]) -> None:
-        """The same for several requests, which are on their way all at once: that takes the time of one.
+    def tell_all(self, told: Iterable[Told]) -> None:
+        """The same for several requests, many of which are on their way at once: that takes about the time of one.
 
         Where some are refused, the first refusal is raised, when all have been answered.
         """
+        self._collect()
         acknowledged = self.has(ProtocolFeature.REPLY_ACK)
-        for request, payload, fds in told:
-            self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0))
+        refusals: list[PeerRefused] = []
+        for number, (request, payload, fds) in enumerate(told, 1):
+            while len(self._asked) >= _WINDOW:
+                self._acknowledged(refusals)
+            if not acknowledged and number % _WINDOW == 0:
+                self.number(FrontendRequest.GET_FEATURES)
+            self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0), replied=acknowledged)
         if not acknowledged:
             # any reply tells that what was sent before it is done; QEMU takes this one as well
             self.number(FrontendRequest.GET_FEATURES)
-            return
-        refusals = []
-        for request, _, _ in told:
-            try:
-                self._acknowledged(request)
-            except PeerRefused as refusal:
-                refusals.append(refusal)
+        while self._asked:
+            self._acknowledged(refusals)
         if refusals:
             raise refusals[0]
 
-    def _acknowledged(self, request: FrontendRequest) -> None:
-        with self._reply_to(request) as message:
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self.connection.close()
+
+    def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
+        """Note that the reply to ``request`` is none; returns the error to raise."""
+        self.broken = self.broken or why
+        return ProtocolError(request.name, peer=self.peer, why=why, request=request)
+
+    # --- the books ---
+
+    def _settle(self) -> None:
+        """Strike out what was not sent after all, and what was answered though nobody saw it."""
+        while self._asked and self._asked[-1].message_number > self.connection.sent:
+            self._asked.pop()
+        while self._asked and self._asked[0].reply_number <= self.connection.received:
+            self._asked.popleft()
+
+    def _is_awaited(self, request: FrontendRequest, payload: Any) -> bool:
+        """Whether just this was asked before, and is all that is not answered yet."""
+        self._settle()
+        return (
+            request in _LENGTHY
+            and len(self._asked) == 1
+            and self._asked[0].request is request
+            and self._asked[0].payload == _packed(payload)
+        )
+
+    def _collect(self) -> None:
+        """Take in the replies that nobody has waited for."""
+        self._settle()
+        while self._asked:
+            request = self._asked[0].request
+            with self._reply() as message:
+                if FRONTEND_REQUESTS[request].reply is not None:
+                    self.on_late(request, self._unpacked(request, message))
+
+    def _send(self, request: FrontendRequest, payload: Any, fds: Sequence[int], flags: int, *, replied: bool) -> None:
+        connection = self.connection
+        if not self.broken and connection.cut:
+            self.broken = "it was interrupted in the middle of a message"
+        if self.broken:
+            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        data = _packed(payload)
+        if replied:
+            numbers = connection.sent + 1, connection.received + len(self._asked) + 1
+            self._asked.append(_Asked(request, data, *numbers))
+        try:
+            connection.send(request, data, fds, flags=flags, deadline=self.limit.deadline())
+        except (ProtocolError, DeadlineExceeded) as error:
+            self.broken = error.why
+            raise
+
+    def _reply(self) -> Message:
+        """The reply to the first of what was asked and not answered yet."""
+        request = self._asked[0].request
+        if not self.broken and self.connection.cut:
+            self.broken = "it was interrupted in the middle of a message"
+        if self.broken:
+            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        try:
+            message = self.connection.receive(deadline=self.limit.deadline())
+        except DeadlineExceeded as error:
+            if request not in _LENGTHY or self.connection.cut:
+                self.broken = f"{request.name}: no reply within {error.timeout_s:g} s"
+            hint = "the back-end is stuck or slow"
+            raise DeadlineExceeded(request.name, error.timeout_s, device=self.peer, hint=hint) from None
+        except ProtocolError as error:
+            self.broken = error.why
+            raise
+        if message is None:
+            self.broken = "the back-end closed the connection"
+            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
+        self._asked.popleft()
+        if message.request != request or message.flags != REPLY_FLAGS:
+            message.close()
+            raise self.no_reply(request, f"the reply is to request {message.request} with flags {message.flags:#x}")
+        return message
+
+    def _unpacked(self, request: FrontendRequest, message: Message) -> Any:
+        try:
+            # back-ends answer SET_LOG_BASE with 0, 8 or 16 bytes, and nothing in them matters
+            spec = FRONTEND_REQUESTS[request]
+            return None if request is FrontendRequest.SET_LOG_BASE else spec.reply.unpack(message.payload)
+        except PayloadError as error:
+            raise self.no_reply(request, str(error)) from None
+
+    def _acknowledged(self, refusals: list[PeerRefused]) -> None:
+        """Take one acknowledgement in; a refusal is added to ``refusals``."""
+        request = self._asked[0].request
+        with self._reply() as message:
             try:
                 code = U64.unpack(message.payload).value
             except PayloadError as error:
@@ -116,58 +227,7 @@ class Requests:
                 raise self.no_reply(request, f"{message.fd_count} descriptors came with the acknowledgement")
         if code:
             why = f"the back-end refused it (code {code:#x})"
-            raise PeerRefused(request.name, peer=self.peer, why=why, request=request, code=code)
-
-    def close(self) -> None:
-        """Close the connection. Idempotent."""
-        self.connection.close()
-
-    def _send(self, request: FrontendRequest, payload: Any, fds: Sequence[int], flags: int) -> None:
-        if self.broken:
-            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
-        self._collect_debt()
-        try:
-            self.connection.send(request, _packed(payload), fds, flags=flags)
-        except (ProtocolError, DeadlineExceeded) as error:
-            self.broken = error.why
-            raise
-
-    def _collect_debt(self) -> None:
-        """Take in the reply that came too late. Whether state had arrived is asked again where it matters; where a
-        ring stopped is not told twice."""
-        if self._owed is not None:
-            request, payload = self._owed
-            self._reply_to(request, payload).close()
-            if request is not FrontendRequest.CHECK_DEVICE_STATE:
-                raise self.no_reply(request, "its reply came too late, and something else was asked first")
-
-    def _reply_to(self, request: FrontendRequest, payload: bytes = b"") -> Message:
-        try:
-            message = self.connection.receive()
-        except DeadlineExceeded as error:
-            why = f"no reply within {error.timeout_s:g} s"
-            if request in _LENGTHY and not self.connection.cut:
-                self._owed = (request, payload)
-            else:
-                self.broken = f"{request.name}: {why}"
-            hint = "the back-end is stuck or slow"
-            raise DeadlineExceeded(request.name, error.timeout_s, device=self.peer, hint=hint) from None
-        except ProtocolError as error:
-            self.broken = error.why
-            raise
-        self._owed = None
-        if message is None:
-            self.broken = "the back-end closed the connection"
-            raise ConnectionLost(request.name, peer=self.peer, why=self.broken, request=request)
-        if message.request != request or message.flags != REPLY_FLAGS:
-            message.close()
-            raise self.no_reply(request, f"the reply is to request {message.request} with flags {message.flags:#x}")
-        return message
-
-    def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
-        """Note that the reply to ``request`` is none; returns the error to raise."""
-        self.broken = why
-        return ProtocolError(request.name, peer=self.peer, why=why, request=request)
+            refusals.append(PeerRefused(request.name, peer=self.peer, why=why, request=request, code=code))
 
 
 def _packed(payload: Any) -> bytes:

@@ -6,7 +6,7 @@ stops with GET_VRING_BASE, after which a back-end has forgotten its eventfds: ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ...abi.vhost import VHOST_VRING_F_LOG
@@ -18,11 +18,10 @@ from ...eventfds import signal
 from ...transitions import Operation
 from ...values import QueueRecord, QueueSetup
 from ...vhost_user.errors import PeerRefused
-from .requests import Requests
+from .requests import Requests, Told
 
 __all__ = ["Rings"]
 
-Told = tuple[FrontendRequest, Any, Sequence[int]]
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: FrontendRequest.SET_VRING_KICK,
     Operation.SET_CALL: FrontendRequest.SET_VRING_CALL,
@@ -40,6 +39,8 @@ class Rings:
         self._can_enable = bool(features >> VHOST_USER_F_PROTOCOL_FEATURES & 1)
         self.started: set[int] = set()
         self.bases: dict[int, QueueBase] = {}
+        self._packed = False
+        requests.on_late = self._stopped_late
 
     def base(self, index: int, accepted: int) -> QueueBase:
         """Where stopped queue ``index`` stands."""
@@ -47,49 +48,60 @@ class Rings:
         return self.bases.get(index) or decode_base(_INITIAL[packed], packed=packed)
 
     def start(self, records: Mapping[int, QueueRecord], accepted: int, *, logged: bool) -> None:
-        """Start and enable the queues of ``records``, which were set up: all is sent at once, and then acknowledged."""
-        told: list[Told] = []
-        for index, record in records.items():
-            told += self._start_messages(index, record, accepted, logged=logged)
+        """Start and enable the queues of ``records``, which were set up, in two bursts: where they are, then the kicks.
+
+        Before the second nothing runs, which is certain whatever goes wrong. Where the second is refused, the rings are
+        stopped again; where they stand the back-end says, since some of them may have been at work.
+        """
+        where = [each for item in records.items() for each in self._where(*item, accepted, logged=logged)]
+        self._requests.tell_all(where)
         self.started.update(records)
         try:
-            self._requests.tell_all(told)
+            self._requests.tell_all(each for item in records.items() for each in self._begin(*item))
         except PeerRefused:
-            bases = dict(self.bases)
             for index in records:
                 self.stop(index, accepted, drain=True)
-            self.bases = bases
             raise
         for record in records.values():
             # kicks of before it was started went to nobody
             signal(record.eventfds.get(Operation.SET_KICK))
 
-    def _start_messages(self, index: int, record: QueueRecord, accepted: int, *, logged: bool) -> list[Told]:
+    def _where(self, index: int, record: QueueRecord, accepted: int, *, logged: bool) -> list[Told]:
         if record.setup is None:
             raise ValueError(f"queue {index} was not set up")
         base = self.base(index, accepted).encode()
-        messages: list[Told] = [
+        return [
             (FrontendRequest.SET_VRING_NUM, VringState(index, record.setup.size), ()),
             (FrontendRequest.SET_VRING_BASE, VringState(index, base), ()),
             (FrontendRequest.SET_VRING_ADDR, _address(index, record.setup, logged=logged), ()),
+            *(_eventfd(each, index, record.eventfds.get(each)) for each in (Operation.SET_CALL, Operation.SET_ERR)),
         ]
-        for operation in (Operation.SET_CALL, Operation.SET_ERR, Operation.SET_KICK):
-            messages.append(_eventfd(operation, index, record.eventfds.get(operation)))
-        if self._can_enable:
-            messages.append((FrontendRequest.SET_VRING_ENABLE, VringState(index, 1), ()))
-        return messages
+
+    def _begin(self, index: int, record: QueueRecord) -> list[Told]:
+        kick = _eventfd(Operation.SET_KICK, index, record.eventfds.get(Operation.SET_KICK))
+        if not self._can_enable:
+            return [kick]
+        return [kick, (FrontendRequest.SET_VRING_ENABLE, VringState(index, 1), ())]
 
     def stop(self, index: int, accepted: int, *, drain: bool) -> None:
         """Stop queue ``index``, if it is started, and remember where it stands."""
         if index not in self.started:
             return
+        self._packed = _packed(accepted)
         request = FrontendRequest.GET_VRING_BASE if drain else FrontendRequest.GET_VRING_BASE_SKIP_DRAIN
         reply = self._requests.ask(request, VringState(index, 0))
         if reply.index != index:
             raise self._requests.no_reply(request, f"it is about queue {reply.index}, not {index}")
-        word: int = reply.num
-        self.bases[index] = decode_base(word, packed=_packed(accepted))
-        self.started.discard(index)
+        self._note_stopped(reply)
+
+    def _note_stopped(self, reply: VringState) -> None:
+        self.bases[reply.index] = decode_base(reply.num, packed=self._packed)
+        self.started.discard(reply.index)
+
+    def _stopped_late(self, request: FrontendRequest, reply: Any) -> None:
+        """A ring has stopped, when nobody waited for it any more."""
+        if request in (FrontendRequest.GET_VRING_BASE, FrontendRequest.GET_VRING_BASE_SKIP_DRAIN):
+            self._note_stopped(reply)
 
     def enable(self, index: int, enabled: bool) -> None:
         """Enable or disable a started queue."""

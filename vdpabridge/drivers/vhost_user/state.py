@@ -6,10 +6,10 @@ Source: docs/interop/vhost-user.rst, "Migrating back-end state".
 from __future__ import annotations
 
 import contextlib
-import os
 
 from ...abi.vhost_user import DEVICE_STATE_NO_FD, FrontendRequest
 from ...abi.vhost_user_payloads import DeviceStateTransfer
+from ...descriptors import discard
 from ...values import StateDirection, StatePhase
 from ...vhost_user.errors import PeerRefused
 from .requests import Requests
@@ -34,8 +34,7 @@ class StateTransfer:
         )
         code = reply.value & 0xFF
         if code or bool(fds) == bool(reply.value & DEVICE_STATE_NO_FD):
-            for each in fds:
-                os.close(each)
+            discard(fds)
             why = f"the back-end refused it (code {code})" if code else f"a reply of {reply.value:#x}, {len(fds)} fds"
             raise self._refused(FrontendRequest.SET_DEVICE_STATE_FD, why, reply.value)
         self._active = True

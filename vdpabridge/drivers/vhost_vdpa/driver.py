@@ -63,6 +63,9 @@ _KNOWN_BACKEND_FEATURES = sum(1 << bit for bit in BACKEND_FEATURE_NAMES)
 _READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
 _NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
 _LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
+_GONE = 0xFF
+#: For a reset where the device has no deadline: the kernel's own drivers wait without end, and so would we.
+_RESET_S = 30.0
 _BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
@@ -102,7 +105,9 @@ class VhostVdpa(Device):
         """
         self._node = node
         self._ask = Requests(node)
-        super().__init__(node.path, timeout_s=timeout_s)
+        super().__init__(node.path, node.limit)
+        if timeout_s is not None:
+            self.timeout_s = timeout_s
         try:
             node.call(Ioctl.VHOST_SET_OWNER)
             self.backend_features = self._accept_backend_features(backend_features)
@@ -132,15 +137,6 @@ class VhostVdpa(Device):
         return cls(Node.open(path, system, timeout_s=timeout_s), backend_features=backend_features, timeout_s=timeout_s)
 
     # --- what it is ---
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Bounds what an operation asks of the kernel; None waits for ever. Where it is set, a thread asks."""
-        return self._node.timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, timeout_s: float | None) -> None:
-        self._node.timeout_s = timeout_s
 
     @property
     def identity(self) -> Identity:
@@ -360,14 +356,23 @@ class VhostVdpa(Device):
             self._regions.map_again()
 
     def _await_reset(self) -> None:
-        deadline = Deadline(self.timeout_s)
-        while self.status != 0:
-            if deadline.passed:
-                seen = status_names(self.status)
-                raise DeadlineExceeded(
-                    "reset", deadline.timeout_s or 0, device=self.name, why=f"status is still {seen}"
-                )
+        deadline = self.limit.deadline()
+        if deadline.timeout_s is None:
+            deadline = Deadline(_RESET_S)
+        status = self.status
+        while status != 0:
+            if status == _GONE:
+                # what a bus answers for a device that was pulled out (vp_vdpa)
+                raise self._fail("its status reads as 0xff: it is not there any more")
             time.sleep(0.001)
+            try:
+                status = self.status
+            except DeadlineExceeded:
+                if self._node.stuck:
+                    raise
+            if deadline.passed:
+                why = f"status is still {status_names(status)}"
+                raise DeadlineExceeded("reset", deadline.timeout_s or 0, device=self.name, why=why)
 
     def _close(self) -> None:
         if self._node.usable:
@@ -380,6 +385,10 @@ class VhostVdpa(Device):
             self._node.close()
         finally:
             self._regions.close()
+
+    def _is_idle(self) -> bool:
+        # a suspended device has DRIVER_OK too, and nothing tells it from one that runs
+        return self._node.usable and not self.status & VIRTIO_CONFIG_S_DRIVER_OK
 
     def _give_up(self) -> bool:
         usable = self._node.usable

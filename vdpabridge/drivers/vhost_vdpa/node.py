@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...abi.vhost import VhostIoctl as Ioctl
-from ...deadline import Deadline, StillRunning, call_within
+from ...deadline import StillRunning, TimeLimit, call_within
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
 from ...holders import holders
 from .call_thread import CallThread
@@ -39,13 +39,13 @@ class NodeError(KernelError):
 class Node:
     """An open vhost-vdpa node. Owns its descriptor.
 
-    ``timeout_s`` bounds every system call; None waits for ever. One that is still in the kernel when its time is over
-    goes on there: until it ends the node says so instead of queueing behind it, and nothing else comes of it.
+    ``limit`` bounds the system calls. One that is still in the kernel when its time is over goes on there: until it
+    ends the node says so instead of queueing behind it, and nothing else comes of it.
     """
 
     def __init__(self, fd: int, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> None:
         self.path = path
-        self.timeout_s = timeout_s
+        self.limit = TimeLimit(timeout_s)
         self._fd = fd
         self._system = system
         self._owner_pid = os.getpid()
@@ -82,7 +82,7 @@ class Node:
             self._refuse_fork(request.name)
         while True:
             try:
-                if self.timeout_s is None and not self._calls.busy:
+                if not self._is_bounded and not self._calls.busy:
                     self._system.ioctl(self._fd, request, argument)
                 else:
                     self._bounded(request, lambda: self._system.ioctl(self._fd, request, argument))
@@ -109,7 +109,7 @@ class Node:
 
         When the deadline has passed, the one that lasts ends in an error, and with it ``calls``. Raises as `call` does.
         """
-        if self.timeout_s is None or self._together == threading.get_ident():
+        if self._together == threading.get_ident() or not self._is_bounded:
             return calls()
 
         def run() -> Value:
@@ -154,7 +154,7 @@ class Node:
             finally:
                 # whoever asked was told that it lasts: nothing more is to be done on the strength of its answer
                 self._require_unstuck(what)
-        deadline = Deadline(self.timeout_s)
+        deadline = self.limit.deadline()
         self._request = what
         while True:
             try:
@@ -164,6 +164,10 @@ class Node:
                 continue
             except StillRunning:
                 raise self._too_late(_name(self._request), deadline.timeout_s or 0) from None
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.limit.left_s() is not None
 
     def _require_unstuck(self, what: Ioctl | str) -> None:
         if self.stuck:
