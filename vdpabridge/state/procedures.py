@@ -8,56 +8,72 @@ says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from ..device import Capability, Device, RunState
-from ..errors import MissingCapability, StateError
+from ..errors import DeadlineExceeded, MissingCapability, StateError, VdpaBridgeError
 from ..transitions import ALTERNATIVES
 from .carry import carry_state, read_state, spool_state, write_state
 from .channel import Limits, enlarge, write_all
 from .files import replacing
-from .fit import check_fits, facts_of
+from .fit import check_fits, check_memory, facts_of
 from .image import ImageFacts, ImageWriter
 from .image_reader import ImageReader
 from .interruptions import uninterrupted
-from .patience import within
+from .losses import Loss, StateWouldBeLost, require_accepted, unsavable
+from .outcome import Advice, ProcedureFailed
 from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, place, prepare, restore
 from .stream import reading
-from .undo import ProcedureFailed, Undo
+from .undo import Undo
 
-__all__ = ["ProcedureFailed", "load", "load_state", "migrate", "save", "save_file", "verify"]
+__all__ = [
+    "Advice",
+    "Loss",
+    "ProcedureFailed",
+    "StateWouldBeLost",
+    "load",
+    "load_state",
+    "migrate",
+    "save",
+    "save_file",
+    "verify",
+]
 
 
-def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True) -> Report:
+def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()) -> Report:
     """Write the image of ``device`` to ``sink`` (borrowed).
 
-    A running device is suspended for it, and goes on afterwards (with ``go_on``), and where saving fails in any case.
-    Raises `StateError` or `MissingCapability` before anything was done, `ProcedureFailed` after that.
+    A running device is suspended for it, and resumes afterwards (with ``go_on``), and where saving fails in any case.
+    ``accept``: what of its state may be missing in the image. Raises `StateError`, `MissingCapability` or
+    `StateWouldBeLost` before anything was done, `ProcedureFailed` after that.
     """
-    undo = _prepare(device, "save")
+    undo = _prepare(device, "save", accept)
     with undo:
-        _write_image(device, sink, limits, undo)
+        with device.limit.within(limits.deadline):
+            _write_image(device, sink, limits, undo)
         if go_on:
             undo.resume_source("resume")
     return undo.report
 
 
-def save_file(device: Device, path: str, limits: Limits, *, go_on: bool = True) -> Report:
-    """Save to file ``path``, which is there whole or, where this raises, as it was before. Raises as `save` does.
+def save_file(
+    device: Device, path: str, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()
+) -> Report:
+    """Save to file ``path``, which is there whole or, where this raises, as it was before; raises as `save` does.
 
-    Only when the file is safe does the device go on.
+    Only when the file is safe does the device resume: where only that fails, the error says so, and the file is there.
     """
-    undo = _prepare(device, "save")
+    undo = _prepare(device, "save", accept)
     with undo:
-        with replacing(path) as fd:
+        with device.limit.within(limits.deadline), replacing(path) as fd:
             _write_image(device, fd, limits, undo)
         if go_on:
             undo.resume_source("resume")
     return undo.report
 
 
-def verify(source: int, limits: Limits, device: Device | None = None) -> ImageFacts:
+def verify(source: int, limits: Limits, device: Device | None = None, *, accept: Set[Loss] = frozenset()) -> ImageFacts:
     """Read the image in ``source`` (borrowed) to its end; with ``device``, see whether it would take it.
 
     Raises `ImageError` for one that is damaged, `SnapshotError` or `FeatureError` for one that does not fit.
@@ -66,88 +82,121 @@ def verify(source: int, limits: Limits, device: Device | None = None) -> ImageFa
     for _ in reader.state():
         continue
     if device is not None:
-        check_fits(reader.facts, device)
+        check_fits(reader.facts, device, accept)
     return reader.facts
 
 
 def load(
-    device: Device, source: int, limits: Limits, eventfds: Mapping[int, QueueEventfds], *, start: bool | None = None
+    device: Device,
+    source: int,
+    limits: Limits,
+    eventfds: Mapping[int, QueueEventfds],
+    *,
+    start: bool | None = None,
+    accept: Set[Loss] = frozenset(),
 ) -> Report:
     """Bring reset ``device`` to where the image in ``source`` (borrowed) was taken.
 
-    ``start``: whether it is let go on there; None for a device that was at work when it was saved.
+    ``start``: whether it is started there; None for a device that was at work when it was saved. ``accept``: what of
+    its state it may lack.
 
     The image is read and verified to its end before the device sees anything of it. The guest's memory is the
-    caller's to map, the eventfds are those of this process. Raises `ImageError`, `SnapshotError`, `FeatureError`,
-    `StateError` before the device was touched; `ProcedureFailed` after that, and the device is reset.
+    caller's to map before, the eventfds are those of this process. Raises `ImageError`, `SnapshotError`,
+    `FeatureError`, `StateError`, `StateWouldBeLost` before the device was touched; `ProcedureFailed` after that, and
+    the device is reset.
     """
-    return _load(device, source, limits, eventfds, start=start)
+    return _load(device, source, limits, eventfds, start=start, accept=accept)
 
 
-def load_state(device: Device, source: int, limits: Limits) -> Report:
+def load_state(device: Device, source: int, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
     """Give reset ``device`` its own state out of the image in ``source`` (borrowed), and nothing else of it.
 
     For a device whose features and queues somebody else sets up, as a front-end does. Raises as `load` does.
     """
-    return _load(device, source, limits, None, start=False)
+    return _load(device, source, limits, None, start=False, accept=accept)
 
 
-def migrate(source: Device, destination: Device, limits: Limits) -> Report:
-    """Have ``destination``, which is reset and has the guest's memory mapped, go on with the work of ``source``.
+def migrate(source: Device, destination: Device, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
+    """Have ``destination``, which is reset and has the guest's memory mapped, work on where ``source`` stops.
 
-    A source that was never started leaves a destination that is not either.
+    A source that was never started leaves a destination that is not either. ``accept``: what of its state may be lost.
 
     What can be done before the source is suspended is done before: a destination without a state of its own is set up,
     short of its queues' positions. The source's eventfds become the destination's. Where a step fails the destination
-    is reset and the source goes on.
+    is reset and the source resumes.
 
-    Raises `StateError`, `MissingCapability`, `SnapshotError` or `FeatureError` before anything was done.
+    Raises `StateError`, `MissingCapability`, `SnapshotError`, `FeatureError` or `StateWouldBeLost` before anything was
+    done; `ProcedureFailed` after that, which says which of the two runs.
     """
-    facts = facts_of(source, None)
-    check_fits(facts, destination)
-    undo = _prepare(source, "migrate", destination)
-    report = undo.report
-    eventfds = eventfds_of(source)
-    with undo:
-        if not facts.has_state:
-            with report.step("prepare"), within(destination, limits):
-                _set_up(destination, source, facts.snapshot, eventfds)
-        undo.snapshot = snapshot = _suspend(source, limits, undo)
-        if facts.has_state:
-            with report.step("device state"):
-                carry_state(source, destination, limits, report)
-            with report.step("check"), within(source, limits), within(destination, limits):
-                source.check_state()
-                destination.check_state()
-            with report.step("prepare"), within(destination, limits):
-                _set_up(destination, source, snapshot, eventfds)
-        with report.step("place"), within(destination, limits):
-            place(destination, snapshot, eventfds)
-        # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
-        with uninterrupted():
-            if snapshot.started:
-                _start(destination, snapshot, limits, undo)
-            undo.finish()
-    return report
+    with source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
+        undo = _prepare(source, "migrate", accept, destination)
+        facts = facts_of(source, None)
+        check_fits(facts, destination, accept)
+        check_memory(facts, destination, source.regions)
+    with undo, source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
+        _move(source, destination, facts, limits, undo)
+    return undo.report
 
 
 # --- steps ---
 
 
-def _prepare(device: Device, what: str, destination: Device | None = None) -> Undo:
+def _prepare(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Undo:
     """What is needed to go back; raises where ``device`` is in no state to be saved."""
     if device.state not in (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED):
         legal = (RunState.CONFIGURED.value, RunState.RUNNING.value, RunState.SUSPENDED.value)
         raise StateError(device.name, what, device.state.value, legal)
-    if device.state is RunState.RUNNING:
-        needed = [Capability.SUSPEND]
+    if device.undrained:
+        why = "it was stopped with requests in flight, which would never be answered"
+        raise VdpaBridgeError(what, device=device.name, why=why, hint="resume it, and let it drain")
+    require_accepted(what, device, unsavable(device), accept, "the device cannot give it")
+    if device.state is not RunState.CONFIGURED:
+        needed = [Capability.SUSPEND] if device.state is RunState.RUNNING else []
         if Capability.DEVICE_STATE in device.capabilities:
-            # going on by reset and replay would throw that very state away
+            # to go back by reset and replay, it would have to give and take its state at the worst of times
             needed.append(Capability.RESUME)
         for capability in needed:
             if capability not in device.capabilities:
                 raise MissingCapability(device.name, what, capability.value, ALTERNATIVES[capability])
     return Undo(what, device, destination)
+
+
+def _move(
+    source: Device,
+    destination: Device,
+    facts: ImageFacts,
+    limits: Limits,
+    undo: Undo,
+) -> None:
+    report = undo.report
+    eventfds = eventfds_of(source)
+    if not facts.has_state:
+        with report.step("prepare"):
+            _require_time(limits, destination)
+            _set_up(destination, source, facts.snapshot, eventfds)
+    undo.snapshot = snapshot = _suspend(source, limits, undo)
+    if facts.has_state:
+        with report.step("device state"):
+            carry_state(source, destination, limits, report)
+        with report.step("check"):
+            source.check_state()
+            destination.check_state()
+        with report.step("prepare"):
+            _set_up(destination, source, snapshot, eventfds)
+    with report.step("place"):
+        place(destination, snapshot, eventfds)
+    # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
+    with uninterrupted():
+        if snapshot.started:
+            _start(destination, snapshot, limits, undo)
+        undo.finish()
+
+
+def _require_time(limits: Limits, device: Device) -> None:
+    """Raise `DeadlineExceeded` where no time is left: a device that is not asked at all need not be put right."""
+    if limits.deadline.passed:
+        timeout_s, why = limits.deadline.timeout_s or 0, "no time is left"
+        raise DeadlineExceeded("transfer", timeout_s, device=device.name, why=why, nothing_done=True)
 
 
 def _set_up(
@@ -159,19 +208,21 @@ def _set_up(
 
 
 def _start(device: Device, snapshot: DeviceSnapshot, limits: Limits, undo: Undo) -> None:
-    with undo.report.step("start"), within(device, limits):
-        undo.expect_start(device, snapshot)
+    with undo.report.step("start"):
+        _require_time(limits, device)
+        undo.expect_start(snapshot)
         device.start()
 
 
 def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
     """Where ``device`` stands, stopped."""
     if device.state is RunState.RUNNING:
-        with undo.report.step("suspend"), within(device, limits), undo.report.watching(device):
+        with undo.report.step("suspend"), undo.report.watching(device):
+            _require_time(limits, device)
             undo.suspending = True
             device.suspend()
-        undo.suspended = True
-    with undo.report.step("capture"), within(device, limits):
+    with undo.report.step("capture"):
+        _require_time(limits, device)
         return capture(device)
 
 
@@ -184,7 +235,7 @@ def _write_image(device: Device, sink: int, limits: Limits, undo: Undo) -> None:
         if facts.has_state:
             with report.step("device state"):
                 read_state(device, writer, limits, report)
-            with report.step("check"), within(device, limits):
+            with report.step("check"):
                 device.check_state()
         with report.step("end"):
             report.digest = writer.end()
@@ -197,25 +248,29 @@ def _load(
     eventfds: Mapping[int, QueueEventfds] | None,
     *,
     start: bool | None,
+    accept: Set[Loss],
 ) -> Report:
     if device.state is not RunState.RESET:
         raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
     undo = Undo("load", None, device)
     report = undo.report
-    with report.step("read the image"):
+    with report.step("read the image"), device.limit.within(limits.deadline):
         reader = ImageReader(reading(source, limits))
-        check_fits(reader.facts, device)
+        check_fits(reader.facts, device, accept)
+        if eventfds is not None:
+            check_memory(reader.facts, device)
         spool = spool_state(reader, limits, report)
     report.digest = reader.digest
     try:
-        with undo:
+        with undo, device.limit.within(limits.deadline):
             if reader.facts.has_state:
                 with report.step("device state"):
                     write_state(device, spool, limits, report)
-                with report.step("check"), within(device, limits):
+                with report.step("check"):
                     device.check_state()
             if eventfds is not None:
-                with report.step("restore"), within(device, limits):
+                with report.step("restore"):
+                    _require_time(limits, device)
                     restore(device, reader.facts.snapshot, eventfds)
             snapshot = reader.facts.snapshot
             with uninterrupted():

@@ -1,71 +1,123 @@
 """Going on after a suspend, on devices that can resume and on those that cannot.
 
 A device without RESUME (every kernel before 6.3, and most hardware) leaves the suspended state only by a reset. Set up
-again with the queue positions it had, it goes on as if it had resumed; what it held besides (device state) is lost.
+again with the queue positions it had, and with its own state where it can give that, it goes on as if it had resumed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 
-from ..device import Capability, Device
-from ..errors import VdpaBridgeError
+from ..deadline import Deadline
+from ..device import Capability, Device, RunState
+from ..errors import StateError, VdpaBridgeError
+from .carry import keep_state, write_state
+from .channel import Limits
 from .interruptions import uninterrupted
+from .losses import Loss, require_accepted, resumes_by_itself, unsavable
+from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
 
-__all__ = ["ReplayFailed", "replay", "resume"]
+__all__ = ["ReplayFailed", "replay", "resume", "start_over"]
 
 
 class ReplayFailed(VdpaBridgeError):
-    """The device was reset and could not be set up again. ``snapshot`` has the queue positions: nothing is lost yet."""
+    """The device was reset and could not be set up again. ``snapshot`` has the queue positions of before.
+
+    Whether it has started all the same `Device.state` says: RUNNING unless the opposite is certain.
+    """
 
     def __init__(self, device: str, why: str, snapshot: DeviceSnapshot) -> None:
-        hint = "restore the error's snapshot on this device or another"
-        super().__init__("resume by reset and replay", device=device, why=why, hint=hint)
+        super().__init__("resume by reset and replay", device=device, why=why)
         self.snapshot = snapshot
 
 
-def resume(device: Device) -> Capability | None:
-    """Go on after `Device.suspend`, by RESUME where the device has it, else by `replay`.
+def resume(device: Device, *, accept: Set[Loss] = frozenset()) -> Capability | None:
+    """Resume after `Device.suspend`, by RESUME where the device has it, else by `replay`, which says what it raises.
 
     Returns Capability.RESUME, or None where the device was reset and set up again.
     """
-    if Capability.RESUME in device.capabilities:
+    if resumes_by_itself(device):
         device.resume()
         return Capability.RESUME
-    replay(device)
+    replay(device, accept=accept)
     return None
 
 
-def replay(device: Device) -> None:
+def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
     """Reset a suspended device, set it up as it was, with the queue positions it had, and start it.
 
-    Device state, the dirty log and the in-flight region do not survive. Raises `ReplayFailed` from the reset on.
+    The device's own state is kept as `start_over` keeps it; the dirty log and the in-flight region do not survive.
+    Raises `StateError` for a device that is not suspended and `StateWouldBeLost` for one with state that nobody can
+    keep and that is not accepted to be lost, before anything is done; `ReplayFailed` from the reset on.
     """
+    if device.state is not RunState.SUSPENDED:
+        raise StateError(device.name, "resume", device.state.value, (RunState.SUSPENDED.value,))
+    require_accepted(
+        "resume by reset and replay", device, unsavable(device), accept, "a device without RESUME is reset to go on"
+    )
     snapshot = capture(device)
     with ExitStack() as stack:
 
         def keep(eventfd: int | None) -> int | None:
             """A duplicate: the reset closes the device's own."""
-            if eventfd is None:
-                return None
-            duplicate = os.dup(eventfd)
-            stack.callback(os.close, duplicate)
-            return duplicate
+            return _keep(stack, None if eventfd is None else os.dup(eventfd))
 
         eventfds = {
             index: QueueEventfds(keep(wires.kick), keep(wires.call), keep(wires.err))
             for index, wires in eventfds_of(device).items()
         }
-        config_call = keep(device.config_call)
+
+        start_over(
+            device,
+            lambda: restore(device, snapshot, eventfds),
+            lambda error: ReplayFailed(device.name, str(error), snapshot),
+        )
+
+
+def start_over(
+    device: Device,
+    set_up: Callable[[], None],
+    failed: Callable[[VdpaBridgeError], VdpaBridgeError] | None = None,
+    *,
+    start: bool = True,
+) -> None:
+    """Reset a stopped device, have ``set_up`` accept features and place the queues anew, and ``start`` it.
+
+    A device that can give its own state (DEVICE_STATE) gives it before and has it back after the reset; where it does
+    not give it, nothing is done. The eventfd for configuration changes is kept. ``failed`` turns what goes wrong from
+    the reset on into another error; the device is reset then, or runs, as its `Device.state` says.
+    """
+    limits = Limits(Deadline(device.timeout_s))
+    with ExitStack() as stack, device.limit.within(limits.deadline):
+        spool = _keep(stack, keep_state(device, limits) if _has_state(device) else None)
+        config_call = _keep(stack, None if device.config_call is None else os.dup(device.config_call))
         try:
-            # cut in two it would leave a device that is reset, and positions that nobody has
+            # cut in two it would leave a device that is reset, and what it had nobody has
             with uninterrupted():
                 device.reset()
-                restore(device, snapshot, eventfds)
+                if spool is not None:
+                    write_state(device, spool, limits, Report())
+                    device.check_state()
+                set_up()
                 if config_call is not None:
                     device.set_config_call(config_call)
-                device.start()
+                if start:
+                    device.start()
         except VdpaBridgeError as error:
-            raise ReplayFailed(device.name, str(error), snapshot) from error
+            if failed is None:
+                raise
+            raise failed(error) from error
+
+
+def _has_state(device: Device) -> bool:
+    return Capability.DEVICE_STATE in device.capabilities
+
+
+def _keep(stack: ExitStack, fd: int | None) -> int | None:
+    """``fd``, which is closed with ``stack``."""
+    if fd is not None:
+        stack.callback(os.close, fd)
+    return fd

@@ -1,64 +1,37 @@
-"""Going back: what a procedure that failed puts right, in an order that never lets two devices run."""
+"""Going back: what a procedure that failed puts right, in an order that never lets two devices run.
+
+What runs is claimed from proof only: that a device answered, that its queues were stopped, that its process has ended,
+or that the guest's rings show no work. An error of a request is no proof of anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
+from ..deadline import Deadline
 from ..device import Capability, Device, RunState
-from ..errors import DeadlineExceeded, VdpaBridgeError
 from .interruptions import uninterrupted
-from .patience import patient
+from .outcome import NOTHING, UNKNOWN, Advice, Outcome, ProcedureFailed, described
 from .replay import resume
 from .report import Report
 from .snapshot import DeviceSnapshot
-from .witness import Witness
+from .witness import Evidence, Witness
 
-__all__ = ["ProcedureFailed", "Undo"]
+__all__ = ["GRACE_S", "Undo"]
 
-_NOTHING, _UNKNOWN = "nothing", "not known"
-
-
-class Outcome(NamedTuple):
-    """What a failed procedure has left."""
-
-    running: str
-    advice: str
-
-
-class ProcedureFailed(VdpaBridgeError):
-    """A procedure that did not come to its end.
-
-    ``report`` has its steps and those of going back; ``running`` is the device that goes on now, ``nothing``, or
-    ``not known: …`` where a device did not answer; ``advice`` says what to do. ``snapshot`` has the queues' positions,
-    if they were known.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        device: Device,
-        cause: BaseException,
-        *,
-        report: Report,
-        outcome: Outcome,
-        snapshot: DeviceSnapshot | None = None,
-    ) -> None:
-        why = str(cause) or type(cause).__name__
-        hint = f"running now: {outcome.running}; {outcome.advice}"
-        super().__init__(what, device=device.name, why=why, hint=hint)
-        self.report = report
-        self.running = outcome.running
-        self.advice = outcome.advice
-        self.snapshot = snapshot
+#: For a device that has no deadline of its own: whoever goes back has waited long enough already.
+GRACE_S = 30.0
 
 
 class Undo:
     """A context in which a procedure works; where its body raises, everything goes back.
 
-    ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. What is no
-    interruption (KeyboardInterrupt, SystemExit) comes out as `ProcedureFailed`.
+    ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. An error
+    comes out as `ProcedureFailed`; an interruption (KeyboardInterrupt, SystemExit) as it is, with a note that says what
+    a `ProcedureFailed` would.
     """
 
     def __init__(self, what: str, source: Device | None, destination: Device | None) -> None:
@@ -71,9 +44,8 @@ class Undo:
         """Where the source stands, as soon as it is stopped."""
         self.suspending = False
         """Whether the source was told to stop."""
-        self.suspended = False
-        """Whether it has said that it is stopped."""
         self._witness: Witness | None = None
+        self._starting = False
         self._done = False
 
     def __enter__(self) -> Self:
@@ -83,27 +55,35 @@ class Undo:
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None or self._done or isinstance(error, ProcedureFailed):
+            if error is None or isinstance(error, ProcedureFailed):
                 return
-            outcome = self._go_back(error)
+            outcome = self._after_the_end() if self._done else self._go_back(error)
         finally:
             if self._witness is not None:
                 self._witness.close()
         if isinstance(error, Exception):
             raise self._failed(error, outcome) from error
+        error.add_note(f"{self._what}: {described(outcome)}")
 
-    def expect_start(self, destination: Device, snapshot: DeviceSnapshot) -> None:
-        """``destination`` is about to be told to start where ``snapshot`` was taken: from now on it may do work."""
-        self._witness = Witness(snapshot, destination.regions)
+    def expect_work(self, device: Device, snapshot: DeviceSnapshot) -> None:
+        """``device`` is about to be told to work on from ``snapshot``: from now on the guest's rings are watched."""
+        if self._witness is None:
+            self._witness = Witness(snapshot, device.regions)
+
+    def expect_start(self, snapshot: DeviceSnapshot) -> None:
+        """The destination is about to be told to start from ``snapshot``: from now on it may do work."""
+        if self._destination is not None:
+            self.expect_work(self._destination, snapshot)
+        self._starting = True
 
     def resume_source(self, name: str) -> None:
-        """Let the source go on, if it was at work: the last step. Raises `ProcedureFailed`."""
+        """Let the source resume, if it was at work: the last step. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
             with uninterrupted(), patient(self._source):
                 error, outcome = self._resume(self._source, name)
                 self._done = True
             if error is not None:
-                raise self._failed(error, outcome) from error
+                raise self._failed(error, outcome, f"{self._what} is done, but not {name}") from error
 
     def finish(self) -> None:
         """The destination is where it ought to be: nothing is put back any more, and the source, whatever becomes of
@@ -122,11 +102,18 @@ class Undo:
             return error
         return None
 
-    def _failed(self, error: Exception, outcome: Outcome) -> ProcedureFailed:
+    def _failed(self, error: Exception, outcome: Outcome, what: str = "") -> ProcedureFailed:
         device = self._source or self._destination
         if device is None:
             raise error
-        return ProcedureFailed(self._what, device, error, report=self.report, outcome=outcome, snapshot=self.snapshot)
+        return ProcedureFailed(
+            what or self._what, device, error, report=self.report, outcome=outcome, snapshot=self.snapshot
+        )
+
+    def _after_the_end(self) -> Outcome:
+        device = self._destination or self._source
+        runs = device is not None and device.state is RunState.RUNNING
+        return Outcome(device.name if device is not None and runs else NOTHING, Advice.DONE)
 
     def _go_back(self, cause: BaseException) -> Outcome:
         with uninterrupted():
@@ -136,61 +123,102 @@ class Undo:
                 if hindrance is not None:
                     return hindrance
             if self._source is None:
-                return Outcome(_NOTHING, "the device has not started; another can be given the image")
+                return Outcome(NOTHING, Advice.ANOTHER)
             with patient(self._source):
                 return self._bring_back(self._source, cause)
 
     def _stop(self, destination: Device) -> Outcome | None:
-        """See to it that ``destination`` does nothing more; why the source must not go on, if so."""
+        """See to it that ``destination`` does nothing more; why the source must not resume, if so."""
         name = destination.name
         error = self.try_step("undo: reset the destination", destination.reset)
         # who was not told to start has nothing to do it with
-        if error is not None and self._witness is not None:
+        if not self._starting:
+            return None
+        if error is not None:
             stopped: list[bool] = []
             self.try_step("undo: give the destination up", lambda: stopped.append(destination.give_up()))
             if stopped != [True]:
-                advice = "end its process first, then resume the source"
-                return Outcome(f"{_UNKNOWN}: {name} does not answer, and may have started", advice)
-        if self._witness is not None and self._witness.has_seen_work():
-            running = f"{_NOTHING}: {name} has, or may have, begun to work, which would be done again"
-            return Outcome(running, "have the guest reset its device")
+                return Outcome(f"{UNKNOWN}: {name} does not answer, and may have started", Advice.END)
+        if (seen := self._evidence()) is not Evidence.NONE:
+            running = f"{NOTHING}: {name} has, or may have, begun to work, which would be done again ({seen.value})"
+            return Outcome(running, Advice.RESET)
         return None
 
+    def _evidence(self) -> Evidence:
+        """Of work since the snapshot; nobody was there to do any before the rings were watched."""
+        return Evidence.NONE if self._witness is None else self._witness.evidence()
+
     def _bring_back(self, source: Device, cause: BaseException) -> Outcome:
-        if self._was_running and not self.suspending and source.state is RunState.RUNNING:
-            return self._goes_on(source)
+        refused = getattr(cause, "nothing_done", False)
+        if self._was_running and source.state is RunState.RUNNING and (refused or not self.suspending):
+            return self._runs(source)
         if source.state is RunState.FAILED:
-            if not self.suspended and isinstance(cause, DeadlineExceeded):
-                return self._unanswered(source, "may have stopped or not")
-            return self._stands_still(f"{source.name} failed: {source.failure}")
+            return self._of_failed(source)
         if Capability.DEVICE_STATE in source.capabilities and source.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self.try_step("undo: abandon the transfer", source.abandon_state)
         if not self._was_running:
-            return Outcome(_NOTHING, f"{source.name} is {source.state.value}, as it was before")
+            return Outcome(f"{NOTHING}: {source.name} is {source.state.value}", Advice.AS_BEFORE)
         # a suspend that failed late may have stopped some queues, or all, and not said so
-        if source.state is RunState.RUNNING and self.try_step("undo: end the suspend", source.suspend):
-            return self._unanswered(source, "was told to stop, and may have")
+        if source.state is RunState.RUNNING:
+            error = self.try_step("undo: end the suspend", source.suspend)
+            if getattr(error, "nothing_done", False):
+                return self._runs(source)
+            if error is not None:
+                return self._unanswered(source, "was told to stop, and may have")
         return self._resume(source, "undo: resume")[1]
 
     def _resume(self, source: Device, name: str) -> tuple[Exception | None, Outcome]:
         """What went wrong, if anything, and what runs after it."""
-        error = self.try_step(name, lambda: resume(source))
+        error = self.try_step(name, lambda: self._watch_and_resume(source))
         if error is None:
-            return None, self._goes_on(source)
-        if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
-            return error, self._unanswered(source, "may have gone on, or may yet")
-        return error, self._stands_still(str(error))
+            return None, self._runs(source)
+        if source.state is RunState.RUNNING:
+            return error, self._unanswered(source, "may have resumed, or may yet")
+        if source.state is RunState.FAILED:
+            return error, self._of_failed(source)
+        return error, self._stands_still(source, str(error))
 
-    def _stands_still(self, why: str) -> Outcome:
-        where = "restore the error's snapshot on this device or another; a state of its own may be lost"
-        unknown = "where its queues stand is not known: have the guest reset its device"
-        return Outcome(f"{_NOTHING}: {why}", unknown if self.snapshot is None else where)
+    def _watch_and_resume(self, source: Device) -> None:
+        if self.snapshot is not None:
+            self.expect_work(source, self.snapshot)
+        resume(source)
+
+    def _unanswered(self, source: Device, what: str) -> Outcome:
+        """``source`` is taken for one that runs, without proof."""
+        if source.state is RunState.FAILED:
+            return self._of_failed(source)
+        return Outcome(f"{UNKNOWN}: {source.name} does not answer; it {what}", Advice.SUSPEND)
+
+    def _of_failed(self, source: Device) -> Outcome:
+        if not source.is_idle():
+            # nothing else is left for it, and where it succeeds it is proof
+            self.try_step("undo: reset the source, which failed", source.reset)
+        if not source.is_idle():
+            why = f"{source.name} failed: {source.failure}; whether it has stopped is not certain"
+            return Outcome(f"{UNKNOWN}: {why}", Advice.END)
+        return self._stands_still(source, f"{source.name} failed: {source.failure}")
+
+    def _stands_still(self, source: Device, why: str) -> Outcome:
+        """``source`` is certain not to run."""
+        running = f"{NOTHING}: {why}"
+        if self.snapshot is None or self._evidence() is not Evidence.NONE:
+            # where its queues stand is not known
+            return Outcome(running, Advice.RESET)
+        if source.state is RunState.SUSPENDED:
+            return Outcome(running, Advice.RESUME)
+        # with a state of its own, its queues alone are not enough
+        return Outcome(running, Advice.RESET if Capability.DEVICE_STATE in source.capabilities else Advice.RESTORE)
 
     @staticmethod
-    def _goes_on(source: Device) -> Outcome:
-        return Outcome(source.name, "nothing was lost; mend the cause, and do it again")
+    def _runs(source: Device) -> Outcome:
+        return Outcome(source.name, Advice.AGAIN)
 
-    @staticmethod
-    def _unanswered(source: Device, what: str) -> Outcome:
-        advice = "when it answers again, suspend and resume it; or end its process"
-        return Outcome(f"{_UNKNOWN}: {source.name} does not answer; it {what}", advice)
+
+@contextmanager
+def patient(device: Device) -> Iterator[None]:
+    """Let ``device`` have a deadline, whatever its own is."""
+    if device.timeout_s is not None:
+        yield
+        return
+    with device.limit.within(Deadline(GRACE_S)):
+        yield
