@@ -3,6 +3,7 @@
 import os
 import socket
 import struct
+import threading
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -21,13 +22,15 @@ from vdpabridge.abi.vhost_user_payloads import (
     VringState,
 )
 from vdpabridge.abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION
-from vdpabridge.device import Capability, RunState
+from vdpabridge.device import Capability, RunState, StateDirection, StatePhase
 from vdpabridge.drivers.sim import Sim
+from vdpabridge.export.vhost_user import Server
 from vdpabridge.export.vhost_user.requests import Requests
+from vdpabridge.vhost_user.connection import Connection
 
 from ..support.front_end import ALL, MEMORY_BYTES, PROTOCOL, USER, VERSION_1, F, FrontEnd, P, one_region, ring
 from ..support.pair import served
-from ..support.transitions import shared_file
+from ..support.transitions import eventfd, shared_file
 
 LOG_ALL = 1 << 26
 KNOWN = [request for request in F if hasattr(Requests, request.name.lower())]
@@ -65,6 +68,9 @@ PAYLOADS = {
 }
 
 
+SIGNALS = {F.SET_VRING_KICK, F.SET_VRING_CALL, F.SET_VRING_ERR, F.SET_LOG_FD}
+
+
 @contextmanager
 def right(request):
     """(payload, descriptors) of ``request``, as it ought to be."""
@@ -75,7 +81,8 @@ def right(request):
         if request is F.SET_BACKEND_REQ_FD:
             yield payload, [stack.enter_context(each).fileno() for each in socket.socketpair()][:1]
         else:
-            yield payload, [stack.enter_context(shared_file(MEMORY_BYTES)) for _ in range(count)]
+            made = eventfd() if request in SIGNALS else shared_file(MEMORY_BYTES)
+            yield payload, [stack.enter_context(made) for _ in range(count)]
 
 
 def settle(front, request):
@@ -425,7 +432,7 @@ def test_a_front_end_that_leaves_in_the_middle_leaves_the_device_as_it_was():
             assert front.number(F.CHECK_DEVICE_STATE) == 0
 
 
-CHANNELS = ["pipe", "socket", "file", "memfd"]
+CHANNELS = ["pipe", "file", "memfd"]
 
 
 @pytest.mark.parametrize("kind", CHANNELS)
@@ -434,8 +441,6 @@ def test_any_kind_of_channel(kind, tmp_path):
         front.negotiate()
         if kind == "pipe":
             ours, theirs = os.pipe()
-        elif kind == "socket":
-            ours, theirs = (each.detach() for each in socket.socketpair())
         else:
             theirs = (
                 os.open(tmp_path / "state", os.O_RDWR | os.O_CREAT)
@@ -446,13 +451,73 @@ def test_any_kind_of_channel(kind, tmp_path):
         stack.callback(os.close, ours)
         assert transfer(front, 0, fd=theirs) == ACCEPTED
         os.close(theirs)
-        if kind in ("pipe", "socket"):
+        if kind == "pipe":
             state = read_all(ours)
         assert front.number(F.CHECK_DEVICE_STATE) == 0
         if kind in ("file", "memfd"):
             os.lseek(ours, 0, os.SEEK_SET)
             state = read_all(ours)
         assert state[:8] == b"vdpa-sim"
+
+
+@pytest.mark.parametrize("direction", [0, 1], ids=["save", "load"])
+def test_a_socket_is_answered_with_a_pipe(direction):
+    """A socket could bring more than bytes: another channel comes back, as the protocol allows, and is used instead."""
+    with Sim.blk(1 << 20, timeout_s=2) as other, front_end() as front:
+        front.negotiate()
+        reader, writer = os.pipe()
+        other.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, writer)
+        state = read_all(reader)
+        other.check_state()
+        os.close(reader)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            front.send(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(direction, 0).pack(), [theirs.fileno()])
+        _, _, answer, (channel,) = front.receive()
+        assert answer == bytes(8)
+        if direction:
+            os.write(channel, state)
+        else:
+            assert read_all(channel) == state
+        os.close(channel)
+        assert front.number(F.CHECK_DEVICE_STATE) == 0
+
+
+#: What a front-end could keep its own connection by.
+HELD_BY = {
+    F.SET_BACKEND_REQ_FD: b"",
+    F.SET_VRING_KICK: U64(0).pack(),
+    F.SET_VRING_CALL: U64(0).pack(),
+    F.SET_VRING_ERR: U64(0).pack(),
+    F.SET_LOG_FD: b"",
+    F.SET_LOG_BASE: Log(MEMORY_BYTES, 0).pack(),
+    F.SET_INFLIGHT_FD: Inflight(MEMORY_BYTES, 0, 2, 64).pack(),
+    F.SET_MEM_TABLE: MemoryTable(one_region()).pack(),
+    F.ADD_MEM_REG: SingleRegion(one_region()[0]).pack(),
+    F.SET_DEVICE_STATE_FD: DeviceStateTransfer(1, 0).pack(),
+}
+
+
+@pytest.mark.parametrize("request_", HELD_BY, ids=lambda each: each.name)
+@pytest.mark.parametrize("hidden", [False, True], ids=["itself", "in the queue of another"])
+def test_a_front_end_cannot_keep_its_device_when_it_has_left(request_, hidden):
+    """It hands over its own end of the connection, or a socket in whose queue that lies, and goes away."""
+    with Sim.blk(1 << 20, timeout_s=2) as sim, Server(sim, report=lambda _text: None, timeout_s=5) as server:
+        ours, theirs = socket.socketpair()
+        thread = threading.Thread(target=server.serve_connection, args=[Connection(theirs, "the front-end")])
+        thread.start()
+        front = FrontEnd(ours, sim).negotiate()
+        one, other = socket.socketpair()
+        with one, other:
+            if hidden:
+                socket.send_fds(one, [b"x"], [ours.fileno()])
+            front.send(request_, HELD_BY[request_], [other.fileno() if hidden else ours.fileno()])
+        ours.close()
+        thread.join(5)
+        left = not thread.is_alive()
+        server.stop()
+        thread.join()
+    assert left
 
 
 def read_all(fd):

@@ -38,10 +38,10 @@ class FrontendMemory:
         self._device = device
         self._known: list[_Known] = []
 
-    def takes_away(self, regions: Sequence[Region], fds: Sequence[int]) -> bool:
-        """Whether `replace` would take something away that the device may be using."""
+    def lost_by(self, regions: Sequence[Region], fds: Sequence[int]) -> list[Region]:
+        """What `replace` would take away from the device."""
         wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
-        return any(not any(old.same_mapping(new.region, new.file) for new in wanted) for old in self._known)
+        return [old.region for old in self._known if not any(old.same_mapping(new.region, new.file) for new in wanted)]
 
     def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
         """The whole table anew. What stays as it was stays mapped: a running device needs it."""

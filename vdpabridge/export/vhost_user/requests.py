@@ -32,7 +32,9 @@ from ...device import (
 )
 from ...errors import VdpaBridgeError
 from ...eventfds import clear
+from ...state.replay import start_over
 from ...vhost_user.connection import Connection
+from .admission import admit, stop_receiving
 from .dirty_log import LogSwitch
 from .memory import FrontendMemory
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
@@ -87,6 +89,7 @@ class Requests:
 
     def perform(self, request: FrontendRequest, payload: Any, fds: list[int]) -> Answer | None:
         """Do what ``request`` asks for. Raises `VdpaBridgeError`, ValueError, OSError as the device does."""
+        admit(request, fds)
         answer: Answer | None = getattr(self, request.name.lower())(payload, fds)
         return answer
 
@@ -116,12 +119,16 @@ class Requests:
         if device.state is not RunState.RESET and device.accepted_features != wanted:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
-            if self._transfer.loaded:
-                why = "other features take a reset, and with it goes the state that was loaded"
-                raise VdpaBridgeError("SET_FEATURES", why=why)
-            self._reset()
+            self._accept_others(wanted)
         if device.state is RunState.RESET:
             device.accept_features(wanted)
+
+    def _accept_others(self, wanted: int) -> None:
+        """Other features take a reset. The device's own state stays: it may be what was loaded into it."""
+        loaded = self._transfer.loaded
+        start_over(self.device, lambda: self.device.accept_features(wanted), start=False)
+        self._forget()
+        self._transfer.loaded = loaded
 
     def get_protocol_features(self, _payload: Any, _fds: list[int]) -> Answer:
         """Legal before SET_FEATURES."""
@@ -149,6 +156,9 @@ class Requests:
 
     def _reset(self) -> None:
         self.device.reset()
+        self._forget()
+
+    def _forget(self) -> None:
         self._features_set = self._inflight_set = False
         self._transfer.forget()
         self.rings.forget()
@@ -176,7 +186,8 @@ class Requests:
         self.device.write_config(payload.offset, payload.data)
 
     def set_backend_req_fd(self, _payload: Any, fds: list[int]) -> None:
-        """The channel for our own requests."""
+        """The channel for our own requests, none of which asks for an answer."""
+        stop_receiving(fds[0])
         channel = Connection.from_fd(fds.pop(), timeout_s=_ANNOUNCEMENT_S)
         if self.channel is not None:
             self.channel.close()
@@ -199,8 +210,8 @@ class Requests:
     # --- memory ---
 
     def set_mem_table(self, payload: Any, fds: list[int]) -> None:
-        """All regions anew. The device pauses where something is taken away that it may be using."""
-        if self.device.state is RunState.RUNNING and self.memory.takes_away(payload.regions, fds):
+        """All regions anew. The device pauses if a ring that is at work loses its place."""
+        if self.rings.lie_in(self.memory.lost_by(payload.regions, fds)):
             self.rings.suspend()
         try:
             self.memory.replace(payload.regions, fds)
@@ -218,7 +229,8 @@ class Requests:
 
     def rem_mem_reg(self, payload: Any, _fds: list[int]) -> None:
         """One region less. A descriptor may come with it, and is closed. Rings in it pause until it comes again."""
-        self.rings.suspend()
+        if self.rings.lie_in([payload.region]):
+            self.rings.suspend()
         try:
             self.memory.remove(payload.region)
         finally:
@@ -296,12 +308,12 @@ class Requests:
     # --- device state ---
 
     def set_device_state_fd(self, payload: DeviceStateTransfer, fds: list[int]) -> Answer:
-        """Begin a transfer; the descriptor goes straight to the device."""
+        """Begin a transfer; the descriptor goes straight to the device, or another end comes back."""
         try:
             if self._transfer.needs_fresh_device(payload.direction, features_set=self._features_set):
                 self._reset()
             instead = self._transfer.begin(payload.direction, payload.phase, fds.pop())
-        except (VdpaBridgeError, ValueError) as error:
+        except (VdpaBridgeError, ValueError, OSError) as error:
             return Answer(U64(_STATE_REFUSED), error=error)
         return Answer(U64(DEVICE_STATE_NO_FD)) if instead is None else Answer(U64(0), (instead,))
 

@@ -3,17 +3,24 @@
 A front-end speaks of rings one by one; a device starts, suspends and resumes as a whole. A ring is started by
 SET_VRING_KICK and stopped by GET_VRING_BASE; the device runs when a ring that is started is also enabled, and is
 suspended when the last is stopped. Source: docs/interop/vhost-user.rst, "Ring states".
+
+Where a device cannot disable a queue while it runs, a disabled ring is one whose kick the device does not get: it finds
+no reason to look into it. To suspend the device for every ring would be slow, and a device that cannot resume would be
+reset, in the middle of an ordinary stop.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ...abi.vhost_user_payloads import VringAddr
+from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
-from ...device import Capability, Device, Operation, QueueBase, QueueSetup, RunState, decode_base
+from ...device import Capability, Device, Operation, QueueBase, QueueRecord, QueueSetup, RunState, decode_base
 from ...errors import DeadlineExceeded, VdpaBridgeError
+from ...eventfds import signal
+from ...state.replay import start_over
 from .memory import FrontendMemory
 
 __all__ = ["Rings"]
@@ -83,7 +90,8 @@ class Rings:
             ring = self._ring(index)
             self._keep(ring, operation, None)
         if ring.live:
-            _BINDERS[operation](self._device, index, fd)
+            if operation is not Operation.SET_KICK or not self._withholds(ring):
+                _BINDERS[operation](self._device, index, fd)
         elif operation is Operation.SET_KICK and fd is not None:
             ring.started = True
             self._advance()
@@ -91,10 +99,12 @@ class Rings:
     def enable(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""
         ring = self._ring(index)
+        disabled_now = ring.enabled and not enabled
         ring.enabled, ring.decided = enabled, True
         if ring.live:
             self._enable_live(index, enabled)
-        else:
+        elif not disabled_now:
+            # the others, if they wait, wait for something else: they are being stopped, one after the other
             self._advance()
 
     def enable_all(self) -> None:
@@ -129,6 +139,21 @@ class Rings:
         if self._device.state is RunState.RUNNING:
             self._device.suspend()
             self._collect_bases()
+
+    def lie_in(self, regions: Iterable[Region]) -> bool:
+        """Whether a part of a ring that is at work is in one of ``regions``."""
+        packed = bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
+        parts = [
+            part
+            for ring in self._rings.values()
+            if ring.live and ring.installed is not None
+            for part in ring.installed.parts(packed=packed)
+        ]
+        return any(
+            begin < region.guest_address + region.size_bytes and region.guest_address < begin + size_bytes
+            for region in regions
+            for begin, size_bytes in parts
+        )
 
     @property
     def held(self) -> bool:
@@ -203,6 +228,15 @@ class Rings:
         """Whether a ring can be enabled later without much ado."""
         return bool({Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} & self._device.capabilities)
 
+    def _withholds(self, ring: Ring) -> bool:
+        """Whether ``ring``'s kick is kept from the device."""
+        return not ring.enabled and Capability.ENABLE_WHILE_RUNNING not in self._device.capabilities
+
+    def _enables(self, ring: Ring) -> bool:
+        """Whether ``ring`` is enabled in the device when it is set up: it can only be withheld or not, later, in a
+        device that is not to be reset for it."""
+        return ring.enabled or (Capability.DEVICE_STATE in self._device.capabilities and not self._can_join)
+
     def _go(self) -> None:
         device = self._device
         if device.state is RunState.FAILED:
@@ -258,26 +292,28 @@ class Rings:
         device = self._device
         if Capability.ENABLE_WHILE_RUNNING in device.capabilities:
             device.enable_queue(index, enabled)
-        elif device.queues[index].enabled != enabled:
-            # where none is left that is enabled (a pause, or the beginning of the end) the device stays suspended
+        elif not any(ring.live and ring.enabled for ring in self._rings.values()):
+            # a pause, or the beginning of the end
+            self.suspend()
+        elif enabled and not device.queues[index].enabled:
             self.suspend()
             self._advance()
+        else:
+            kick = self._rings[index].eventfds.get(Operation.SET_KICK) if enabled else None
+            device.set_kick(index, kick)
+            # whoever had it before may have read a kick from it
+            signal(kick)
 
     def _replay(self, setups: dict[int, QueueSetup]) -> None:
         """Reset and set up anew, as the only way for what this device is not able to change otherwise."""
         device = self._device
         features = device.accepted_features
-        config_call = None if device.config_call is None else os.dup(device.config_call)
-        try:
-            device.reset()
+
+        def set_up() -> None:
             device.accept_features(features)
-            if config_call is not None:
-                device.set_config_call(config_call)
-        finally:
-            if config_call is not None:
-                os.close(config_call)
-        self._install_all(setups)
-        device.start()
+            self._install_all(setups)
+
+        start_over(device, set_up)
 
     def _install_all(self, setups: dict[int, QueueSetup]) -> None:
         for index, setup in setups.items():
@@ -287,21 +323,25 @@ class Rings:
         self._device.set_queue(index, setup)
         self._device.set_base(index, self._base(ring))
         self._bind(index, ring)
-        self._device.enable_queue(index, ring.enabled)
+        self._device.enable_queue(index, self._enables(ring))
 
     def _bind(self, index: int, ring: Ring) -> None:
         for operation, bind in _BINDERS.items():
-            bind(self._device, index, ring.eventfds.get(operation))
+            withheld = operation is Operation.SET_KICK and self._withholds(ring)
+            bind(self._device, index, None if withheld else ring.eventfds.get(operation))
 
     def _unchanged(self, setups: dict[int, QueueSetup]) -> bool:
         """Whether the suspended device has every ring as the front-end wants it, so that it can simply resume."""
         known = {index: record for index, record in self._device.queues.items() if record.setup is not None}
         return set(known) == set(setups) and all(
             known[index].setup == setup
-            and known[index].enabled == self._rings[index].enabled
+            and self._is_as_wanted(known[index], self._rings[index])
             and self._device.get_base(index) == self._base(self._rings[index])
             for index, setup in setups.items()
         )
+
+    def _is_as_wanted(self, record: QueueRecord, ring: Ring) -> bool:
+        return record.enabled == ring.enabled or (record.enabled and self._withholds(ring))
 
     def _collect_bases(self) -> None:
         for index, ring in self._rings.items():

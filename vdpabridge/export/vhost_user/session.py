@@ -14,6 +14,7 @@ from typing import Any, Self
 from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64, Config, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
+from ...descriptors import discard
 from ...device import Capability, Device
 from ...errors import MissingCapability, VdpaBridgeError
 from ...transitions import ALTERNATIVES
@@ -130,8 +131,10 @@ class Session:
             request, spec, payload = self._understand(message, len(fds))
             answer, error = self._perform(request, payload, fds)
         finally:
-            for fd in fds:
-                os.close(fd)
+            discard(fds)
+        if request is FrontendRequest.SET_BACKEND_REQ_FD:
+            # which may have been the front-end's end of this very connection
+            self._connection.check()
         if self._trace:
             self._trace(_line(request, payload, answer, error))
         if answer is not None:

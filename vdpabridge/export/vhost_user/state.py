@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
+from ...descriptors import discard
 from ...device import Capability, Device, RunState, StateDirection, StatePhase
+from .admission import is_channel
 
 __all__ = ["StateTransfer"]
 
@@ -22,12 +24,30 @@ class StateTransfer:
         """Begin through ``fd``, which is taken. As `Device.set_state_fd`; ValueError for what does not exist."""
         try:
             way, when = StateDirection(direction), StatePhase(phase)
-        except ValueError:
-            os.close(fd)
+            theirs = None if is_channel(fd) else os.pipe2(os.O_CLOEXEC)
+        except BaseException:
+            discard([fd])
             raise
-        instead = self._device.set_state_fd(way, when, fd)
+        if theirs is None:
+            instead = self._device.set_state_fd(way, when, fd)
+        else:
+            discard([fd])
+            instead = self._begin_through(theirs, way, when)
         self._pending = True
         self.loaded = way is StateDirection.LOAD
+        return instead
+
+    def _begin_through(self, pipe: tuple[int, int], way: StateDirection, when: StatePhase) -> int:
+        """Begin through a ``pipe`` of our own, which is taken; returns the end that is the front-end's."""
+        mine, theirs = pipe[::-1] if way is StateDirection.SAVE else pipe
+        try:
+            instead = self._device.set_state_fd(way, when, mine)
+        except BaseException:
+            os.close(theirs)
+            raise
+        if instead is None:
+            return theirs
+        os.close(theirs)
         return instead
 
     def check(self) -> None:

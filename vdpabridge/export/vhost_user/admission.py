@@ -1,0 +1,75 @@
+"""Descriptors that a front-end sends: each is what its request needs, or it is refused.
+
+Whoever keeps a descriptor keeps what is behind it. A front-end could hand over an end of its own connection, or a
+socket in whose queue one lies, and the connection would not end when the front-end does: its device would be in use for
+ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+
+from ...abi.vhost_user import FrontendRequest
+from ...descriptors import FDS_PER_MESSAGE_MAX, Kind, discard, kind_of
+from ...errors import VdpaBridgeError
+
+__all__ = ["admit", "is_channel", "stop_receiving"]
+
+_MEMORY = (Kind.FILE, Kind.DEVICE)
+_KINDS = {
+    FrontendRequest.SET_MEM_TABLE: _MEMORY,
+    FrontendRequest.ADD_MEM_REG: _MEMORY,
+    FrontendRequest.SET_LOG_BASE: (Kind.FILE,),
+    FrontendRequest.SET_INFLIGHT_FD: (Kind.FILE,),
+    FrontendRequest.SET_LOG_FD: (Kind.EVENTFD,),
+    FrontendRequest.SET_VRING_KICK: (Kind.EVENTFD,),
+    FrontendRequest.SET_VRING_CALL: (Kind.EVENTFD,),
+    FrontendRequest.SET_VRING_ERR: (Kind.EVENTFD,),
+    FrontendRequest.SET_BACKEND_REQ_FD: (Kind.UNIX_SOCKET,),
+}
+
+
+def admit(request: FrontendRequest, fds: Sequence[int]) -> None:
+    """Raise `VdpaBridgeError` unless ``fds`` (borrowed) are of a kind that ``request`` has a use for."""
+    for fd in fds:
+        wanted = _KINDS.get(request)
+        found = kind_of(fd)
+        if wanted is not None and found not in wanted:
+            why = f"{found.value} came with it, not {' or '.join(kind.value for kind in wanted)}"
+            raise VdpaBridgeError(request.name, why=why)
+
+
+def is_channel(fd: int) -> bool:
+    """Whether device state may go through ``fd`` (borrowed): nothing can lie in it but bytes, and it can be opened
+    again, for a mode of its own. For anything else the device's side makes the channel, as the protocol allows."""
+    kind = kind_of(fd)
+    if kind is Kind.FILE:
+        return True
+    return kind is Kind.PIPE and os.access(f"/proc/self/fd/{fd}", os.R_OK | os.W_OK, effective_ids=True)
+
+
+def stop_receiving(fd: int) -> None:
+    """Let nothing more come in through UNIX socket ``fd`` (borrowed), and throw away what has.
+
+    If it is an end of somebody's connection, the other end cannot send any more, and finds that out.
+    """
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RD)
+        room = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * 4)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, ancillary, _, _ = duplicate.recvmsg(1 << 16, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                discard(_descriptors(ancillary))
+                if not data:
+                    return
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.extend(memoryview(content[: len(content) - len(content) % 4]).cast("i"))
+    return found
