@@ -535,7 +535,7 @@ def test_faults_of_a_transfer(name, direction):
     [
         ({"cut_state_bytes": 0}, "ends in the middle"),
         ({"cut_state_bytes": 100}, "ends in the middle"),
-        ({"version": 2}, "of version 2, and this is version 1"),
+        ({"version": 1}, "of version 1, and this is version 2"),
     ],
 )
 def test_state_that_is_short_or_of_another_version(faults, why):

@@ -74,6 +74,10 @@ class Bench:
                 case Operation.MAP:
                     device.map([extra])
                     device.unmap([extra])
+                case Operation.UNMAP if device.state is RunState.RUNNING:
+                    # not the memory of the rings: a device that still looks after an earlier kick may miss it
+                    device.map([extra])
+                    device.unmap([extra])
                 case Operation.UNMAP:
                     device.unmap([self.memory.region])
                     device.map([self.memory.region])

@@ -199,3 +199,20 @@ def test_versions_of_the_protocol():
     assert server.session.minor == 0
     older = ask(server, FuseOpcode.FUSE_INIT, 0, struct.pack("=IIII", 7, 12, 0, 0))
     assert struct.unpack("=i", older[4:8]) == (-errno.EPROTO,)
+
+
+def test_forgetting_an_inode_does_not_look_at_every_open_file():
+    class Unsearched(dict):
+        def __iter__(self):
+            raise AssertionError("all handles were looked at")
+
+        values = items = keys = __iter__
+
+    server = FuseServer(default_tree())
+    ask(server, FuseOpcode.FUSE_INIT, 0, struct.pack("=IIII", 7, 31, 0, 0))
+    known, open_ = (server_lookup(server, name) for name in (b"README", b"lines"))
+    server.session.handles = Unsearched()
+    ask(server, FuseOpcode.FUSE_OPEN, open_, struct.pack("=II", 0, 0))
+    for nodeid in (known, open_):
+        ask(server, FuseOpcode.FUSE_FORGET, nodeid, struct.pack("=Q", 1))
+    assert set(server.session.inodes) == {ROOT, open_}

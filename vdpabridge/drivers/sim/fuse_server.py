@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass, field
 
 from ...abi.fuse import (
     DIRENT_ALIGN_BYTES,
@@ -35,9 +34,10 @@ from ...abi.fuse import (
     FUSE_ROOT_ID,
     FuseOpcode,
 )
+from .fuse_session import KNOWN_MAX, Handle, Inode, Session
 from .tree import Directory, File, Node, find
 
-__all__ = ["FuseServer", "Handle", "Inode", "Session"]
+__all__ = ["FuseServer"]
 
 _MINOR = 31
 _WRITE_BYTES_MAX = 1 << 17
@@ -45,8 +45,6 @@ _BLOCK_BYTES = 4096
 _WRITING = 0o3  # O_WRONLY | O_RDWR
 _DT_DIR, _DT_REG = 4, 8
 _UNKNOWN_INODE = 0xFFFFFFFF
-#: Inodes that a guest may know, and handles that it may have.
-_KNOWN_MAX = 1 << 20
 #: Requests that have no answer.
 _SILENT = (FuseOpcode.FUSE_FORGET, FuseOpcode.FUSE_BATCH_FORGET, FuseOpcode.FUSE_INTERRUPT)
 
@@ -54,35 +52,6 @@ _SILENT = (FuseOpcode.FUSE_FORGET, FuseOpcode.FUSE_BATCH_FORGET, FuseOpcode.FUSE
 class _Refused(Exception):
     def __init__(self, code: int) -> None:
         self.errno = code
-
-
-@dataclass(slots=True)
-class Inode:
-    """A file that the guest knows: where it is, and how often it was looked up and not forgotten."""
-
-    path: str
-    lookups: int
-
-
-@dataclass(slots=True)
-class Handle:
-    """A file or directory that the guest has open."""
-
-    nodeid: int
-    directory: bool
-
-
-@dataclass(slots=True)
-class Session:
-    """All that the server remembers: the device's internal state."""
-
-    minor: int = 0
-    """Of the FUSE version agreed on; 0 before INIT."""
-    flags: int = 0
-    inodes: dict[int, Inode] = field(default_factory=lambda: {FUSE_ROOT_ID: Inode("", 1)})
-    handles: dict[int, Handle] = field(default_factory=dict)
-    next_nodeid: int = FUSE_ROOT_ID + 1
-    next_handle: int = 1
 
 
 class FuseServer:
@@ -206,14 +175,14 @@ class FuseServer:
     def _drop_unused(self, nodeid: int) -> None:
         """Forget an inode that the guest neither knows nor has open: FORGET may overtake RELEASE, on its own queue."""
         inode = self.session.inodes[nodeid]
-        if inode.lookups == 0 and all(handle.nodeid != nodeid for handle in self.session.handles.values()):
+        if inode.lookups == 0 and inode.opens == 0:
             self._number_of(inode.path)
             self._numbers.pop(inode.path, None)
             del self.session.inodes[nodeid]
 
     @staticmethod
     def _check_room(table: Sized) -> None:
-        if len(table) >= _KNOWN_MAX:
+        if len(table) >= KNOWN_MAX:
             raise _Refused(errno.ENFILE)
 
     def _getattr(self, nodeid: int, _body: bytes) -> bytes:
@@ -238,6 +207,7 @@ class FuseServer:
         self._check_room(self.session.handles)
         number = self.session.next_handle
         self.session.next_handle += 1
+        self.session.inodes[nodeid].opens += 1
         self.session.handles[number] = Handle(nodeid, directory)
         return FUSE_OPEN_OUT.pack(number, 0)
 
@@ -277,7 +247,8 @@ class FuseServer:
         handle = self.session.handles.pop(number, None)
         if handle is None:
             raise _Refused(errno.EBADF)
-        if handle.nodeid != FUSE_ROOT_ID and handle.nodeid in self.session.inodes:
+        self.session.inodes[handle.nodeid].opens -= 1
+        if handle.nodeid != FUSE_ROOT_ID:
             self._drop_unused(handle.nodeid)
         return b""
 

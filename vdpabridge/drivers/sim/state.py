@@ -19,7 +19,6 @@ class StateTransfer:
         self._model = model
         self._faults = faults
         self._transfer: Transfer | None = None
-        self._loaded: Loaded | None = None
 
     def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> None:
         """Start through ``fd``, which is taken. Ends one that was not checked. Raises `StateRefused`."""
@@ -38,15 +37,16 @@ class StateTransfer:
         if self._transfer is None:
             raise StateRefused("no transfer was begun")
         try:
-            self._transfer.finish(timeout_s)
-            if self._faults.fail_check:
-                raise StateRefused("told to fail")
+            loaded = self._transfer.finish(timeout_s)
         except BaseException:
             self.drop()
             raise
         self._transfer.close()
         self._transfer = None
-        loaded, self._loaded = self._loaded, None
+        if self._faults.fail_check:
+            if loaded is not None:
+                loaded.discard()
+            raise StateRefused("told to fail")
         if loaded is not None:
             loaded.commit()
 
@@ -55,9 +55,6 @@ class StateTransfer:
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            loaded.discard()
 
     def _save(self, transfer: Transfer) -> None:
         version = STREAM_VERSION if self._faults.version is None else self._faults.version
@@ -65,9 +62,14 @@ class StateTransfer:
         transfer.write(stream, self._faults.cut_state_bytes)
         self._maybe_die()
 
-    def _load(self, transfer: Transfer) -> None:
-        self._loaded = self._model.load(decode(self._model.device_id, transfer.read))
-        self._maybe_die()
+    def _load(self, transfer: Transfer) -> Loaded:
+        loaded = self._model.load(decode(self._model.device_id, transfer.read))
+        try:
+            self._maybe_die()
+        except Died:
+            loaded.discard()
+            raise
+        return loaded
 
     def _maybe_die(self) -> None:
         if self._faults.die_in_transfer:

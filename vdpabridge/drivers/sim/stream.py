@@ -14,7 +14,7 @@ from .model import StateRefused
 
 __all__ = ["CHUNK_BYTES_MAX", "STREAM_VERSION", "decode", "encode"]
 
-STREAM_VERSION = 1
+STREAM_VERSION = 2
 CHUNK_BYTES_MAX = 1 << 20
 _MAGIC = b"vdpa-sim"
 _HEAD = struct.Struct("<8sII")

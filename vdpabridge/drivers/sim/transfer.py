@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
+import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from .model import StateRefused
+from ...descriptors import discard
+from .model import Loaded, StateRefused
 
 __all__ = ["Transfer"]
 
@@ -25,17 +30,25 @@ class Transfer:
     """Owns ``fd`` and a thread that runs ``work`` on this transfer; its `read` and `write` go through ``fd``.
 
     Any kind of descriptor will do: pipe, socket, file, memfd. It is closed when the work is done, before `finish`
-    can return: the peer sees the end of the stream then.
+    can return: the peer sees the end of the stream then. Raises `StateRefused` if it cannot be used.
     """
 
-    def __init__(self, fd: int, work: Callable[[Transfer], None], *, stall_s: float = 0.0) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, work: Callable[[Transfer], Loaded | None], *, stall_s: float = 0.0) -> None:
         try:
-            os.set_blocking(fd, False)
-            self._cancel_read, self._cancel_write = os.pipe2(os.O_CLOEXEC)
-        except BaseException:
-            os.close(fd)
-            raise
+            self._fd = _without_waiting(fd)
+            try:
+                self._cancel_read, self._cancel_write = os.pipe2(os.O_CLOEXEC)
+            except BaseException:
+                discard([self._fd])
+                raise
+        except OSError as error:
+            raise StateRefused(f"its descriptor: {error.strerror}") from error
+        is_socket = stat.S_ISSOCK(os.fstat(self._fd).st_mode)
+        self._read_some: Callable[[int], bytes] = partial(_receive if is_socket else os.read, self._fd)
+        self._write_some: Callable[[memoryview], int] = partial(_send if is_socket else os.write, self._fd)
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._result: Loaded | None = None
         self._error: BaseException | None = None
         self._buffer = bytearray()
         self._stall_s = stall_s
@@ -43,20 +56,30 @@ class Transfer:
         self._thread = threading.Thread(target=self._run, name="vdpabridge-sim-state", daemon=True)
         self._thread.start()
 
-    def finish(self, timeout_s: float | None) -> None:
-        """Wait for the work's end; raises what it raised, and TimeoutError after ``timeout_s``."""
+    def finish(self, timeout_s: float | None) -> Loaded | None:
+        """Wait for the work's end. Returns its result, which is the caller's from now on.
+
+        Raises what the work raised, and TimeoutError after ``timeout_s``.
+        """
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TimeoutError
         if self._error is not None:
             raise self._error
+        result, self._result = self._result, None
+        return result
 
     def close(self) -> None:
-        """End the work where it stands. Idempotent."""
+        """End the work where it stands, and drop its result, now or when there is one. Idempotent."""
+        with self._lock:
+            self._given_up = True
+            result, self._result = self._result, None
+        if result is not None:
+            result.discard()
         if self._cancel_write >= 0:
             os.close(self._cancel_write)
             self._cancel_write = -1
-            # not for ever: the mode of the descriptor is the peer's too, who may have made writing block again
+            # not for ever: a file's server may let it wait
             self._thread.join(_GRACE_S)
 
     # --- for the work ---
@@ -70,7 +93,7 @@ class Transfer:
             while rest:
                 self._wait(select.POLLOUT)
                 try:
-                    rest = rest[os.write(self._fd, rest) :]
+                    rest = rest[self._write_some(rest) :]
                 except BlockingIOError:
                     continue
 
@@ -79,7 +102,7 @@ class Transfer:
         while len(self._buffer) < size_bytes:
             self._wait(select.POLLIN)
             try:
-                came = os.read(self._fd, _READ_BYTES)
+                came = self._read_some(_READ_BYTES)
             except BlockingIOError:
                 continue
             if not came:
@@ -100,7 +123,7 @@ class Transfer:
     def _run(self) -> None:
         try:
             self._stall()
-            self._work(self)
+            self._keep(self._work(self))
         except _Cancelled:
             self._error = StateRefused("the transfer was given up")
         except OSError as error:
@@ -108,8 +131,16 @@ class Transfer:
         except BaseException as error:  # noqa: BLE001  # whoever waits in finish() gets it
             self._error = error
         finally:
-            os.close(self._fd)
+            discard([self._fd])
             os.close(self._cancel_read)
+
+    def _keep(self, result: Loaded | None) -> None:
+        with self._lock:
+            if not self._given_up:
+                self._result = result
+                return
+        if result is not None:
+            result.discard()
 
     def _stall(self) -> None:
         end_s = time.monotonic() + self._stall_s
@@ -118,3 +149,36 @@ class Transfer:
         while (left_s := end_s - time.monotonic()) > 0:
             if poll.poll(left_s * 1000):
                 raise _Cancelled
+
+
+def _without_waiting(fd: int) -> int:
+    """A descriptor in place of ``fd``, which is taken, that does not make its user wait.
+
+    The mode of an open file belongs to all who share it, so that the peer could make it wait again at any time: a pipe
+    is opened once more, for a mode of its own. A socket is asked not to wait each time. Raises OSError.
+    """
+    try:
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return fd
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+        except PermissionError:
+            # a pipe of another user's making
+            os.set_blocking(fd, False)
+            return fd
+    except BaseException:
+        discard([fd])
+        raise
+    discard([fd])
+    return own
+
+
+def _receive(fd: int, size_bytes: int) -> bytes:
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        return duplicate.recv(size_bytes, socket.MSG_DONTWAIT)
+
+
+def _send(fd: int, data: memoryview) -> int:
+    with socket.socket(fileno=os.dup(fd)) as duplicate:
+        return duplicate.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
