@@ -1,6 +1,7 @@
 """Rules for every test: descriptors, children and threads are left as they were found; a skip may be made a failure."""
 
 import os
+import signal
 import threading
 import time
 
@@ -50,9 +51,23 @@ def nothing_left_behind():
     assert not children(), f"child processes left: {children()}"
 
 
+def pytest_configure():
+    """A job in the background has SIGINT ignored, and passes that on to what it starts: Ctrl-C is tested all the same."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    report = (yield).get_result()
+    forbid_skips((yield).get_result())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    """A whole module may skip itself too."""
+    forbid_skips((yield).get_result())
+
+
+def forbid_skips(report):
     if not ALLOW_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped, which takes VDPABRIDGE_ALLOW_SKIPS=1: {report.longrepr[2]}"

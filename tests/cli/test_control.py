@@ -221,6 +221,10 @@ def test_the_socket_is_for_its_owner_only(tmp_path):
         (b"[1, 2]", -32600),
         (b'{"jsonrpc": "1.0", "id": 1, "method": "status"}', -32600),
         (b'{"jsonrpc": "2.0", "id": 1, "method": 5}', -32600),
+        (b'{"jsonrpc": "2.0", "id": NaN, "method": "status"}', -32700),
+        (b'{"jsonrpc": "2.0", "id": 1, "method": "status", "params": {"x": -Infinity}}', -32700),
+        (b'{"jsonrpc": "2.0", "id": 1e999, "method": "status"}', -32600),
+        (b'{"jsonrpc": "2.0", "id": [1], "method": "status"}', -32600),
         (b'{"jsonrpc": "2.0", "id": 1, "method": "explode"}', -32601),
         (b'{"jsonrpc": "2.0", "id": 1, "method": "status", "params": [1]}', -32602),
         (b'{"jsonrpc": "2.0", "id": 1, "method": "save"}', -32000),
@@ -237,6 +241,18 @@ def test_errors(tmp_path, line, code):
         assert answer["error"]["code"] == code
         client.sendall(b'{"jsonrpc": "2.0", "id": 7, "method": "status"}\n')
         assert json.loads(client.recv(65536))["id"] == 7
+
+
+def test_a_client_that_does_not_read_is_hung_up_on_and_the_others_are_answered(tmp_path):
+    with controlled(tmp_path) as (_, control, _), socket.socket(socket.AF_UNIX) as client:
+        client.connect(control)
+        client.settimeout(10)
+        asked = b'{"jsonrpc": "2.0", "id": 1, "method": "status"}\n' * 100
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):  # noqa: PT012  # whichever of them meets it
+            while True:
+                client.sendall(asked)
+        with ControlClient(control, timeout_s=1) as other:
+            assert other.ask("status")["state"] == "reset"
 
 
 def test_notifications_get_no_answer_and_halves_of_lines_wait(tmp_path):

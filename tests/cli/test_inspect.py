@@ -30,7 +30,7 @@ def test_a_disk(image, capsys):
     assert facts["device"] == "block"
     assert facts["features"] == ["FLUSH", "VERSION_1"]
     assert facts["config"]["capacity"] == 2048
-    assert facts["state"]["format"] == "vdpabridge's simulator, version 1"
+    assert facts["state"]["format"] == "vdpabridge's simulator, version 2"
     assert len(facts["digest"]) == 64
 
 

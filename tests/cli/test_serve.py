@@ -1,9 +1,13 @@
 """``vdpabridge serve``: the conventions of back-end programs, and bad input. Each test runs the real command."""
 
+import fcntl
 import json
 import os
+import re
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from vdpabridge.control.client import ControlClient
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.vhost_user.connection import Connection
 
@@ -266,3 +271,63 @@ def test_the_demonstration():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("demo: PASS\n")
     assert "refused by CHECK_DEVICE_STATE" in done.stdout
+
+
+# --- what a front-end cannot do to it ---
+
+
+@pytest.mark.parametrize("limit", range(9, 16))
+def test_descriptors_that_run_out_do_not_end_it(path, limit):
+    """From a number with which it cannot begin, to one with which everything works; never a traceback."""
+    with serving("sim:blk,size=1M", "--socket-path", path, preexec_fn=lambda: set_limit(limit)) as server:
+        with suppress(OSError):
+            wait_until(lambda: os.path.exists(path) or server.poll() is not None)
+            for _ in range(3):
+                with socket.socket(socket.AF_UNIX) as front:
+                    front.settimeout(5)
+                    front.connect(path)
+                    front.sendall(struct.pack("=III", 1, 1, 0))
+                    front.recv(100)
+        ended_by_itself = server.poll()
+        server.terminate()
+        _, said = server.communicate(timeout=10)
+        assert "Traceback" not in said
+        if ended_by_itself is None:
+            assert server.returncode == 0
+        else:
+            assert re.search(r"Too many open files|No module|cannot", said), said
+
+
+def set_limit(limit):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def test_reports_that_nobody_reads_do_not_stop_it(path):
+    """A front-end that is refused a thousand times, with a pipe as standard error that nobody reads."""
+    with serving("sim:blk,size=1M", "--socket-path", path, "--trace") as server:
+        wait_until(lambda: os.path.exists(path))
+        fcntl.fcntl(server.stderr.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+        with socket.socket(socket.AF_UNIX) as front:
+            front.settimeout(5)
+            front.connect(path)
+            front.sendall(struct.pack("=III", 16, 1, 8) + struct.pack("=Q", 1 << 3))  # REPLY_ACK
+            for _ in range(1000):
+                front.sendall(struct.pack("=III", 8, 9, 8) + struct.pack("=II", 200, 64))
+                assert front.recv(100)[12:] == struct.pack("=Q", 1)
+
+
+def test_half_a_message_does_not_silence_the_control_socket(path, tmp_path):
+    control = str(tmp_path / "c")
+    with serving("sim:blk,size=1M", "--socket-path", path, "--control", control, "--timeout", "2") as server:
+        wait_until(lambda: os.path.exists(control))
+        with socket.socket(socket.AF_UNIX) as front, ControlClient(control, timeout_s=1) as client:
+            front.settimeout(5)
+            front.connect(path)
+            wait_until(lambda: client.ask("status")["front_end"])
+            front.sendall(struct.pack("=III", 8, 9, 8) + struct.pack("=I", 0))
+            assert client.ask("status")["front_end"]
+            # and the half is not waited for for ever
+            assert front.recv(100) == b""
+            wait_until(lambda: not client.ask("status")["front_end"])
+        server.terminate()
+        assert "no answer within 2 s" in server.communicate(timeout=10)[1]

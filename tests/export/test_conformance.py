@@ -264,6 +264,7 @@ MEMORY = {
     "beyond the end of addresses": lambda: Region((1 << 64) - 4096, 8192, USER, 0),
     "whose file offset overflows": lambda: Region(0, MEMORY_BYTES, USER, (1 << 64) - 4096),
     "that overlaps another": lambda: Region(0x1000_0000 + 4096, MEMORY_BYTES, USER * 2, 0),
+    "whose user addresses overlap another's": lambda: Region(0x9000_0000, MEMORY_BYTES, USER + MEMORY_BYTES - 1, 0),
 }
 
 
@@ -311,6 +312,27 @@ def test_a_configuration_change_is_announced():
         assert front.tell(F.SET_CONFIG, Config(32, 1, 0, b"\0").pack()) == 0
         ours.settimeout(5)
         assert ours.recv(100) == struct.pack("=III", 2, 1, 0)
+
+
+def test_a_configuration_change_while_suspended_is_announced_afterwards():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, front_end() as front, shared_file(MEMORY_BYTES) as file:
+        front.negotiate()
+        front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file])
+        front.tell(F.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        ring(front, 0)
+        front.ask(F.GET_VRING_BASE, VringState(0, 0).pack())
+        assert front.sim.state is RunState.SUSPENDED
+        os.eventfd_write(front.sim.config_call, 1)
+        ours.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            ours.recv(100)
+        ring(front, 0)
+        ours.settimeout(5)
+        assert ours.recv(100) == struct.pack("=III", 2, 1, 0)
+        ours.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            ours.recv(100)
 
 
 def test_the_log_base_reply_has_16_bytes():

@@ -38,16 +38,60 @@ def test_a_new_file(tmp_path):
 
 
 @pytest.mark.usefixtures("ways")
-def test_one_that_was_there_keeps_its_mode_and_a_link_to_it_stays(tmp_path):
-    path, link = tmp_path / "x", tmp_path / "link"
+def test_one_that_was_there_is_replaced_whatever_its_mode_was(tmp_path):
+    path = tmp_path / "x"
     path.write_bytes(b"old")
-    path.chmod(0o644)
-    link.symlink_to(path)
-    with replacing(str(link)) as fd:
+    path.chmod(0o666)
+    with open(path, "rb") as before, replacing(str(path)) as fd:
         os.write(fd, b"new")
         assert path.read_bytes() == b"old"
-    assert (path.read_bytes(), link.is_symlink()) == (b"new", True)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        assert os.fstat(fd).st_ino != os.fstat(before.fileno()).st_ino
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("what", "why"), [("link", "a symbolic link"), ("folder", "not a file"), ("fifo", "not a file"), ("", "not a file")]
+)
+def test_what_is_not_replaced(tmp_path, what, why):
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(VdpaBridgeError, match=why), replacing(f"{tmp_path}/{what}"):
+        raise AssertionError("nothing is begun")
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("ways")
+def test_two_at_once_for_one_path(tmp_path):
+    """As two threads do, or two containers whose processes have the same number."""
+    path = tmp_path / "x"
+    with replacing(str(path)) as first:
+        os.write(first, b"first, half")
+        with replacing(str(path)) as second:
+            os.write(second, b"second")
+        assert path.read_bytes() == b"second"
+        os.write(first, b" and whole")
+    assert path.read_bytes() == b"first, half and whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_raised_when_the_file_was_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    original = os.fsync
+
+    def failing(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "the disk")
+        original(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with replacing(str(path)) as fd:
+        os.write(fd, b"new")
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.usefixtures("ways")

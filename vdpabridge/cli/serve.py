@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
@@ -31,6 +31,7 @@ from ..state.interruptions import harmless
 from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
 from .progress import ProgressLine
+from .reports import Reports
 
 __all__ = ["serve"]
 
@@ -51,20 +52,21 @@ def serve(words: argparse.Namespace) -> None:
         raise VdpaBridgeError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
     DeviceName.parse(words.device)
     with ExitStack() as stack:
+        say = stack.enter_context(closing(Reports()))
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
         place, where = stack.enter_context(_socket(words))
         device = stack.enter_context(open_device(words.device, timeout_s=words.timeout))
-        trace = _say if words.trace else None
-        server = stack.enter_context(Server(device, report=_say, trace=trace, timeout_s=words.timeout))
+        trace = say.trace if words.trace else None
+        server = stack.enter_context(Server(device, report=say, trace=trace, timeout_s=words.timeout))
         ending.watch(device, server)
         if words.restore:
-            _restore(device, words)
+            _restore(device, words, say)
         if words.control:
             control = stack.enter_context(_listening(words.control, private=True))
             methods = methods_of(device, server, words.timeout)
-            server.companion = stack.enter_context(ControlServer(control, methods, report=_say))
-        _say(f"{device.name} is served at {where}")
+            server.companion = stack.enter_context(ControlServer(control, methods, report=say))
+        say(f"{device.name} is served at {where}")
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             server.serve(place, once=words.once)
         else:
@@ -110,7 +112,7 @@ def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
                     os.unlink(path)
 
 
-def _restore(device: Device, words: argparse.Namespace) -> None:
+def _restore(device: Device, words: argparse.Namespace, say: Reports) -> None:
     """Begin with the state in an image."""
     try:
         fd = os.dup(sys.stdin.fileno()) if words.restore == "-" else os.open(words.restore, os.O_RDONLY | os.O_CLOEXEC)
@@ -121,7 +123,7 @@ def _restore(device: Device, words: argparse.Namespace) -> None:
             report = load_state(device, fd, Limits(Deadline(words.timeout), progress=progress))
     finally:
         os.close(fd)
-    _say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")
+    say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")
 
 
 def _given_socket(fd: int) -> socket.socket:
@@ -180,9 +182,3 @@ class _Ending:
     def _hurry(self, *_: object) -> None:
         signal.alarm(_GRACE_S)
         raise SystemExit(0)
-
-
-def _say(text: str) -> None:
-    # whoever listened there may be gone
-    with contextlib.suppress(OSError):
-        print(f"vdpabridge: {text}", file=sys.stderr, flush=True)

@@ -15,12 +15,23 @@ from typing import Any
 
 from ..errors import VdpaBridgeError
 
-__all__ = ["FDS_MAX", "INVALID_PARAMS", "INVALID_REQUEST", "METHOD_NOT_FOUND", "PARSE_ERROR", "REFUSED", "Lines"]
+__all__ = [
+    "ANSWER_BYTES_MAX",
+    "FDS_MAX",
+    "INVALID_PARAMS",
+    "INVALID_REQUEST",
+    "METHOD_NOT_FOUND",
+    "PARSE_ERROR",
+    "REFUSED",
+    "Lines",
+]
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32600, -32601, -32602
 #: The device or a procedure said no; ``data`` has the parts of the error.
 REFUSED = -32000
 FDS_MAX = 4
+#: Room for answers that were not read yet.
+ANSWER_BYTES_MAX = 1 << 20
 _LINE_BYTES_MAX = 1 << 20
 
 
@@ -78,6 +89,8 @@ class Lines:
         space = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
         try:
             data, ancillary, _, _ = self._socket.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"receive: {error.strerror or error}") from error
         self._came += len(data)

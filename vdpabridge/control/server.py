@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -11,12 +12,10 @@ from typing import Any, Self
 
 from ..credentials import credentials_of
 from ..errors import VdpaBridgeError
-from .lines import INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, REFUSED, Lines
+from .lines import ANSWER_BYTES_MAX, INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, REFUSED, Lines
 
 __all__ = ["Caller", "ControlServer", "Method"]
 
-#: For a client to take an answer in.
-_PATIENCE_S = 2.0
 _PAUSE_S = 0.1
 
 
@@ -110,14 +109,16 @@ class ControlServer:
         if credentials_of(connection).uid not in (0, os.geteuid()):
             connection.close()
             return
-        connection.settimeout(_PATIENCE_S)
+        # whoever does not read its answers is hung up on, when they fill this
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER_BYTES_MAX)
+        connection.setblocking(False)
         client = Lines(connection)
         self._clients[connection.fileno()] = client, Caller(client)
 
     def _answer(self, client: Lines, caller: Caller, line: bytes) -> None:
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
         try:
-            request = json.loads(line)
+            request = json.loads(line, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             client.send(answer | {"error": {"code": PARSE_ERROR, "message": str(error)}})
             return
@@ -125,7 +126,7 @@ class ControlServer:
             not isinstance(request, dict)
             or request.get("jsonrpc") != "2.0"
             or not isinstance(request.get("method"), str)
-            or not isinstance(request.get("id"), (str, int, float, type(None)))
+            or not _is_id(request.get("id"))
         ):
             client.send(answer | {"error": {"code": INVALID_REQUEST, "message": "that is no request"}})
             return
@@ -149,3 +150,15 @@ class ControlServer:
             names = ("device", "what", "why", "hint", "running")
             facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
             return {"error": {"code": REFUSED, "message": str(error), "data": facts}}
+
+
+def _no_constant(name: str) -> float:
+    """Python's JSON knows numbers that JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_id(value: object) -> bool:
+    if isinstance(value, float):
+        # 1e999 is a number in JSON, and too large for Python
+        return math.isfinite(value)
+    return value is None or isinstance(value, (str, int))

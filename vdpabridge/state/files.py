@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -11,35 +13,57 @@ from ..errors import VdpaBridgeError
 
 __all__ = ["replacing"]
 
+#: Only its owner reads it, whatever was there before: it holds a guest's data.
+_MODE = 0o600
+
 
 @contextmanager
 def replacing(path: str) -> Iterator[int]:
     """A descriptor to write what shall be at ``path``, which it is when the body ends well, also after a power cut.
 
-    A symbolic link is followed; what was there keeps its mode. Raises `VdpaBridgeError` where the file cannot be made.
+    Raises `VdpaBridgeError` where the file cannot be made, or something other than a file is there: a symbolic link is
+    not followed, because somebody else may have made it. When the file has been replaced, nothing is raised any more.
     """
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise VdpaBridgeError("write", device=path, why="what is there is no file", hint="it is not replaced")
-    folder = os.path.dirname(target)
-    name = os.path.join(folder, f".{os.path.basename(target)}.{os.getpid()}")
+    directory, base = os.path.split(path)
     with _explaining(path):
-        fd = _without_name(folder, name)
+        folder = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # nobody else's: not another thread's, nor a process's with the same number in another container
+    name = f".vdpabridge-{secrets.token_hex(8)}"
     try:
+        _check_replaceable(path, base, folder)
+        with _explaining(path):
+            fd = _without_name(folder, name)
         try:
-            os.fchmod(fd, _mode_of(target))
             yield fd
             with _explaining(path):
-                _name(fd, name)
+                _name(fd, folder, name)
         finally:
             os.close(fd)
         with _explaining(path):
-            os.replace(name, target)
-            _sync_folder(folder)
+            os.rename(name, base, src_dir_fd=folder, dst_dir_fd=folder)
+        # it is there, and whole: that a power cut may still bring the old one back is no reason to call it a failure
+        with suppress(OSError):
+            os.fsync(folder)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(name, dir_fd=folder)
         raise
+    finally:
+        os.close(folder)
+
+
+def _check_replaceable(path: str, base: str, folder: int) -> None:
+    try:
+        mode = os.stat(base or ".", dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise VdpaBridgeError("write", device=path, why=os.strerror(error.errno or 0)) from error
+    if stat.S_ISLNK(mode):
+        hint = "name the file that it leads to, or remove it"
+        raise VdpaBridgeError("write", device=path, why="what is there is a symbolic link", hint=hint)
+    if not stat.S_ISREG(mode):
+        raise VdpaBridgeError("write", device=path, why="what is there is not a file", hint="it is not replaced")
 
 
 @contextmanager
@@ -50,37 +74,20 @@ def _explaining(path: str) -> Iterator[None]:
         raise VdpaBridgeError("write", device=path, why=os.strerror(error.errno or 0)) from error
 
 
-def _name(fd: int, name: str) -> None:
+def _name(fd: int, folder: int, name: str) -> None:
     """Give the file, all of which is safe, its name, if it has none."""
     os.fsync(fd)
-    if not os.path.exists(name):
-        # a descriptor of a directory, of no use to an absolute path, makes Python follow the link for once
-        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, follow_symlinks=True)
+    if os.fstat(fd).st_nlink == 0:
+        # with descriptors of directories Python calls linkat(2), which follows the link when asked to
+        os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
-def _without_name(folder: str, name: str) -> int:
+def _without_name(folder: int, name: str) -> int:
     """A file that goes with the process, whatever ends it; on file systems that have none such, one called ``name``."""
-    with suppress(FileNotFoundError):
-        os.unlink(name)
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE, dir_fd=folder)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def _mode_of(path: str) -> int:
-    """The mode of what is there; else that only its owner reads it: it holds a guest's data."""
-    try:
-        return os.stat(path).st_mode & 0o777
-    except FileNotFoundError:
-        return 0o600
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.open(name, flags, _MODE, dir_fd=folder)

@@ -90,6 +90,12 @@ class Connection:
         """How many whole messages have gone."""
         self.received = 0
         """How many whole messages have come."""
+        self.ended = False
+        """Whether the peer has closed, between two messages."""
+        self._part = bytearray()
+        """What has come of a message that is not whole yet."""
+        self._part_fds: list[int] = []
+        self._part_deadline = Deadline(None)
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
 
@@ -166,33 +172,66 @@ class Connection:
             except OSError as error:
                 raise self._lost(f"send message {request}", request, error) from None
 
-    def receive(self, *, at_hand: bool = False, deadline: Deadline | None = None) -> Message | None:
-        """The next message; None where the peer closed between two messages. ``at_hand``: its first byte is known to
-        be there, and need not be waited for.
+    def receive(self, *, deadline: Deadline | None = None) -> Message | None:
+        """The next message; None where the peer closed between two messages.
 
         Raises `ProtocolError` for what is no message, `ConnectionLost` where the peer closed in the middle of one,
         `DeadlineExceeded`. No descriptor stays open where it raises.
         """
+        deadline = deadline or Deadline(self.timeout_s)
+        try:
+            message = None
+            while message is None and not self.ended:
+                self._await(deadline)
+                message = self.take_in()
+        except BaseException:
+            self._part.clear()
+            discard(self._take_part_fds())
+            raise
+        return message
+
+    def take_in(self) -> Message | None:
+        """Take in what is there of the next message, without waiting. The message when it is whole.
+
+        None: `ended` says whether the peer has closed; else the rest is still to come, within `left_s`. Raises as
+        `receive`, which may be called at any time too.
+        """
         if self.fileno() < 0:
             raise self._lost("receive a message", error=OSError(errno.EBADF, "the connection was closed"))
-        deadline = deadline or Deadline(self.timeout_s)
-        fds: list[int] = []
-        try:
-            if not at_hand:
-                self._await(deadline)
-            header = self._read_header(deadline, fds)
-            if not header:
+        part, fds = self._part, self._part_fds
+        while (missing := self._missing()) > 0:
+            self.cut = True  # an exception of a signal's handler may come when the kernel has given the data out
+            whose = len(fds)
+            came = self._receive_some(missing, fds)
+            if came:
+                if part:
+                    # descriptors belong to the first byte: these are nobody's. Room is made for them all the same: else
+                    # the kernel closes them in this thread, and may wait for that
+                    discard(fds[whose:])
+                    del fds[whose:]
+                else:
+                    self._part_deadline = Deadline(self.timeout_s)
+                part += came
+            elif came is None:
+                self.cut = bool(part)
+                if part and self._part_deadline.passed:
+                    raise DeadlineExceeded("receive a message", self.timeout_s or 0, device=self.peer)
                 return None
-            request, flags, size = HEADER.unpack(header)
-            self._check_header(request, flags, size)
-            payload = self._read(size, deadline, fds) if size else b""
-            message = Message(request, flags, payload, fds)
-            self.received += 1
-            self.cut = False
-            return message
-        except BaseException:
-            discard(fds)
-            raise
+            elif part:
+                raise self._lost(f"receive a message: {missing} more bytes were to come")
+            else:
+                self.ended, self.cut = True, False
+                return None
+        request, flags, _ = HEADER.struct.unpack_from(part)
+        message = Message(request, flags, bytes(part[HEADER.size_bytes :]), self._take_part_fds())
+        part.clear()
+        self.received += 1
+        self.cut = False
+        return message
+
+    def left_s(self) -> float | None:
+        """How long the rest of a message may take; None if none has begun, or for ever."""
+        return self._part_deadline.left_s() if self._part else None
 
     def check(self) -> None:
         """Raise `ConnectionLost` if the peer cannot be sent anything any more."""
@@ -205,6 +244,7 @@ class Connection:
 
     def close(self) -> None:
         """Close. Idempotent."""
+        discard(self._take_part_fds())
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -227,22 +267,20 @@ class Connection:
         if why:
             raise ProtocolError(f"message {request}", peer=self.peer, why=why, request=request)
 
-    def _read_header(self, deadline: Deadline, fds: list[int]) -> bytes:
-        """A header; nothing where the peer has closed. Its descriptors go to ``fds``."""
-        data = b""
-        while not data:
-            self.cut = True  # until all of the message is here
-            came = self._receive_some(HEADER.size_bytes, fds)
-            if came is None:
-                self.cut = False
-                self._await(deadline)
-            elif not came:
-                self.cut = False
-                return b""
-            else:
-                data = came
-        missing = HEADER.size_bytes - len(data)
-        return data + self._read(missing, deadline, fds) if missing else data
+    def _missing(self) -> int:
+        """How many bytes are to be asked for next. Raises `ProtocolError` for a header that is none."""
+        have = len(self._part)
+        if have < HEADER.size_bytes:
+            return HEADER.size_bytes - have
+        request, flags, size = HEADER.struct.unpack_from(self._part)
+        if have == HEADER.size_bytes:
+            self._check_header(request, flags, size)
+        whole: int = HEADER.size_bytes + size
+        return whole - have
+
+    def _take_part_fds(self) -> list[int]:
+        fds, self._part_fds = self._part_fds, []
+        return fds
 
     def _receive_some(self, size: int, fds: list[int]) -> bytes | None:
         """Up to ``size`` bytes, nothing where the peer has closed; None where there is nothing yet."""
@@ -267,24 +305,6 @@ class Connection:
         if flags & _CTRUNC or len(fds) > FDS_MAX:
             why = f"more than {FDS_MAX} descriptors came with it"
             raise ProtocolError("receive a message", peer=self.peer, why=why)
-
-    def _read(self, size: int, deadline: Deadline, fds: list[int]) -> bytes:
-        """The next ``size`` bytes of a message that has begun. Descriptors belong to its first byte: those that come
-        now are nobody's. Room is made for them: else the kernel closes them in this thread, and may wait for that."""
-        data = b""
-        whose = len(fds)
-        while len(data) < size:
-            came = self._receive_some(size - len(data), fds)
-            if len(fds) > whose:
-                discard(fds[whose:])
-                del fds[whose:]
-            if came is None:
-                self._await(deadline)
-                continue
-            if not came:
-                raise self._lost(f"receive a message: {size - len(data)} more bytes were to come")
-            data += came
-        return data
 
     def _await(self, deadline: Deadline) -> None:
         """Wait for something to read."""

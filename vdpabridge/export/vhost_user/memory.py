@@ -112,10 +112,10 @@ def _check_size(region: Region) -> None:
 
 def _check_apart(region: Region, others: Sequence[Region]) -> None:
     for other in others:
-        apart = (
-            region.guest_address + region.size_bytes <= other.guest_address
-            or other.guest_address + other.size_bytes <= region.guest_address
-        )
-        if not apart:
-            why = f"the one at {region.guest_address:#x} overlaps the one at {other.guest_address:#x}"
-            raise VdpaBridgeError("map a memory region", why=why)
+        for what, mine, theirs in (
+            ("guest", region.guest_address, other.guest_address),
+            ("user", region.user_address, other.user_address),
+        ):
+            if mine < theirs + other.size_bytes and theirs < mine + region.size_bytes:
+                why = f"the one at {what} address {mine:#x} overlaps the one at {theirs:#x}"
+                raise VdpaBridgeError("map a memory region", why=why)

@@ -79,6 +79,7 @@ class Requests:
         self._transfer = StateTransfer(device)
         self._features_set = False
         self._inflight_set = False
+        self._change_kept = False
         if device.state is RunState.FAILED:
             # what became of it with the last front-end is no concern of this one
             device.reset()
@@ -194,11 +195,16 @@ class Requests:
         self.channel = channel
 
     def announce_config_change(self) -> None:
-        """Pass the device's notification on. A suspended device has promised not to change.
+        """Pass the device's notification on; of a suspended device when it resumes, for until then the front-end must
+        not be told anything ("Suspended device state"). One that was never started is not meant: its front-end may
+        have read the configuration already.
 
         Raises `VdpaBridgeError` where the front-end does not take it; it hears no more of these then.
         """
         clear(self.config_changed)
+        self._change_kept = self.device.state is RunState.SUSPENDED
+        if self._change_kept:
+            return
         if self.channel is not None and self.has(ProtocolFeature.CONFIG):
             try:
                 self.channel.send(BackendRequest.CONFIG_CHANGE_MSG)
@@ -206,6 +212,12 @@ class Requests:
                 self.channel.close()
                 self.channel = None
                 raise
+
+    def announce_kept_change(self) -> None:
+        """Pass on what came while the device was suspended, if it is not any more. Raises as
+        `announce_config_change`."""
+        if self._change_kept and self.device.state is not RunState.SUSPENDED:
+            self.announce_config_change()
 
     # --- memory ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
+from ...deadline import Deadline
 from ...device import Device, RunState
 from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from ...vhost_user.connection import Connection
@@ -174,7 +176,14 @@ class Server:
     def serve_connection(self, connection: Connection, listener: socket.socket | None = None) -> bool:
         """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
         try:
-            with Session(self._device, connection, report=self._report, trace=self._trace) as session:
+            session = Session(self._device, connection, report=self._report, trace=self._trace)
+        except OSError as error:
+            # out of descriptors, for instance
+            self._report(f"a front-end cannot be served: {error.strerror}")
+            time.sleep(_PATIENCE_S)
+            return True
+        try:
+            with session:
                 self.session = session
                 self.front_ends += 1
                 if self._holders:
@@ -192,17 +201,19 @@ class Server:
     def _attend(self, session: Session, listener: socket.socket | None) -> bool:
         fds = [session.fileno(), session.config_changed, *([listener.fileno()] if listener else [])]
         while True:
-            ready = self._wait(fds)
+            ready = self._wait(fds, session.left_s())
             if ready is None:
                 return False
             if self._device.fileno() in ready:
                 self._device.check_health()
             if session.config_changed in ready:
                 session.announce_config_change()
-            if session.fileno() in ready:
-                if not session.serve_one():
+            if session.fileno() in ready or not ready:
+                before = session.messages
+                stays = session.serve_one()
+                self.messages += session.messages - before
+                if not stays:
                     return True
-                self.messages += 1
             if listener is not None and listener.fileno() in ready and not session.is_leaving():
                 self._send_away(listener)
 
@@ -218,16 +229,20 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait(self, fds: list[int]) -> set[int] | None:
+    def _wait(self, fds: list[int], timeout_s: float | None = None) -> set[int] | None:
         """Those of ``fds`` that are ready, and the device where it hung up; None where it is time to stop."""
+        deadline = Deadline(timeout_s)
         while True:
+            left_s = deadline.left_s()
             companions = [] if self.companion is None else self.companion.fds()
             poll = select.poll()
             poll.register(self._device.fileno(), 0)
             signals = [] if self.signal_fd is None else [self.signal_fd]
             for fd in (*fds, *companions, *signals, self._stop):
                 poll.register(fd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(None if left_s is None else math.ceil(left_s * 1000))}
+            if not ready:
+                return ready
             for fd in ready.intersection(signals):
                 os.read(fd, _SIGNALS)
                 ready.discard(fd)

@@ -59,6 +59,11 @@ class Session:
         return self._requests.config_changed
 
     @property
+    def messages(self) -> int:
+        """How many have come."""
+        return self._connection.received
+
+    @property
     def held(self) -> bool:
         """Whether the device is to stay suspended."""
         return self._requests.rings.held
@@ -70,22 +75,29 @@ class Session:
     def release(self) -> None:
         """Let the device do again what the front-end wants."""
         self._requests.rings.release()
+        self._announce(self._requests.announce_kept_change)
 
     def fileno(self) -> int:
         """The front-end's socket: call `serve_one` when it is readable. Borrowed."""
         return self._connection.fileno()
 
     def serve_one(self) -> bool:
-        """Take one message and answer it; False where the front-end has left.
+        """Take one message, if all of it is there, and answer it; False where the front-end has left.
 
-        Raises `ProtocolError` where the two do not understand each other: the connection is of no use then.
+        Raises `ProtocolError` where the two do not understand each other, and `DeadlineExceeded` where the rest of a
+        message does not come: the connection is of no use then.
         """
-        message = self._connection.receive(at_hand=True)
+        message = self._connection.take_in()
         if message is None:
-            return False
+            return not self._connection.ended
         with message:
             self._serve(message)
+        self._announce(self._requests.announce_kept_change)
         return True
+
+    def left_s(self) -> float | None:
+        """How long to wait for the rest of a message before `serve_one` is called again; None: as long as it takes."""
+        return self._connection.left_s()
 
     def is_leaving(self) -> bool:
         """Whether the front-end has hung up already, and only its last messages are left."""
@@ -95,11 +107,14 @@ class Session:
 
     def announce_config_change(self) -> None:
         """Tell the front-end, and see whether the device itself is well: vDPA devices say so in the same way."""
+        self._announce(self._requests.announce_config_change)
+        self._requests.device.check_health()
+
+    def _announce(self, announce: Callable[[], None]) -> None:
         try:
-            self._requests.announce_config_change()
+            announce()
         except VdpaBridgeError as error:
             self._report(f"a configuration change: {error}")
-        self._requests.device.check_health()
 
     def close(self) -> None:
         """Stop the device, which remembers everything, and hang up. Idempotent.
