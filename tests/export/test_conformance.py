@@ -691,3 +691,27 @@ def test_the_next_front_end_finds_the_device_as_the_last_left_it():
                 assert sim.state is RunState.RUNNING
             assert sim.state is RunState.SUSPENDED
             assert sim.regions == []
+
+
+MAPPED = {
+    F.SET_MEM_TABLE: MemoryTable(one_region()).pack(),
+    F.ADD_MEM_REG: SingleRegion(one_region()[0]).pack(),
+    F.SET_LOG_BASE: Log(MEMORY_BYTES, 0).pack(),
+    F.SET_INFLIGHT_FD: Inflight(MEMORY_BYTES, 0, 2, 64).pack(),
+}
+
+
+@pytest.mark.parametrize("request_", MAPPED, ids=lambda each: each.name)
+def test_shared_memory_cannot_become_smaller_any_more(request_):
+    """Else a front-end kills the process that has it mapped, by SIGBUS."""
+    with front_end() as front:
+        front.negotiate()
+        memory = os.memfd_create("memory", os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, MEMORY_BYTES)
+        if FRONTEND_REQUESTS[request_].reply:
+            front.ask(request_, MAPPED[request_], [memory])
+        else:
+            front.tell(request_, MAPPED[request_], [memory])
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory, 4096)
+        os.close(memory)

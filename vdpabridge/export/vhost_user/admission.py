@@ -8,6 +8,7 @@ ever.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 from collections.abc import Sequence
@@ -33,13 +34,21 @@ _KINDS = {
 
 
 def admit(request: FrontendRequest, fds: Sequence[int]) -> None:
-    """Raise `VdpaBridgeError` unless ``fds`` (borrowed) are of a kind that ``request`` has a use for."""
+    """Raise `VdpaBridgeError` unless ``fds`` (borrowed) are of a kind that ``request`` has a use for.
+
+    Files are kept from becoming smaller, where the front-end allows it: a process that has one mapped would be killed
+    by SIGBUS.
+    """
     for fd in fds:
         wanted = _KINDS.get(request)
         found = kind_of(fd)
         if wanted is not None and found not in wanted:
             why = f"{found.value} came with it, not {' or '.join(kind.value for kind in wanted)}"
             raise VdpaBridgeError(request.name, why=why)
+        if wanted is not None and found is Kind.FILE:
+            # EINVAL: it is not a memfd; EPERM: its seals are final, and QEMU's have this one already
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 
 
 def is_channel(fd: int) -> bool:
