@@ -46,6 +46,12 @@ class VdpaBridgeError(Exception):
         return f"{text} ({self.hint})" if self.hint else text
 
 
+class UsageError(VdpaBridgeError):
+    """What was asked for makes no sense, whatever the device; nothing was done."""
+
+    nothing_done = True
+
+
 class StateError(VdpaBridgeError):
     """An operation that the device's run state does not permit; nothing was done. See `transitions.RULES`."""
 

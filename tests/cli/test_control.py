@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from vdpabridge.cli.exit_codes import exit_code
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import VdpaBridgeError
@@ -155,7 +156,7 @@ def test_an_image_that_does_not_fit_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("moment", range(1, 8))
 def test_whoever_moves_state_is_killed_at_any_moment(tmp_path, moment):
-    """The source goes on, unless it was told to stay suspended, which is the last that is done."""
+    """The source resumes, unless it was told that it has moved, which is the last that is done."""
     words = [sys.executable, "-m", "tests.support.mortal", str(moment)]
     with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
         done = subprocess.run([*words, control, other], env=ENVIRONMENT, timeout=30, check=False)
@@ -163,8 +164,12 @@ def test_whoever_moves_state_is_killed_at_any_moment(tmp_path, moment):
         if moment < 6:
             assert mount.read() == b"These"
         else:
-            assert json.loads(run("-j", "status", control).stdout)["state"] == "suspended"
-            assert run("resume", control).returncode == 0
+            status = json.loads(run("-j", "status", control).stdout)
+            assert (status["state"], status["moved"]) == ("suspended", True)
+            refused = run("resume", control)
+            assert refused.returncode == 1
+            assert "its state was moved to another device" in refused.stderr
+            assert run("resume", "--force", control).returncode == 0
             assert mount.read() == b"These"
 
 
@@ -282,3 +287,95 @@ def test_nobody_there(tmp_path):
     with pytest.raises(VdpaBridgeError, match="serve --control"):
         ControlClient(str(tmp_path / "nowhere"))
     assert run("status", str(tmp_path / "nowhere")).returncode == 1
+
+
+# --- what a script can tell apart ---
+
+
+def test_a_process_that_does_not_answer_is_a_timeout(tmp_path):
+    with controlled(tmp_path) as (_, control, process):
+        process.send_signal(signal.SIGSTOP)
+        try:
+            done = run("status", control, "--timeout", "0.3")
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert done.returncode == 5
+        assert "no answer within 0.3 s (the process that owns the device is stopped, or busy)" in done.stderr
+
+
+def test_what_the_device_cannot_do_and_what_takes_too_long():
+    for kind, code in (("unable", 3), ("timed out", 5), ("", 1)):
+        error = ControlError("save", "x", {"code": -32000, "message": "no", "data": {"kind": kind}})
+        assert exit_code(error) == code
+
+
+def test_an_image_is_not_for_a_terminal(tmp_path):
+    with controlled(tmp_path) as (_, control, _):
+        ours, theirs = os.openpty()
+        done = subprocess.run(
+            [*COMMAND, "save", control, "-"], stdout=theirs, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False
+        )
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 2
+    assert b"an image is not for a terminal" in done.stderr
+
+
+def test_an_error_names_the_image(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"nonsense")
+    with controlled(tmp_path) as (_, control, _):
+        assert f"{path} into " in run("load", control, str(path)).stderr
+
+
+def test_a_report_that_cannot_be_written_is_found_before_anything_is_moved(tmp_path):
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
+        done = run("migrate", control, other, "--report", "/nowhere/report.svg")
+        assert done.returncode == 1
+        assert "/nowhere/report.svg" in done.stderr
+        assert mount.read() == b"These"
+
+
+def test_a_migration_that_fails_says_whose_fault_it_was_and_what_runs(tmp_path):
+    with mounted(tmp_path) as (_, control), controlled(tmp_path, "b", device="sim:blk") as (_, other, _):
+        said = run("migrate", control, other).stderr
+        assert said.startswith(f"vdpabridge: {other}: migrate: ")
+        assert f"{control} is running; nothing was moved" in said
+
+
+def test_save_and_stay_with_a_file_that_cannot_be_written(tmp_path):
+    """The image is not there: nobody is to wait for it with a device that stays suspended."""
+    with mounted(tmp_path) as (mount, control):
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        words = [sys.executable, "-c", SAVE_INTO_NOWHERE, control, str(folder / "image")]
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert done.returncode == 1, done.stderr
+        assert json.loads(run("-j", "status", control).stdout)["held"] is False
+        assert mount.read() == b"These"
+
+
+#: Its folder vanishes when the image is written, and before it has its name.
+SAVE_INTO_NOWHERE = """
+import os, sys
+from vdpabridge.cli import main
+from vdpabridge.control.client import ControlClient
+before = ControlClient.ask
+def ask(self, method, *words, **params):
+    answer = before(self, method, *words, **params)
+    if method == "save":
+        os.rmdir(os.path.dirname(sys.argv[2]))
+    return answer
+ControlClient.ask = ask
+sys.exit(main(["save", sys.argv[1], sys.argv[2], "--stay"]))
+"""
+
+
+def test_a_source_that_was_moved_takes_state_again(tmp_path):
+    """And runs again, for its front-end, without being forced."""
+    with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
+        assert run("migrate", control, other).returncode == 0
+        mount.device.reset()
+        assert run("migrate", other, control).returncode == 1, "the other has not been set up by anybody"
+        with ControlClient(control, timeout_s=10) as client:
+            assert client.ask("status")["moved"] is True

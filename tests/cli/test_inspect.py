@@ -66,11 +66,14 @@ def test_a_network_device_and_a_file_system(tmp_path, capsys):
 def test_differences(tmp_path, capsys):
     other = tmp_path / "other"
     other.write_bytes(image_of(FACTS, [b"first"]))
-    assert main(["inspect", "--diff", str(GOLDEN / "version-1"), str(other)]) == 0
+    assert main(["inspect", "--diff", str(GOLDEN / "version-1"), str(other)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["WHAT", "state.size_bytes", "digest"]
     assert main(["-j", "inspect", "--diff", str(other), str(other)]) == 0
     assert json.loads(capsys.readouterr().out) == {}
+    assert main(["inspect", "--diff", str(other), str(tmp_path / "nothing")]) == 2, "as diff(1)"
+    assert main(["inspect", "--diff", str(other)]) == 2
+    assert "two images, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,8 +105,6 @@ def test_what_is_no_image(tmp_path, capsys):
         assert why in said
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "No such file" in capsys.readouterr().err
-    assert main(["inspect", "--diff", str(path)]) == 1
-    assert "two images" in capsys.readouterr().err
 
 
 def test_state_of_any_size(tmp_path, capsys):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from vdpabridge.cli import main
+from vdpabridge.cli import backend_program, commands, main
 from vdpabridge.cli.exit_codes import TABLE, exit_code
-from vdpabridge.errors import DeadlineExceeded, MissingCapability, VdpaBridgeError
+from vdpabridge.errors import DeadlineExceeded, MissingCapability, UsageError, VdpaBridgeError
 
 
 def test_no_vdpa_in_this_kernel(capsys, monkeypatch):
@@ -47,6 +47,49 @@ def test_wrong_usage_is_2(words, capsys):
     assert "usage: vdpabridge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("timeout", ["-1", "0", "nan", "inf", "soon"])
+def test_a_time_that_is_none(timeout, capsys):
+    for words in (["status", "x"], ["serve", "sim:fs", "--socket-path", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--timeout", timeout])
+        assert caught.value.code == 2
+        assert f"'{timeout}' is not a number of seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve", "sim:fs", "--socket-path", ""],
+        ["serve", "sim:fs", "--socket-path", "x", "--control", ""],
+        ["status", ""],
+        ["save", "x", ""],
+        ["migrate", "x", "y", "--report", ""],
+        ["inspect", ""],
+    ],
+)
+def test_a_path_that_is_none(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "a path has at least one character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["-j", "nonsense"], ["bind", "d0", "-j"], ["-j", "status", "x", "--timeout", "0"]])
+def test_wrong_usage_as_json(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert json.loads(capsys.readouterr().err)["error"]["what"].startswith("vdpabridge")
+
+
+def test_the_disk_program_wants_a_place(capsys):
+    for words in (["--blk-file", "x"], ["--socket-path", "x"], ["--socket-path", "", "--blk-file", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            backend_program.main(words)
+        assert caught.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
 def test_help_shows_the_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -56,7 +99,12 @@ def test_help_shows_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(VdpaBridgeError("x"), 1), (MissingCapability("d", "x", "RESUME", "y"), 3), (DeadlineExceeded("x", 1), 5)],
+    [
+        (VdpaBridgeError("x"), 1),
+        (UsageError("x"), 2),
+        (MissingCapability("d", "x", "RESUME", "y"), 3),
+        (DeadlineExceeded("x", 1), 5),
+    ],
 )
 def test_exit_codes(error, code):
     assert exit_code(error) == code
@@ -108,3 +156,44 @@ def test_a_reader_that_leaves_is_no_traceback():
         check=False,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vdpabridge", "udev-rules"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"vdpabridge: udev-rules: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "code", "said"),
+    [
+        (1, "udev-rules", 1, "Bad file descriptor"),
+        (0, "inspect -", 1, "Bad file descriptor"),
+        (2, "list", 1, ""),
+        (2, "udev-rules", 0, ""),
+    ],
+)
+def test_standard_descriptors_that_are_closed(closed, words, code, said):
+    done = run(
+        "-c",
+        f"import os; os.close({closed}); os.execv({sys.executable!r}, ['python', '-m', 'vdpabridge', *{words.split()!r}])",
+    )
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_of_ours_is_no_traceback_either(capsys, monkeypatch):
+    def wrong(_words):
+        raise TypeError("something")
+
+    monkeypatch.setattr(commands, "udev_rules", wrong)
+    assert main(["udev-rules"]) == 1
+    assert capsys.readouterr().err == (
+        "vdpabridge: udev-rules: TypeError: something (a mistake in vdpabridge: VDPABRIDGE_TRACEBACK=1 shows where)\n"
+    )
+    monkeypatch.setenv("VDPABRIDGE_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        main(["udev-rules"])

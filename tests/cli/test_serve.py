@@ -227,6 +227,25 @@ def test_a_directory_that_is_not_there():
         ("sim:tape", "that is no device"),
         ("sim:blk,colour=red", "no option 'colour'"),
         ("sim:blk,size=much", "size=much is no number"),
+        ("sim:blk,size=0", "size is at least 512"),
+        ("sim:blk,size=-512", "size is at least 512"),
+        ("sim:blk,size=1000", "a multiple of 512 bytes"),
+        ("sim:blk,queues=0", "queues is at least 1 and at most 256"),
+        ("sim:blk,queues=99999", "queues is at least 1 and at most 256"),
+        ("sim:fs,files=-3", "files is at least 0"),
+        ("vhost-user:x,config-size=257", "config-size is at least 1 and at most 256"),
+        ("vhost-user:x,queues=0", "queues is at least 1"),
+        ("vhost-user:x,id=0", "id is at least 1"),
+    ],
+)
+def test_names_that_are_none(device, why, path):
+    assert why in refused(device, "--socket-path", path, code=2)
+    assert why in refused(device, "--print-capabilities", code=2)
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
         ("sim:blk,file=/nowhere", "No such file or directory"),
         ("sim:fs,tag=" + "x" * 40, "36 bytes"),
         ("/dev/null", "/dev/null"),
@@ -245,7 +264,7 @@ def test_a_descriptor_that_is_no_socket():
 
 
 def test_nowhere():
-    assert "--socket-path PATH or --fd N" in refused("sim:fs")
+    assert "--socket-path PATH or --fd N" in refused("sim:fs", code=2)
 
 
 def test_both_places():

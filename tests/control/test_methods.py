@@ -84,13 +84,13 @@ def serving_back_end(stack, folder, ours, *, timeout_s, config_size_bytes):
 def test_a_save_that_fails_at_the_end_lets_the_device_go_on(tmp_path, monkeypatch):
     """The file cannot be put in place: that comes after the image was written."""
 
-    def fail(*_words):
+    def fail(*_words, **_options):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     with serving(tmp_path) as those:
         work, client = those.at_work(), those.client()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", fail)
+            patch.setattr(os, "rename", fail)
             with pytest.raises(ControlError, match="the device is running now"):
                 client.ask("save", path=str(tmp_path / "image"))
         assert client.ask("status")["held"] is False

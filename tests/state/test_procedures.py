@@ -416,11 +416,11 @@ def test_an_interruption_goes_through_and_leaves_the_source_running():
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_the_source_running(tmp_path, monkeypatch):
-    def fail(*_words):
+    def fail(*_words, **_options):
         raise OSError(5, "Input/output error")
 
     with lab("sim") as (source, _, work):
-        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(os, "rename", fail)
         with pytest.raises(ProcedureFailed, match="Input/output error"):
             save_file(source, str(tmp_path / "image"), limits(), go_on=False)
         assert source.state is RunState.RUNNING
@@ -433,7 +433,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     path = tmp_path / "x"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with lab("sim") as (source, _, work):
-        with pytest.raises(ProcedureFailed, match="what is there is no file"):
+        with pytest.raises(ProcedureFailed, match="what is there is not a file"):
             save_file(source, str(path), limits())
         work.finish()
 

@@ -116,8 +116,8 @@ class Trap:
 class Counting(Connection):
     trap = None
 
-    def receive(self, **options):
-        message = super().receive(**options)
+    def take_in(self):
+        message = super().take_in()
         if message is not None:
             self.trap.event("message")
         return message

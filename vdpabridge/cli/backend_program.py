@@ -5,12 +5,11 @@ Source: docs/interop/vhost-user.rst, "Backend program conventions", "vhost-user-
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from .main import main as command
+from .usage import Parser, path
 
 __all__ = ["main"]
 
@@ -19,12 +18,12 @@ _CAPABILITIES = {"type": "block", "features": ["blk-file", "read-only"]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the disk in ``--blk-file``; the same as ``vdpabridge serve sim:blk,file=…``."""
-    parser = argparse.ArgumentParser(prog="vdpabridge-vhost-user-blk", description="serve a file as a vhost-user disk")
+    parser = Parser(prog="vdpabridge-vhost-user-blk", description="serve a file as a vhost-user disk")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", help="listen here")
+    where.add_argument("--socket-path", type=path, metavar="PATH", help="listen here")
     where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
     parser.add_argument("--print-capabilities", action="store_true", help="print them, as JSON, and do nothing else")
-    parser.add_argument("--blk-file", metavar="PATH", help="the disk")
+    parser.add_argument("--blk-file", type=path, metavar="PATH", help="the disk")
     parser.add_argument("--read-only", action="store_true", help="let nobody write it")
     words = parser.parse_args(argv)
     if words.print_capabilities:
@@ -32,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words.blk_file is None:
         parser.error("--blk-file is needed")
+    if words.socket_path is None and words.fd is None:
+        parser.error("--socket-path or --fd is needed")
     if "," in words.blk_file:
-        print("vdpabridge-vhost-user-blk: a file's name with a comma cannot be served", file=sys.stderr)
-        return 1
+        parser.error("a file's name with a comma cannot be served")
     device = f"sim:blk,file={words.blk_file}" + (",read-only" if words.read_only else "")
-    place = ["--fd", str(words.fd)] if words.fd is not None else ["--socket-path", words.socket_path or ""]
+    place = ["--fd", str(words.fd)] if words.fd is not None else ["--socket-path", words.socket_path]
     return command(["serve", device, *place])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import DeadlineExceeded, MissingCapability, VdpaBridgeError
+from collections.abc import Mapping
+
+from ..errors import DeadlineExceeded, MissingCapability, UsageError, VdpaBridgeError
 
 __all__ = ["DONE", "INTERRUPTED", "NOTHING_TESTED", "REFUSED", "TABLE", "TIMED_OUT", "UNABLE", "USAGE", "exit_code"]
 
@@ -21,6 +23,16 @@ TABLE = {
 
 def exit_code(error: VdpaBridgeError) -> int:
     """The exit code that ``error`` ends a command with."""
-    if isinstance(error, MissingCapability):
-        return UNABLE
-    return TIMED_OUT if isinstance(error, DeadlineExceeded) else REFUSED
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return code
+    # what the process that owns the device has said of its error
+    return _REMOTE.get(getattr(error, "kind", ""), REFUSED)
+
+
+_CODES: Mapping[type[VdpaBridgeError], int] = {
+    MissingCapability: UNABLE,
+    DeadlineExceeded: TIMED_OUT,
+    UsageError: USAGE,
+}
+_REMOTE = {"unable": UNABLE, "timed out": TIMED_OUT}

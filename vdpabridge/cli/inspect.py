@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from typing import Any
 
 from ..deadline import Deadline
-from ..errors import VdpaBridgeError
+from ..errors import UsageError, VdpaBridgeError
 from ..state.channel import Limits
 from ..state.image_reader import ImageReader
 from ..state.inspection import Description, describe, differences
@@ -21,42 +20,49 @@ __all__ = ["inspect"]
 _NO_LIMITS = Limits(Deadline(None))
 
 
-def inspect(words: argparse.Namespace) -> None:
-    """Print one image, or the differences of two (``--diff``)."""
+def inspect(words: argparse.Namespace) -> int:
+    """Print one image, or the differences of two (``--diff``): as diff(1), 1 says that there are some, and 2 that
+    this cannot be known."""
     if words.diff:
         if len(words.images) != 2:
-            raise VdpaBridgeError("inspect", why=f"--diff takes two images, not {len(words.images)}")
-        before, after = (_read(path) for path in words.images)
-        _print_differences(before, after, words)
-        return
+            raise UsageError("inspect", why=f"--diff takes two images, not {len(words.images)}")
+        try:
+            before, after = (_read(path) for path in words.images)
+        except VdpaBridgeError as error:
+            raise UsageError(error.what, device=error.device, why=error.why, hint=error.hint) from error
+        return int(_print_differences(before, after, words))
     for path in words.images:
         described = _read(path)
         if words.json:
             print(json.dumps(described, indent=4 if words.pretty else None))
         else:
             print_table(("WHAT", "VALUE"), list(_rows(described)))
+    return 0
 
 
 def _read(path: str) -> Description:
     """The image at ``path``, ``-`` for standard input."""
     try:
-        fd = os.dup(sys.stdin.fileno()) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise VdpaBridgeError("inspect", device=path, why=os.strerror(error.errno or 0)) from error
     try:
         return describe(ImageReader(reading(fd, _NO_LIMITS)))
     except VdpaBridgeError as error:
-        raise VdpaBridgeError(error.what, device=path, why=error.why) from error
+        raise VdpaBridgeError(error.what, device=path, why=error.why, hint=error.hint) from error
     finally:
         os.close(fd)
 
 
-def _print_differences(before: Description, after: Description, words: argparse.Namespace) -> None:
+def _print_differences(before: Description, after: Description, words: argparse.Namespace) -> bool:
+    """Returns whether there are some."""
     found = differences(before, after)
     if words.json:
-        print(json.dumps({what: {"before": old, "after": new} for what, old, new in found}))
+        indent = 4 if words.pretty else None
+        print(json.dumps({what: {"before": old, "after": new} for what, old, new in found}, indent=indent))
     elif found:
         print_table(("WHAT", "BEFORE", "AFTER"), [(what, _text(old), _text(new)) for what, old, new in found])
+    return bool(found)
 
 
 def _rows(described: Description, prefix: str = "") -> list[tuple[str, str]]:

@@ -10,22 +10,24 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import VdpaBridgeError
-from .exit_codes import INTERRUPTED, REFUSED, TABLE, exit_code
+from .exit_codes import DONE, INTERRUPTED, REFUSED, TABLE, exit_code
+from .usage import Parser, path, seconds
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv``, by default the process's own arguments. Returns an exit code of `exit_codes.TABLE`."""
+    _open_standard_descriptors()
     arguments = sys.argv[1:] if argv is None else list(argv)
     words = _parser(arguments).parse_args(arguments)
     try:
         module, function = words.run.split(":")
-        getattr(importlib.import_module(f".{module}", __package__), function)(words)
+        code: int | None = getattr(importlib.import_module(f".{module}", __package__), function)(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        # the reader has left ('vdpabridge list | head'); without this Python complains at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader has left ('vdpabridge list | head')
+        _forget_output()
         return REFUSED
     except KeyboardInterrupt:
         print("vdpabridge: interrupted", file=sys.stderr)
@@ -33,7 +35,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VdpaBridgeError as error:
         _report(error, words.json)
         return exit_code(error)
-    return 0
+    except OSError as error:
+        # standard output's, which is the only one that nobody else explains
+        _forget_output()
+        _report(VdpaBridgeError(words.command, why=str(error)), words.json)
+        return REFUSED
+    except Exception as error:
+        if os.environ.get("VDPABRIDGE_TRACEBACK"):
+            raise
+        why, hint = f"{type(error).__name__}: {error}", "a mistake in vdpabridge: VDPABRIDGE_TRACEBACK=1 shows where"
+        _report(VdpaBridgeError(words.command, why=why, hint=hint), words.json)
+        return REFUSED
+    return code or DONE
+
+
+def _open_standard_descriptors() -> None:
+    """Put something in the place of standard descriptors that are closed.
+
+    A file or socket that is opened later would take their numbers, and get what is said to the user. To read the one,
+    and to write the other two, fails.
+    """
+    streams = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    for fd, (name, flags, mode) in enumerate(streams):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for as long as we live
+
+
+def _forget_output() -> None:
+    """What could not be written: without this Python tries again at its exit, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _report(error: VdpaBridgeError, as_json: bool) -> None:
@@ -85,45 +119,65 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket-path", metavar="PATH", help="listen here; the file is removed at the end")
+    where.add_argument("--socket-path", type=path, metavar="PATH", help="listen here; the file is removed at the end")
     where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
     text = "print what the back-end can do, as JSON, and do nothing else"
     parser.add_argument("--print-capabilities", action="store_true", help=text)
     parser.add_argument("--once", action="store_true", help="end when the first front-end has left")
     text = "a socket for 'vdpabridge status', 'save' and others to ask this process; for this user only"
-    parser.add_argument("--control", metavar="PATH", help=text)
+    parser.add_argument("--control", type=path, metavar="PATH", help=text)
     text = "begin with the device's state in this image; - for standard input"
-    parser.add_argument("--restore", metavar="IMAGE", help=text)
+    parser.add_argument("--restore", type=path, metavar="IMAGE", help=text)
+    _accept(parser)
     parser.add_argument("--trace", action="store_true", help="print every message on standard error")
     text = "bounds every wait for the device or for a front-end in the middle of a message (default: 30)"
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", default=30.0, help=text)
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", default=30.0, help=text)
 
 
 def _control(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("control", metavar="CONTROL", help="the control socket of 'vdpabridge serve'")
+    parser.add_argument("control", type=path, metavar="CONTROL", help="the control socket of 'vdpabridge serve'")
     text = "how long to wait for an answer (default: 300)"
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", default=300.0, help=text)
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", default=300.0, help=text)
 
 
 def _save(parser: argparse.ArgumentParser) -> None:
     _control(parser)
-    parser.add_argument("image", metavar="IMAGE", help="where to; - for standard output")
+    parser.add_argument("image", type=path, metavar="IMAGE", help="where to; - for standard output")
     parser.add_argument("--stay", action="store_true", help="leave the device suspended afterwards")
+    _accept(parser)
 
 
 def _load(parser: argparse.ArgumentParser) -> None:
     _control(parser)
-    parser.add_argument("image", metavar="IMAGE", help="where from; - for standard input")
+    parser.add_argument("image", type=path, metavar="IMAGE", help="where from; - for standard input")
+    _accept(parser)
 
 
 def _migrate(parser: argparse.ArgumentParser) -> None:
     _control(parser)
-    parser.add_argument("destination", metavar="DESTINATION", help="the control socket of the other 'vdpabridge serve'")
-    parser.add_argument("--report", metavar="FILE.svg", help="draw what was done, to scale")
+    text = "the control socket of the other 'vdpabridge serve'"
+    parser.add_argument("destination", type=path, metavar="DESTINATION", help=text)
+    parser.add_argument("--report", type=path, metavar="FILE.svg", help="draw what was done, to scale")
+    _accept(parser)
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    _control(parser)
+    text = "also a device whose state was moved: the other one must not run, then or later"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
+def _accept(parser: argparse.ArgumentParser) -> None:
+    text = (
+        "do it although this would be lost: device-state, what the device knows of its guest; control-queue, what a "
+        "guest has set in a network card. For who can set it again; may be given twice"
+    )
+    choices = ("device-state", "control-queue")
+    parser.add_argument("--accept", action="append", default=[], choices=choices, metavar="LOSS", help=text)
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a state image; - for standard input")
+    parser.add_argument("images", nargs="+", type=path, metavar="IMAGE", help="a state image; - for standard input")
     parser.add_argument("--diff", action="store_true", help="show what differs between two images")
 
 
@@ -146,7 +200,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
     "status": ("remote:status", "ask a 'serve --control' what its device is and does", _control),
     "statistics": ("remote:statistics", "ask it what was done since it began", _control),
     "suspend": ("remote:suspend", "have a 'serve --control' suspend its device, whatever its front-end does", _control),
-    "resume": ("remote:resume", "end that", _control),
+    "resume": ("remote:resume", "end that", _resume),
     "save": ("remote:save", "have a 'serve --control' write its device's image; the device goes on", _save),
     "load": ("remote:load", "have a 'serve --control' take its device's state from an image", _load),
     "migrate": ("remote:migrate", "move a device's state from one 'serve --control' into another", _migrate),
@@ -183,12 +237,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     only = _command_of(arguments)
     whole = any(word in _COMMANDS for word in arguments)
     codes = ", ".join(f"{code} {meaning}" for code, meaning in TABLE.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vdpabridge",
         description="virtio devices behind vhost-vdpa and vhost-user: one device-state interface",
         epilog=f"exit codes: {codes}",
         formatter_class=_formatter,
     )
+    parser.as_json = any(word in ("-j", "--json", "-jp", "-pj") for word in arguments)
     parser.add_argument("-V", "--version", action="version", version=f"vdpabridge {__version__}")
     text = "print JSON, in the shape of iproute2's vdpa; errors too"
     parser.add_argument("-j", "--json", action="store_true", help=text)
@@ -198,7 +253,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if only not in (None, name):
             continue
         sub = commands.add_parser(name, help=text, description=text, formatter_class=_formatter)
-        sub.set_defaults(run=function)
+        sub.set_defaults(run=function, command=name)
+        sub.as_json = parser.as_json
         # also behind the command, as people type it; SUPPRESS keeps what was said before it
         sub.add_argument("-j", "--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         sub.add_argument("-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
-from ..control.client import ControlClient
+from ..control.client import ControlClient, ControlError
 from ..control.moving import move
-from ..errors import VdpaBridgeError
+from ..errors import UsageError, VdpaBridgeError
 from ..state.files import replacing
 from ..state.report import Step
 from ..state.timeline import draw
@@ -37,61 +38,92 @@ def suspend(words: argparse.Namespace) -> None:
 
 def resume(words: argparse.Namespace) -> None:
     """``vdpabridge resume``."""
-    _show(words, _ask(words, "resume"))
+    _show(words, _ask(words, "resume", force=words.force))
 
 
 def save(words: argparse.Namespace) -> None:
-    """``vdpabridge save``: to a file, or to standard output."""
-    with ControlClient(words.control, timeout_s=words.timeout) as client, ProgressLine("save") as progress:
+    """``vdpabridge save``: to a file, or to standard output.
+
+    Until the image is safe the device stays suspended only for as long as this process lives.
+    """
+    with ControlClient(words.control, timeout_s=words.timeout) as client:
         if words.image == "-":
-            result = client.ask("save", sys.stdout.fileno(), stay=words.stay, progress=progress)
+            if os.isatty(1):
+                raise UsageError("save", why="an image is not for a terminal", hint="name a file, or redirect it")
+            result = _save(client, 1, words)
             print(json.dumps(result), file=sys.stderr)
             return
         with replacing(words.image) as fd:
-            result = client.ask("save", fd, stay=words.stay, progress=progress)
+            result = _save(client, fd, words)
+        if words.stay:
+            try:
+                result |= client.ask("suspend")
+            except VdpaBridgeError as error:
+                error.hint = f"{words.image} is written; the device resumes when this process has ended"
+                raise
     _show(words, result)
+
+
+def _save(client: ControlClient, fd: int, words: argparse.Namespace) -> dict[str, Any]:
+    stay = "connection" if words.stay else False
+    with ProgressLine("save") as progress:
+        saved: dict[str, Any] = client.ask("save", fd, stay=stay, progress=progress, accept=words.accept)
+    if words.stay and words.image == "-":
+        saved |= client.ask("suspend")
+    return saved
 
 
 def load(words: argparse.Namespace) -> None:
     """``vdpabridge load``: from a file, or from standard input."""
     try:
-        fd = os.dup(sys.stdin.fileno()) if words.image == "-" else os.open(words.image, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.dup(0) if words.image == "-" else os.open(words.image, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise VdpaBridgeError("load", device=words.image, why=os.strerror(error.errno or 0)) from error
     try:
         with ControlClient(words.control, timeout_s=words.timeout) as client:
             with ProgressLine("load") as progress:
-                result = client.ask("load", fd, progress=progress)
+                result = client.ask("load", fd, progress=progress, accept=words.accept)
             _show(words, result)
+    except ControlError as error:
+        error.device = f"{words.image} into {error.device}"
+        raise
     finally:
         os.close(fd)
 
 
 def migrate(words: argparse.Namespace) -> None:
-    """``vdpabridge migrate``: from one process into another; where that fails, the first goes on."""
-    with (
-        ControlClient(words.control, timeout_s=words.timeout) as source,
-        ControlClient(words.destination, timeout_s=words.timeout) as destination,
-    ):
-        with ProgressLine("migrate") as progress:
-            saved, loaded = move(source, destination, progress=progress)
-        if words.report:
-            _draw(words, saved, loaded)
-        _show(words, saved | {"running": "nothing: start the destination by its front-end"})
+    """``vdpabridge migrate``: from one process into another; where that fails, the first resumes."""
+    saved: dict[str, Any] = {}
+    try:
+        with (
+            ControlClient(words.control, timeout_s=words.timeout) as source,
+            ControlClient(words.destination, timeout_s=words.timeout) as destination,
+            # before anything is moved: a path that cannot be written is no reason to stop then
+            replacing(words.report) if words.report else nullcontext() as report,
+        ):
+            with ProgressLine("migrate") as progress:
+                saved, loaded = move(source, destination, progress=progress, accept=words.accept)
+            if report is not None:
+                _draw(report, words, saved, loaded)
+    except VdpaBridgeError as error:
+        if saved:
+            error.hint = "the state was moved all the same: start the destination by its front-end"
+        raise
+    _show(words, saved | {"running": "nothing: start the destination by its front-end"})
 
 
-def _draw(words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
+def _draw(fd: int, words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
     lanes = {
         name: [Step(**step) for step in facts["steps"]] for name, facts in (("source", saved), ("destination", loaded))
     }
     picture = draw(f"{words.control} to {words.destination}: {saved['state_bytes']} bytes of state", lanes)
-    with replacing(words.report) as fd, open(fd, "w", encoding="utf-8", closefd=False) as file:
+    with open(fd, "w", encoding="utf-8", closefd=False) as file:
         file.write(picture)
 
 
-def _ask(words: argparse.Namespace, method: str) -> Any:
+def _ask(words: argparse.Namespace, method: str, **params: Any) -> Any:
     with ControlClient(words.control, timeout_s=words.timeout) as client:
-        return client.ask(method)
+        return client.ask(method, **params)
 
 
 def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Self
@@ -23,11 +22,12 @@ from ..control.server import ControlServer
 from ..deadline import Deadline
 from ..device import Device
 from ..device_names import DeviceName
-from ..errors import VdpaBridgeError
+from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
 from ..opening import device_id_of, open_device
 from ..state.channel import Limits
 from ..state.interruptions import harmless
+from ..state.losses import Loss
 from ..state.procedures import load_state
 from ..vhost_user.connection import Connection, is_listening
 from .progress import ProgressLine
@@ -49,7 +49,7 @@ def serve(words: argparse.Namespace) -> None:
         _print_capabilities(words.device)
         return
     if words.socket_path is None and words.fd is None:
-        raise VdpaBridgeError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
+        raise UsageError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
     DeviceName.parse(words.device)
     with ExitStack() as stack:
         say = stack.enter_context(closing(Reports()))
@@ -115,12 +115,16 @@ def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
 def _restore(device: Device, words: argparse.Namespace, say: Reports) -> None:
     """Begin with the state in an image."""
     try:
-        fd = os.dup(sys.stdin.fileno()) if words.restore == "-" else os.open(words.restore, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.dup(0) if words.restore == "-" else os.open(words.restore, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise VdpaBridgeError("restore", device=words.restore, why=os.strerror(error.errno or 0)) from error
+    accept = frozenset(map(Loss, words.accept))
     try:
         with ProgressLine("restore") as progress:
-            report = load_state(device, fd, Limits(Deadline(words.timeout), progress=progress))
+            report = load_state(device, fd, Limits(Deadline(words.timeout), progress=progress), accept=accept)
+    except VdpaBridgeError as error:
+        error.device = f"{words.restore} into {error.device or device.name}"
+        raise
     finally:
         os.close(fd)
     say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ..errors import VdpaBridgeError
@@ -15,18 +15,26 @@ __all__ = ["ControlClient", "ControlError"]
 
 
 class ControlError(VdpaBridgeError):
-    """The process that owns the device said no. ``code`` is JSON-RPC's."""
+    """The process that owns the device said no. ``code`` is JSON-RPC's, ``kind`` one of `lines.KINDS`, or empty."""
 
-    def __init__(self, what: str, device: str, why: str, hint: str, code: int) -> None:
-        super().__init__(what, device=device, why=why, hint=hint)
-        self.code = code
+    def __init__(self, method: str, path: str, error: Mapping[str, Any]) -> None:
+        """``error`` is what the process at socket ``path`` has answered."""
+        facts = error.get("data", {})
+        super().__init__(
+            facts.get("what", method),
+            device=facts.get("device", path),
+            why=facts.get("why", error["message"]),
+            hint=facts.get("hint", ""),
+        )
+        self.code: int = error["code"]
+        self.kind: str = facts.get("kind", "")
 
 
 class ControlClient:
     """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each wait for a word of it."""
 
     def __init__(self, path: str, *, timeout_s: float | None = None) -> None:
-        self._path = path
+        self.path = path
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         connection.settimeout(timeout_s)
         try:
@@ -55,21 +63,19 @@ class ControlClient:
             if progress is not None and answer.get("method") == "progress":
                 progress(answer["params"]["state_bytes"])
         if (error := answer.get("error")) is not None:
-            facts = error.get("data", {})
-            what, why = facts.get("what", method), facts.get("why", error["message"])
-            raise ControlError(what, facts.get("device", self._path), why, facts.get("hint", ""), error["code"])
+            raise ControlError(method, self.path, error)
         return answer["result"]
 
     def _receive(self, method: str) -> dict[str, Any]:
         line = self._lines.receive()
         if line is None:
-            raise VdpaBridgeError(method, device=self._path, why="the process that owns the device has ended")
+            raise VdpaBridgeError(method, device=self.path, why="the process that owns the device has ended")
         try:
             message = json.loads(line)
         except ValueError as error:
-            raise VdpaBridgeError(method, device=self._path, why=f"the answer is no JSON: {error}") from None
+            raise VdpaBridgeError(method, device=self.path, why=f"the answer is no JSON: {error}") from None
         if not isinstance(message, dict):
-            raise VdpaBridgeError(method, device=self._path, why=f"{message!r} is no answer")
+            raise VdpaBridgeError(method, device=self.path, why=f"{message!r} is no answer")
         return message
 
     def close(self) -> None:

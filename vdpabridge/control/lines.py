@@ -13,22 +13,27 @@ import select
 import socket
 from typing import Any
 
-from ..errors import VdpaBridgeError
+from ..errors import DeadlineExceeded, VdpaBridgeError
 
 __all__ = [
     "ANSWER_BYTES_MAX",
     "FDS_MAX",
     "INVALID_PARAMS",
     "INVALID_REQUEST",
+    "KINDS",
     "METHOD_NOT_FOUND",
     "PARSE_ERROR",
     "REFUSED",
+    "TIMED_OUT",
+    "UNABLE",
     "Lines",
 ]
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32600, -32601, -32602
 #: The device or a procedure said no; ``data`` has the parts of the error.
 REFUSED = -32000
+#: What ``kind`` in ``data`` may say of a refusal.
+TIMED_OUT, UNABLE = KINDS = "timed out", "unable"
 FDS_MAX = 4
 #: Room for answers that were not read yet.
 ANSWER_BYTES_MAX = 1 << 20
@@ -63,6 +68,8 @@ class Lines:
             sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             if rest := data[sent:]:
                 self._socket.sendall(rest)
+        except TimeoutError:
+            raise self._late() from None
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"send: {error.strerror or error}") from error
 
@@ -91,6 +98,8 @@ class Lines:
             data, ancillary, _, _ = self._socket.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return True
+        except TimeoutError:
+            raise self._late() from None
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"receive: {error.strerror or error}") from error
         self._came += len(data)
@@ -105,6 +114,10 @@ class Lines:
         if len(self._buffer) > _LINE_BYTES_MAX and not self.has_line:
             raise VdpaBridgeError("control socket", why=f"a line of more than {_LINE_BYTES_MAX} bytes")
         return bool(data)
+
+    def _late(self) -> DeadlineExceeded:
+        hint = "the process that owns the device is stopped, or busy"
+        return DeadlineExceeded("control socket", self._socket.gettimeout() or 0, hint=hint)
 
     @property
     def has_line(self) -> bool:

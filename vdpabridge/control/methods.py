@@ -16,6 +16,7 @@ from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
 from ..state.channel import Limits
 from ..state.files import replacing
+from ..state.losses import Loss
 from ..state.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
 from .server import Caller, Method
@@ -26,6 +27,8 @@ __all__ = ["methods_of"]
 _INTERVAL_S = 0.2
 #: Who has asked for `suspend`.
 _EVERYBODY = "everybody"
+#: Who holds a device whose state has gone to another.
+_MOVED = "moved"
 #: What `stay` of the method `save` may be; the last: suspended for as long as whoever asked is connected.
 _STAYS = (False, True, "connection")
 Params = Mapping[str, Any]
@@ -58,6 +61,7 @@ class _Controlled:
             "device_id": device.identity.device_id,
             "state": device.state.value,
             "held": self._server.held,
+            "moved": self._server.holds(_MOVED),
             "front_end": self._server.session is not None,
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
@@ -81,10 +85,24 @@ class _Controlled:
         self._server.release(caller)
         return {"state": self._device.state.value}
 
-    def resume(self, _params: Params, caller: Caller) -> dict[str, Any]:
-        """Let the device do again what its front-end wants, unless somebody else holds it by a connection."""
+    def moved(self, _params: Params, caller: Caller) -> dict[str, Any]:
+        """What was saved is another device's now: suspended, unless `resume` is forced or `load` replaces it."""
+        self._server.hold(_MOVED)
         self._server.release(caller)
         self._server.release(_EVERYBODY)
+        return {"state": self._device.state.value}
+
+    def resume(self, params: Params, caller: Caller) -> dict[str, Any]:
+        """Let the device do again what its front-end wants, unless somebody else holds it by a connection.
+
+        With ``force`` also one whose state was moved to another device: two would run, if that one does.
+        """
+        if self._server.holds(_MOVED) and not params.get("force", False):
+            why = "its state was moved to another device, and with both at work the guest's data is destroyed"
+            hint = "force it, if the other device does not run and never will"
+            raise VdpaBridgeError("resume", device=self._device.name, why=why, hint=hint)
+        for holder in (caller, _EVERYBODY, _MOVED):
+            self._server.release(holder)
         return {"state": self._device.state.value}
 
     def save(self, params: Params, caller: Caller) -> dict[str, Any]:
@@ -106,7 +124,7 @@ class _Controlled:
                 limits = self._limits(params, caller)
                 with report.step("suspend"), report.watching(self._device):
                     self._server.hold(holder)
-                saved = save(self._device, fd, limits, go_on=False)
+                saved = save(self._device, fd, limits, go_on=False, accept=_accepted(params))
                 saved.steps[:0] = report.steps
                 counted(saved)
         except BaseException as error:
@@ -124,8 +142,10 @@ class _Controlled:
         Its queues are its front-end's to set up.
         """
         with self._counted("load") as counted, _source(params, caller) as fd:
-            loaded = load_state(self._device, fd, self._limits(params, caller))
+            loaded = load_state(self._device, fd, self._limits(params, caller), accept=_accepted(params))
             counted(loaded)
+        # what it has now was not moved anywhere
+        self._server.release(_MOVED)
         return {**_shown(loaded), "device": self._device.name}
 
     def _give_back(self, holder: object) -> None:
@@ -184,6 +204,7 @@ def methods_of(device: Device, server: Server, timeout_s: float | None) -> dict[
         "status": controlled.status,
         "statistics": controlled.statistics,
         "suspend": controlled.suspend,
+        "moved": controlled.moved,
         "resume": controlled.resume,
         "save": controlled.save,
         "load": controlled.load,
@@ -228,6 +249,15 @@ def _given(caller: Caller, method: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _accepted(params: Params) -> frozenset[Loss]:
+    """What of its state the caller can do without."""
+    words = params.get("accept", [])
+    known = [loss.value for loss in Loss]
+    if not isinstance(words, list) or any(word not in known for word in words):
+        raise VdpaBridgeError("control socket", why=f"accept {words!r} is not a list of {', '.join(known)}")
+    return frozenset(map(Loss, words))
 
 
 def _path(params: Params) -> str | None:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import VdpaBridgeError
 from .client import ControlClient
 
-__all__ = ["move"]
+__all__ = ["MoveFailed", "move"]
+
+
+class MoveFailed(VdpaBridgeError):
+    """State that was not moved: ``side`` is the control socket of whoever caused it."""
+
+    def __init__(self, side: ControlClient, cause: Exception, hint: str) -> None:
+        super().__init__("migrate", device=side.path, why=str(cause) or type(cause).__name__, hint=hint)
+        self.side = side.path
+        self.kind = getattr(cause, "kind", "")
 
 
 def move(
-    source: ControlClient, destination: ControlClient, *, progress: Callable[[int], None] | None = None
+    source: ControlClient,
+    destination: ControlClient,
+    *,
+    progress: Callable[[int], None] | None = None,
+    accept: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Have ``source`` save into ``destination``; what both say of it. The source's device stays suspended.
+    """Have ``source`` save into ``destination``; what both say of it. The source's device stays suspended, for good.
 
-    Where that fails, or this process ends before it is done, the source's device goes on. ``progress`` is told how many
-    bytes of device state have gone. Raises the error of the side that caused it.
+    Where that fails, or this process ends before it is done, the source's device resumes. ``progress`` is told how many
+    bytes of device state have gone; ``accept``: what may be lost (`Loss`). Raises `MoveFailed`, of the side that caused
+    it.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     there: list[Exception] = []
@@ -31,7 +44,7 @@ def move(
 
     def load_there() -> None:
         try:
-            loaded.update(destination.ask("load", reader))
+            loaded.update(destination.ask("load", reader, accept=list(accept)))
         except Exception as error:  # noqa: BLE001  # it is raised where somebody hears it
             there.append(error)
         finally:
@@ -40,19 +53,32 @@ def move(
     thread = threading.Thread(target=load_there)
     thread.start()
     try:
-        saved.update(source.ask("save", writer, stay="connection", progress=progress))
+        saved.update(source.ask("save", writer, stay="connection", progress=progress, accept=list(accept)))
     except VdpaBridgeError as error:
         here.append(error)
     finally:
         os.close(writer)
         thread.join()
     if here or there:
-        # it goes on without being told where it has lost us already
-        with contextlib.suppress(VdpaBridgeError):
-            source.ask("resume")
         # a destination that refuses does not read on, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
-        raise (there or here)[0] if broken else (here or there)[0]
-    # for good: not only for as long as we are connected
-    source.ask("suspend")
+        causes = (there or here) if broken else (here or there)
+        raise MoveFailed(source if causes is here else destination, causes[0], _give_back(source)) from causes[0]
+    try:
+        source.ask("moved")
+    except VdpaBridgeError as error:
+        hint = (
+            f"it is not known whether it stays suspended: 'vdpabridge status {source.path}' says \"moved\", or end its "
+            "process; only then start the destination"
+        )
+        raise MoveFailed(source, error, hint) from error
     return saved, loaded
+
+
+def _give_back(source: ControlClient) -> str:
+    """Have the source's device resume; what it does then, in words."""
+    try:
+        return f"{source.path} is {source.ask('resume')['state']}; nothing was moved"
+    except VdpaBridgeError:
+        # it resumes without being told to where it has lost us already
+        return f"nothing was moved; {source.path} resumes when this process has ended"

@@ -11,8 +11,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ..credentials import credentials_of
-from ..errors import VdpaBridgeError
-from .lines import ANSWER_BYTES_MAX, INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, PARSE_ERROR, REFUSED, Lines
+from ..errors import DeadlineExceeded, MissingCapability, VdpaBridgeError
+from .lines import (
+    ANSWER_BYTES_MAX,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    PARSE_ERROR,
+    REFUSED,
+    TIMED_OUT,
+    UNABLE,
+    Lines,
+)
 
 __all__ = ["Caller", "ControlServer", "Method"]
 
@@ -149,6 +159,8 @@ class ControlServer:
         except Exception as error:  # noqa: BLE001  # a question must not end the process that owns the device
             names = ("device", "what", "why", "hint", "running")
             facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
+            if kind := _kind_of(error):
+                facts["kind"] = kind
             return {"error": {"code": REFUSED, "message": str(error), "data": facts}}
 
 
@@ -162,3 +174,14 @@ def _is_id(value: object) -> bool:
         # 1e999 is a number in JSON, and too large for Python
         return math.isfinite(value)
     return value is None or isinstance(value, (str, int))
+
+
+def _kind_of(error: BaseException | None) -> str:
+    """What kind of refusal it is, of those that a program tells apart; its cause may say."""
+    while error is not None:
+        if isinstance(error, DeadlineExceeded):
+            return TIMED_OUT
+        if isinstance(error, MissingCapability):
+            return UNABLE
+        error = error.__cause__
+    return ""

@@ -1,0 +1,47 @@
+"""How a command line is taken apart: what its words may be, and how it is said that they make no sense."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    # importing typing itself would slow every command down
+    from typing import NoReturn
+
+__all__ = ["Parser", "path", "seconds"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are JSON, if that is asked for, as all others are."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words, and end with exit code 2."""
+        if self.as_json:
+            import json
+
+            print(json.dumps({"error": {"what": self.prog, "why": message}}), file=sys.stderr)
+            sys.exit(2)
+        super().error(message)
+
+
+def seconds(word: str) -> float:
+    """A length of time that a command can wait for."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds above 0")
+    return value
+
+
+def path(word: str) -> str:
+    """The path of a file."""
+    if not word:
+        raise argparse.ArgumentTypeError("a path has at least one character")
+    return word
