@@ -160,7 +160,12 @@ class Device(DeviceCore):
                     f"{self.name}: nothing of {key[1]} bytes is mapped at {key[0]:#x} in address space {key[2]}"
                 )
         gone = [mapped[key] for key in keys]
-        self._unmap(gone)
+        try:
+            self._unmap(gone)
+        except BaseException:
+            kept = self._still_mapped(gone)
+            self._drop([region for region in gone if region not in kept])
+            raise
         self._drop(gone)
 
     # --- queues ---

@@ -34,6 +34,7 @@ class DriverHooks(ABC):
     def _map(self, regions: Sequence[MemoryRegion]) -> None: ...
     @abstractmethod
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None: ...
+
     @abstractmethod
     def _set_queue(self, index: int, setup: QueueSetup) -> None: ...
     @abstractmethod
@@ -55,6 +56,10 @@ class DriverHooks(ABC):
 
     @abstractmethod
     def _is_idle(self) -> bool: ...
+
+    def _still_mapped(self, regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
+        """Of ``regions``, which `_unmap` was to take away and failed, those that count as mapped all the same."""
+        return regions
 
     def _give_up(self) -> bool:
         self._close()

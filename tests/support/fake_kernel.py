@@ -84,6 +84,11 @@ class FakeKernel:
         self.enabled = dict.fromkeys(range(self.parent.queues), False)
         self.eventfds = {}
         self.iotlb = {}
+        self.device_maps = {}
+        """What the device itself has of it."""
+        self.set_map_count = 0
+        self.touched = set()
+        """Address spaces that exist: the first UPDATE or BATCH_BEGIN makes one."""
         self.in_batch = None
         self.pending_reset_reads = 0
         self.group_spaces = {}
@@ -150,12 +155,20 @@ class FakeKernel:
             assert perm in (1, 2, 3)
             space[iova] = size
         elif message == 3:
+            if asid not in self.touched:
+                return False
             for start in overlapping:
                 del space[start]
         elif message in (5, 6):
             if self.in_batch not in (None, asid):
                 return False
+            if message == 6 and asid not in self.touched:
+                return False
             self.in_batch = asid if message == 5 else None
+        self.touched.add(asid)
+        if message in (2, 3, 6) and self.in_batch is None:
+            self.set_map_count += 1
+            self.device_maps[asid] = dict(space)
         return message in (2, 3, 5, 6)
 
     def vhost_set_owner(self, _):

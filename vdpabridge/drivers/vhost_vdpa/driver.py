@@ -6,7 +6,7 @@ import contextlib
 import functools
 import mmap
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from ...abi.vhost import (
@@ -48,7 +48,7 @@ from ...device import (
 from ...errors import DeadlineExceeded, FeatureError, KernelError
 from ...eventfds import signal
 from ...memory import SharedMapping
-from .iotlb import Iotlb
+from .iotlb import Iotlb, IotlbBroken
 from .node import Node
 from .regions import Regions
 from .requests import Requests
@@ -105,6 +105,8 @@ class VhostVdpa(Device):
         """
         self._node = node
         self._ask = Requests(node)
+        self._negotiating = False
+        """Whether the device may be past its reset although this process does not know it."""
         super().__init__(node.path, node.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -209,10 +211,14 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _accept_features(self, features: int) -> None:
+        if self._negotiating:
+            # an attempt that was not seen to its end has left the device where it is
+            self._reset()
         offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
         if unknown := features & ~offered:
             # vdpa_sim drops such bits without a word
             raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
+        self._negotiating = True
         try:
             self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
             self._write_status(_READY)
@@ -224,6 +230,7 @@ class VhostVdpa(Device):
         except (FeatureError, KernelError):
             self._reset()
             raise
+        self._negotiating = False
 
     def _write_status(self, status: int) -> None:
         """Write the status byte and see that the device took it: the request itself always succeeds."""
@@ -247,10 +254,24 @@ class VhostVdpa(Device):
     # --- memory ---
 
     def _map(self, regions: Sequence[MemoryRegion]) -> None:
-        self._regions.map(regions)
+        with self._in_order():
+            self._regions.map(regions)
 
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        self._regions.unmap(regions)
+        with self._in_order():
+            self._regions.unmap(regions)
+
+    def _still_mapped(self, _regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
+        # whatever has become of them, they are taken away before anything else happens
+        return ()
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """A device of which it cannot be known any more what memory it has is of no use."""
+        try:
+            yield
+        except IotlbBroken as error:
+            raise self._fail(f"{error.what}: {error.why}") from error
 
     # --- queues ---
 
@@ -313,6 +334,8 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _start(self) -> None:
+        with self._in_order():
+            self._regions.settle()
         for index in self._enabled_queues():
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, True)
         self._write_status(_LIVE)
@@ -346,6 +369,7 @@ class VhostVdpa(Device):
     def _reset(self) -> None:
         self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
         self._await_reset()
+        self._negotiating = False
         # vhost keeps listening to eventfds through a reset; the device forgets its half of them
         for index, record in self.queues.items():
             for operation in record.eventfds:
@@ -353,7 +377,8 @@ class VhostVdpa(Device):
         if self.config_call is not None:
             self._set_config_call(None)
         if not self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
-            self._regions.map_again()
+            with self._in_order():
+                self._regions.map_again()
 
     def _await_reset(self) -> None:
         deadline = self.limit.deadline()
@@ -378,13 +403,16 @@ class VhostVdpa(Device):
         if self._node.usable:
             # first a device that does nothing, then without memory: the kernel's own close does it in this order too,
             # but does not tell VDUSE's daemon, which would keep the memory. A dead device is closed all the same
-            with contextlib.suppress(KernelError, DeadlineExceeded):
+            with contextlib.suppress(KernelError, DeadlineExceeded, IotlbBroken):
                 self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
                 self._regions.forget_everything()
         try:
             self._node.close()
         finally:
-            self._regions.close()
+            if self._node.stuck:
+                self._regions.abandon()
+            else:
+                self._regions.close()
 
     def _is_idle(self) -> bool:
         # a suspended device has DRIVER_OK too, and nothing tells it from one that runs

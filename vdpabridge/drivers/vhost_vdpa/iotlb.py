@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ...abi.vhost import (
     VHOST_ACCESS_RO,
@@ -24,17 +23,23 @@ from ...abi.vhost import (
     VHOST_IOTLB_UPDATE,
     VHOST_MSG_V2_LAYOUT,
 )
-from ...errors import DeadlineExceeded, KernelError, OwnershipError, VdpaBridgeError
+from ...errors import DeadlineExceeded, KernelError, OwnershipError, VdpaBridgeError, errno_name
+from .memory_rules import causes_of_refusal, private_part
 from .node import Node
 
-__all__ = ["Iotlb", "MappingError"]
-
-#: vhost_vdpa.max_iotlb_entries, unless the module was loaded with another value.
-DEFAULT_ENTRIES_MAX = 2048
+__all__ = ["Iotlb", "IotlbBroken", "MappingError"]
 
 
 class MappingError(VdpaBridgeError):
     """Memory that cannot be mapped into the device; the kernel was not asked."""
+
+
+class IotlbBroken(VdpaBridgeError):
+    """It is not known what is mapped, and the kernel does not let it be put right. Only closing the device helps."""
+
+    def __init__(self, device: str, cause: KernelError) -> None:
+        why = f"what is mapped is not known, and the kernel does not take it away: {errno_name(cause.errno or 0)}"
+        super().__init__("repair the IOTLB", device=device, why=why, hint="close the device: that takes all away")
 
 
 class Iotlb:
@@ -50,6 +55,12 @@ class Iotlb:
         self._has_asid = bool(backend_features >> VHOST_BACKEND_F_IOTLB_ASID & 1)
         self.entries: dict[tuple[int, int], int] = {}
         """(address space, IOVA) -> size in bytes, of what is mapped."""
+        self.doubtful: dict[tuple[int, int], int] = {}
+        """What may be mapped or not: the answer to a message about it has not come."""
+        self._begun: int | None = None
+        """The address space of a batch that the kernel may have begun and not ended."""
+        self._inside = False
+        """Whether we are in the middle of that batch, and all is well."""
 
     def update(
         self,
@@ -65,49 +76,100 @@ class Iotlb:
 
         ``known_shared`` saves looking whether the memory is of the kind that can be mapped. Raises `MappingError` where
         it is seen beforehand that the kernel would refuse, or would accept and map nothing; `KernelError` (EFAULT) with
-        the causes that are left where the kernel refuses.
+        the causes that are left where the kernel refuses. After any other error the entry is `doubtful`.
         """
+        self.repair()
         self._check(iova, size_bytes, address, address_space)
-        if not known_shared and (private := _private_part(address, size_bytes)) is not None:
+        if not known_shared and (private := private_part(address, size_bytes)) is not None:
             why = f"{private:#x} is private, read-only or unmapped memory"
             self._refuse(iova, size_bytes, f"{why}: only shared, writable memory of a file can be mapped (memfd)")
         perm = VHOST_ACCESS_RW if writable else VHOST_ACCESS_RO
-        self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
-        self.entries[address_space, iova] = size_bytes
+        key = address_space, iova
+        self.doubtful[key] = size_bytes
+        try:
+            self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
+        except KernelError:
+            # all of it or nothing (vhost_vdpa_process_iotlb_update)
+            del self.doubtful[key]
+            raise
+        self.entries[key] = self.doubtful.pop(key)
 
     def invalidate(self, iova: int, size_bytes: int, *, address_space: int = 0) -> None:
         """Take every entry away that overlaps the range; the kernel never splits one."""
+        self.repair()
         end = iova + size_bytes
-        gone = [
-            key
+        gone = {
+            key: size
             for key, size in self.entries.items()
             if key[0] == address_space and key[1] < end and iova < key[1] + size
-        ]
+        }
         if not gone:
             return  # an address space that nothing was ever mapped in answers EFAULT
-        self._send(VHOST_IOTLB_INVALIDATE, address_space, iova=iova, size=size_bytes)
-        for key in gone:
-            del self.entries[key]
+        self.doubt(gone)
+        try:
+            self._send(VHOST_IOTLB_INVALIDATE, address_space, iova=iova, size=size_bytes)
+        except KernelError:
+            self._forget(gone)
+            self.entries |= gone
+            raise
+        self._forget(gone)
 
     @contextlib.contextmanager
     def batch(self, address_space: int = 0) -> Iterator[None]:
         """Let the device see the changes made inside at once, where it can. They must be to ``address_space``.
 
-        The kernel ignores a failure of the device to take the batch in; there is no way to learn of it.
+        The kernel ignores a failure of the device to take the batch in (vhost_vdpa_process_iotlb_msg, BATCH_END); there
+        is no way to learn of it before the device is started, whose status may tell.
         """
+        self.repair()
         self._check_space(address_space)
         if not self._can_batch:
             yield
             return
-        self._send(VHOST_IOTLB_BATCH_BEGIN, address_space)
+        self._begun = address_space
+        try:
+            self._send(VHOST_IOTLB_BATCH_BEGIN, address_space)
+        except KernelError:
+            self._begun = None
+            raise
+        self._inside = True
         try:
             yield
         except BaseException:
-            # what went wrong inside is what the caller must hear of
+            # what went wrong inside is what the caller must hear of; what is left to be done `repair` does
             with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError):
-                self._send(VHOST_IOTLB_BATCH_END, address_space)
+                self._end_batch(address_space)
             raise
-        self._send(VHOST_IOTLB_BATCH_END, address_space)
+        finally:
+            self._inside = False
+        self._end_batch(address_space)
+
+    def doubt(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Count entries ``keys`` as `doubtful`: `repair` takes them away."""
+        for key in list(keys):
+            if key in self.entries:
+                self.doubtful[key] = self.entries.pop(key)
+
+    def repair(self) -> None:
+        """Bring the kernel and these books together again, after a message whose answer has not come.
+
+        A batch that was not ended would keep every later change from the device, which would go on using pages that are
+        not pinned any more. Does nothing where nothing is in doubt, and in the middle of a batch. Raises `IotlbBroken`
+        where the kernel refuses, `DeadlineExceeded` where it does not answer: until then nothing else is asked of it.
+        """
+        if self._inside:
+            return
+        if self._begun is not None:
+            self._send_to_repair(VHOST_IOTLB_BATCH_END, self._begun)
+            self._begun = None
+        for (space, iova), size in list(self.doubtful.items()):
+            self._send_to_repair(VHOST_IOTLB_INVALIDATE, space, iova=iova, size=size)
+            del self.doubtful[space, iova]
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether there is something to `repair`."""
+        return self._begun is not None or bool(self.doubtful)
 
     def _send(
         self, kind: int, address_space: int, *, iova: int = 0, size: int = 0, address: int = 0, perm: int = 0
@@ -119,6 +181,22 @@ class Iotlb:
             raise
         except OSError as error:
             raise self._explain(error, iova, size, address_space) from None
+
+    def _send_to_repair(self, kind: int, address_space: int, *, iova: int = 0, size: int = 0) -> None:
+        try:
+            self._send(kind, address_space, iova=iova, size=size)
+        except KernelError as error:
+            # EFAULT, where nothing is mapped: the message in doubt has not come to an address space that was never used
+            if error.errno != errno.EFAULT or any(space == address_space for space, _ in self.entries):
+                raise IotlbBroken(self._node.path, error) from error
+
+    def _forget(self, keys: Iterable[tuple[int, int]]) -> None:
+        for key in keys:
+            self.doubtful.pop(key, None)
+
+    def _end_batch(self, address_space: int) -> None:
+        self._send(VHOST_IOTLB_BATCH_END, address_space)
+        self._begun = None
 
     def _check(self, iova: int, size: int, address: int, address_space: int) -> None:
         first, last = self.iova_range
@@ -147,44 +225,6 @@ class Iotlb:
         what = f"IOTLB message for {size} bytes at {iova:#x}"
         if code != errno.EFAULT:
             return KernelError(code, what, device=self._node.path)
-        causes = []
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        if limit != resource.RLIM_INFINITY and size + _pinned_bytes() > limit:
-            # no exemption for root: CAP_IPC_LOCK does not help (vhost_vdpa_pa_map)
-            needed = size + _pinned_bytes()
-            causes.append(f"locked memory, where pages are pinned: {needed} bytes needed, limit {limit} ('ulimit -l')")
         count = sum(1 for space, _ in self.entries if space == address_space)
-        causes += [
-            f"too many entries: {count} now, vhost_vdpa.max_iotlb_entries is {DEFAULT_ENTRIES_MAX} by default, and "
-            "pinned memory counts once for each piece",
-            "the owner's memory was replaced by execve",
-            "the device refused it",
-        ]
-        why = "it can be: " + "; ".join(causes)
+        why = "it can be: " + "; ".join(causes_of_refusal(size, count))
         return KernelError(code, what, device=self._node.path, why=why, hint="the kernel log may say more")
-
-
-def _private_part(address: int, size: int) -> int | None:
-    """The first address of the range that is not in a shared, writable mapping of a file; None where all of it is.
-
-    A mapping of a file that was opened for reading only shows as shared and is not (mm/mmap.c clears VM_SHARED): the
-    kernel would skip it like private memory. Writable ones cannot be of that kind.
-    """
-    position, end = address, address + size
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
-        for line in maps:
-            span, permissions, _offset, _device, inode = line.split(maxsplit=5)[:5]
-            start, stop = (int(part, 16) for part in span.split("-"))
-            if stop <= position:
-                continue
-            if start > position or permissions[1] + permissions[3] != "ws" or inode == "0":
-                return position
-            position = stop
-            if position >= end:
-                return None
-    return position
-
-
-def _pinned_bytes() -> int:
-    with open(f"/proc/{os.getpid()}/status", encoding="ascii", errors="replace") as status:
-        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmPin:")), 0)

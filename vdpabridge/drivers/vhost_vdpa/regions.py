@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from ...device import MemoryRegion
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
-from ...memory import SharedMapping
-from .iotlb import Iotlb, MappingError
+from ...memory import SharedMapping, check_inside
+from .iotlb import Iotlb, IotlbBroken, MappingError
 
 __all__ = ["Regions"]
 
@@ -26,9 +26,15 @@ class Regions:
         self._iotlb = iotlb
         self._mappings: dict[tuple[int, int], tuple[SharedMapping, bool]] = {}
         """(address space, guest address) -> mapping, whether the device may write there."""
+        self._leaving: list[SharedMapping] = []
+        """What the device may still have, and is to be taken away."""
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Map all of ``regions`` or none. Raises `MappingError`, `KernelError`, OSError as mmap(2) does."""
+        """Map all of ``regions`` or none.
+
+        Raises `MappingError`, `KernelError`, `IotlbBroken`, OSError as mmap(2) does.
+        """
+        self.settle()
         done: list[MemoryRegion] = []
         try:
             for space, its_regions in _by_space(regions):
@@ -37,48 +43,81 @@ class Regions:
                         self._map_one(region)
                         done.append(region)
         except BaseException:
-            # what cannot be taken back stays in the books until close
-            with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError):
-                self.unmap(done)
+            self._give_up(done)
             raise
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions``, which are mapped, away."""
-        for space, its_regions in _by_space(regions):
-            with self._together(space, len(its_regions)):
-                for region in its_regions:
-                    self._iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
+        """Take ``regions``, which are mapped, away. Where it raises they count as gone, and soon are: see `settle`."""
+        self.settle()
+        try:
+            for space, its_regions in _by_space(regions):
+                with self._together(space, len(its_regions)):
+                    for region in its_regions:
+                        self._iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
+        except BaseException:
+            self._give_up(regions)
+            raise
         # only now: until a batch ends the device still uses what it covers
         for region in regions:
-            self._mappings.pop((region.address_space, region.guest_address))[0].close()
+            self._mappings.pop(_key(region))[0].close()
+
+    def settle(self) -> None:
+        """Take away what may be left of a change that was not seen to its end. Raises as `Iotlb.repair`."""
+        self._iotlb.repair()
+        while self._leaving:
+            self._leaving.pop().close()
 
     def map_again(self) -> None:
         """Show the device everything once more, after a reset that made it forget but not vhost."""
-        for (space, address), (mapping, writable) in self._mappings.items():
-            self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
-            where = (address, mapping.size_bytes, mapping.address)
-            self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
+        self.settle()
+        for space in sorted({space for space, _ in self._mappings}):
+            mine = {address: it for (its_space, address), it in self._mappings.items() if its_space == space}
+            with self._together(space, len(mine)):
+                for address, (mapping, writable) in mine.items():
+                    self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
+                    where = (address, mapping.size_bytes, mapping.address)
+                    self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
+
+    def _give_up(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take ``regions`` away, now or before anything else is mapped or unmapped.
+
+        This process keeps them mapped until then: the kernel may still be looking up, and pinning, what is there.
+        """
+        self._iotlb.doubt([_key(region) for region in regions])
+        for region in regions:
+            if (found := self._mappings.pop(_key(region), None)) is not None:
+                self._leaving.append(found[0])
+        with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError, IotlbBroken):
+            self.settle()
 
     def forget_everything(self) -> None:
         """Take all away from the device, whatever it is."""
+        self._iotlb.repair()
         for space in {space for space, _ in self._iotlb.entries}:
             self._iotlb.invalidate(0, _EVERYTHING_BYTES, address_space=space)
 
     def close(self) -> None:
         """Unmap from this process. The device must be closed, or have forgotten everything. Idempotent."""
-        for mapping, _ in self._mappings.values():
+        for mapping in (*(mapping for mapping, _ in self._mappings.values()), *self._leaving):
             mapping.close()
-        self._mappings = {}
+        self._mappings, self._leaving = {}, []
+
+    def abandon(self) -> None:
+        """Leave everything mapped in this process, for as long as it lives: a call is still in the kernel, which may be
+        pinning what lies at these addresses, and something else could come to lie there."""
+        self._mappings, self._leaving = {}, []
 
     def _together(self, space: int, count: int) -> contextlib.AbstractContextManager[None]:
-        """A batch where there is more than one change: the failure of a single one is reported, of a batch not."""
+        """A batch where there is more than one change, so that the device takes in all of them at once (mlx5 makes its
+        whole memory key anew each time). One alone is not more work, and its failure is reported, a batch's not."""
         return self._iotlb.batch(space) if count > 1 else contextlib.nullcontext()
 
     def _map_one(self, region: MemoryRegion) -> None:
         what = f"map {region.size_bytes} bytes at {region.guest_address:#x}"
-        file_bytes = os.fstat(region.fd).st_size
-        if region.offset + region.size_bytes > file_bytes:
-            raise MappingError(what, device=self._device, why=f"the file behind it has only {file_bytes} bytes")
+        try:
+            check_inside(region.fd, region.size_bytes, region.offset)
+        except OSError as error:
+            raise MappingError(what, device=self._device, why=str(error.strerror)) from None
         if fcntl.fcntl(region.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
             # also for a region that the device may only read: shared memory of such a descriptor is none to the kernel
             raise MappingError(what, device=self._device, why="its descriptor is not open for reading and writing")
@@ -86,10 +125,17 @@ class Regions:
         try:
             where = (region.guest_address, region.size_bytes, mapping.address)
             self._iotlb.update(*where, writable=region.writable, address_space=region.address_space, known_shared=True)
-        except BaseException:
+        except (KernelError, MappingError):
             mapping.close()
             raise
-        self._mappings[region.address_space, region.guest_address] = (mapping, region.writable)
+        except BaseException:
+            self._leaving.append(mapping)
+            raise
+        self._mappings[_key(region)] = (mapping, region.writable)
+
+
+def _key(region: MemoryRegion) -> tuple[int, int]:
+    return region.address_space, region.guest_address
 
 
 def _by_space(regions: Sequence[MemoryRegion]) -> Iterator[tuple[int, list[MemoryRegion]]]:
