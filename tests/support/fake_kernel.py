@@ -43,7 +43,9 @@ class Parent:
     enable_after_driver_ok: bool = True
     descriptor_groups: bool = False
     queue_sizes: bool = False
+    forgets_maps: bool = False  # at a reset, unless PERSIST is acknowledged (.compat_reset)
     address_spaces: int = 1
+    groups: tuple[tuple[int, int], ...] = ()  # for each queue the group of its buffers and that of its rings
     refuses_features_ok: bool = False
     fails_at_driver_ok: int = 0  # status bits that appear instead
     slow_reset_reads: int = 0  # reads of the status byte before it shows 0
@@ -209,7 +211,8 @@ class FakeKernel:
         return self._put(argument, "I", len(self.parent.config))
 
     def vhost_vdpa_get_group_num(self, argument):
-        return self._put(argument, "I", self.parent.address_spaces)
+        groups = {group for pair in self.parent.groups for group in pair}
+        return self._put(argument, "I", max(groups, default=self.parent.address_spaces - 1) + 1)
 
     def vhost_vdpa_get_as_num(self, argument):
         return self._put(argument, "I", self.parent.address_spaces)
@@ -247,6 +250,9 @@ class FakeKernel:
             self.bases = dict.fromkeys(self.bases, 0)
             self.enabled = dict.fromkeys(self.enabled, False)
             self.pending_reset_reads = self.parent.slow_reset_reads
+            self.group_spaces = {}
+            if self.parent.forgets_maps and not self.acknowledged >> 8 & 1:
+                self.device_maps.clear()
             return 0
         if wanted & FEATURES_OK and self.parent.refuses_features_ok:
             wanted &= ~FEATURES_OK
@@ -340,13 +346,13 @@ class FakeKernel:
 
     def vhost_vdpa_get_vring_group(self, argument):
         code, index, _ = self._queue(argument)
-        return code or self._put(argument, "II", index, 0)
+        return code or self._put(argument, "II", index, self.parent.groups[index][0] if self.parent.groups else 0)
 
     def vhost_vdpa_get_vring_desc_group(self, argument):
         code, index, _ = self._queue(argument)
         if not self.parent.descriptor_groups:
             return EOPNOTSUPP
-        return code or self._put(argument, "II", index, 1)
+        return code or self._put(argument, "II", index, self.parent.groups[index][1])
 
     def vhost_vdpa_get_vring_size(self, argument):
         code, index, _ = self._queue(argument)
@@ -356,7 +362,8 @@ class FakeKernel:
 
     def vhost_vdpa_set_group_asid(self, argument):
         group, space = VHOST_VRING_STATE.unpack(argument)
-        if max(group, space) >= self.parent.address_spaces:
+        known = {group for pair in self.parent.groups for group in pair} or set(range(self.parent.address_spaces))
+        if space >= self.parent.address_spaces or group not in known:
             return EINVAL
         self.group_spaces[group] = space
         return 0
