@@ -23,19 +23,19 @@ class Holder:
 
 
 def holders(path: str) -> list[Holder]:
-    """The processes that have ``path`` open, as far as this user may look; all of them for root.
+    """The processes that have the device at ``path`` open or mapped, as far as this user may look; all for root.
 
-    A descriptor in flight between processes (SCM_RIGHTS) and a mapping of a closed descriptor are not seen.
+    A descriptor in flight between processes (SCM_RIGHTS) is not seen.
     """
     try:
         wanted = os.stat(path)
     except OSError:
         return []
-    if not stat.S_ISCHR(wanted.st_mode):
+    if not (stat.S_ISCHR(wanted.st_mode) or stat.S_ISBLK(wanted.st_mode)):
         return []
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and _has_open(entry, wanted):
+        if entry.isdigit() and (_has_open(entry, wanted) or _has_mapped(entry, wanted)):
             found.append(Holder(int(entry), _command(entry)))
     return sorted(found, key=lambda holder: holder.pid)
 
@@ -50,12 +50,22 @@ def _has_open(pid: str, wanted: os.stat_result) -> bool:
         try:
             if os.readlink(link).startswith("/dev/"):
                 found = os.stat(link)
-                # a block device may have the same number
-                if found.st_rdev == wanted.st_rdev and stat.S_ISCHR(found.st_mode):
+                # a block device may have the same number as a character device
+                if found.st_rdev == wanted.st_rdev and stat.S_IFMT(found.st_mode) == stat.S_IFMT(wanted.st_mode):
                     return True
         except OSError:  # closed meanwhile
             continue
     return False
+
+
+def _has_mapped(pid: str, wanted: os.stat_result) -> bool:
+    """Doorbells stay mapped, and keep the device open, when the descriptor is closed."""
+    place = f" {os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x} {wanted.st_ino} ".encode()
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            return any(place in line for line in maps)
+    except OSError:  # gone, or somebody else's
+        return False
 
 
 def _command(pid: str) -> str:

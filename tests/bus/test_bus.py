@@ -1,10 +1,11 @@
 """The bus on a made-up sysfs, and uevents by their bytes. The real ones are in tests/vm."""
 
+import mmap
 import os
 
 import pytest
 
-from vdpabridge.bus import Bus, BusError, NoSuchDevice
+from vdpabridge.bus import Bus, BusError, DeviceBusy, NoSuchDevice
 from vdpabridge.bus.events import BusEvent, parse_uevent
 from vdpabridge.errors import VdpaBridgeError
 
@@ -104,3 +105,25 @@ def test_holders_of_a_node():
         os.close(fd)
     assert os.getpid() not in [holder.pid for holder in holders("/dev/full")]
     assert holders("/dev/nothing-of-the-kind") == []
+
+
+def test_holders_by_a_mapping_only():
+    from vdpabridge.holders import holders
+
+    with open("/dev/zero", "rb") as zero:
+        page = mmap.mmap(zero.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE)
+    assert os.getpid() in [holder.pid for holder in holders("/dev/zero")]
+    page.close()
+    assert os.getpid() not in [holder.pid for holder in holders("/dev/zero")]
+
+
+def test_an_interface_that_is_up(sysfs, tmp_path):
+    for name, flags in (("eth0", "0x1003"), ("eth1", "0x1002")):
+        folder = tmp_path / "bus/vdpa/devices/a1/virtio7/net" / name
+        folder.mkdir(parents=True)
+        (folder / "flags").write_text(f"{flags}\n")
+    node = next((tmp_path / "bus/vdpa/devices/a1").glob("vhost-vdpa-*"), None)
+    assert node is None
+    with pytest.raises(DeviceBusy, match=r"network interface eth0 is up \("):
+        sysfs.check_idle("a1", "delete")
+    sysfs.check_idle("a1", "delete", force=True)

@@ -3,11 +3,11 @@
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +17,7 @@ from vdpabridge.bus.netlink import VdpaNetlink
 from vdpabridge.drivers.vhost_vdpa import NodeError, VhostVdpa
 from vdpabridge.errors import VdpaBridgeError
 
+from ..support.waiting import wait_until
 from .conftest import running_disk
 
 
@@ -90,17 +91,46 @@ def test_a_held_device_is_neither_deleted_nor_bound(passing):
     bus.check_idle("passing", "delete")
 
 
-def test_a_holder_that_nobody_can_see(passing):
-    """A descriptor on its way between processes keeps the node busy, and no /proc shows it."""
-    left, right = socket.socketpair()
-    with left, right:
-        fd = os.open(passing.node, os.O_RDWR)
-        socket.send_fds(left, [b"x"], [fd])
-        os.close(fd)
-        with pytest.raises(DeviceBusy, match="a process that this user cannot see") as caught:
-            Bus().check_idle("passing", "delete")
-        assert caught.value.holders == []
+def disk_of(name):
+    """The block device that virtio_vdpa has made of device ``name``."""
+    folder = Path(f"/sys/bus/vdpa/devices/{name}")
+    wait_until(lambda: list(folder.glob("virtio*/block/*")))
+    disk = next(folder.glob("virtio*/block/*")).name
+    wait_until(lambda: os.path.exists(f"/dev/{disk}"))
+    return disk
+
+
+def test_a_mounted_disk_is_not_taken_away(passing, tmp_path):
+    bus = Bus()
+    bus.bind("passing", "virtio_vdpa")
+    disk = disk_of("passing")
+    subprocess.run(["mke2fs", "-q", f"/dev/{disk}"], check=True)
+    subprocess.run(["mount", "-t", "ext2", f"/dev/{disk}", tmp_path], check=True)
+    try:
+        for words in (["del", "passing"], ["bind", "passing", "vhost_vdpa"]):
+            done = vdpabridge(*words, check=False)
+            assert done.returncode == 1
+            assert f"{disk} is mounted, or claimed in another way" in done.stderr
+        (tmp_path / "file").write_text("it is there still")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    with (
+        open(f"/dev/{disk}", "rb"),
+        pytest.raises(DeviceBusy, match=rf"{disk} is open in python3 \(pid {os.getpid()}\)"),
+    ):
+        bus.check_idle("passing", "delete")
+    assert bus.bind("passing", "vhost_vdpa").driver == "vhost_vdpa"
+
+
+def test_looking_whether_a_device_is_idle_does_not_open_it(passing, monkeypatch):
+    """To open the node would reset the device, and wait for a VDUSE daemon that does not answer."""
+    opened = []
+    before = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *words, **options: opened.append(path) or before(path, *words, **options)
+    )
     Bus().check_idle("passing", "delete")
+    assert opened == []
 
 
 def until_blocked(process, timeout_s=30.0):

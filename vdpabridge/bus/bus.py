@@ -12,7 +12,8 @@ import stat
 
 from ..errors import VdpaBridgeError
 from ..holders import holders
-from .errors import BusError, DeviceBusy, NoSuchDevice
+from .errors import BusError, DeviceBusy, DeviceHeld, NoSuchDevice
+from .users import users
 
 __all__ = ["DRIVERS", "Bus", "BusDevice"]
 
@@ -77,7 +78,7 @@ class Bus:
     def bind(self, name: str, driver: str, *, force: bool = False) -> BusDevice:
         """Hand device ``name`` to ``driver``, away from the one that has it.
 
-        Raises `DeviceBusy` where a process holds its node, unless ``force``d; `BusError` where the kernel refuses.
+        Raises `DeviceBusy` where somebody uses it, unless ``force``d; `BusError` where the kernel refuses.
         """
         what = f"bind to {driver}"
         device = self.device(name)
@@ -106,22 +107,20 @@ class Bus:
         self._write(name, "drivers_probe", name, what)
 
     def check_idle(self, name: str, what: str, *, force: bool = False) -> None:
-        """Raise `DeviceBusy` where a process holds the node of device ``name``, unless ``force``d.
+        """Raise `DeviceBusy` where somebody uses device ``name``, unless ``force``d.
 
-        The kernel waits in vhost_vdpa_remove, uninterruptibly, until the node is closed; a deletion waits with the
-        lock of all vDPA netlink requests held.
+        With vhost_vdpa the kernel waits in vhost_vdpa_remove, uninterruptibly, until the node is closed; a deletion
+        waits with the lock of all vDPA netlink requests held. With virtio_vdpa nothing waits: the users lose it. The
+        node is not opened to find out: that resets the device, and waits for a VDUSE daemon that may not answer.
         """
-        node = self._describe(name).node
-        if node is None or force:
+        if force:
             return
-        if who := holders(node):
-            raise DeviceBusy(name, what, node, who)
-        try:
-            # the only sure sign, also for descriptors that are in flight or mapped. It resets the device, idle as it is
-            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise DeviceBusy(name, what, node, []) from None
+        node = self._describe(name).node
+        if node is not None and (who := holders(node)):
+            raise DeviceHeld(name, what, node, who)
+        if node is None and (uses := users(f"{self._bus}/devices/{name}", self._dev)):
+            hint = "end that first; forcing this takes it away all the same, and what was not written is lost"
+            raise DeviceBusy(what, device=name, why="; ".join(uses), hint=hint)
 
     def _describe(self, name: str) -> BusDevice:
         folder = f"{self._bus}/devices/{name}"

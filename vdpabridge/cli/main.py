@@ -106,7 +106,10 @@ def _bind(parser: argparse.ArgumentParser) -> None:
 
 
 def _force(parser: argparse.ArgumentParser) -> None:
-    text = "do it although a process has the node open: blocks all vDPA commands on this machine until it lets go"
+    text = (
+        "do it although somebody uses the device. A process that has the node open blocks all vDPA commands on this "
+        "machine until it lets go; a mounted disk or a network interface is taken away at once"
+    )
     parser.add_argument("--force", action="store_true", help=text)
 
 
@@ -193,8 +196,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         _show,
     ),
     "add": ("commands:add", "make a device", _add),
-    "del": ("commands:delete", "delete a device; refused while a process has its node open", _delete),
-    "bind": ("commands:bind", "hand a device to another driver; refused while a process has its node open", _bind),
+    "del": ("commands:delete", "delete a device; refused while somebody uses it", _delete),
+    "bind": ("commands:bind", "hand a device to another driver; refused while somebody uses it", _bind),
     "serve": ("serve:serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
     "demo": ("demo:demo", "show a device's state going from one process into another; needs no root", _nothing),
     "status": ("remote:status", "ask a 'serve --control' what its device is and does", _control),
