@@ -72,3 +72,10 @@ def test_the_generated_module_is_what_the_generator_writes(tmp_path):
     _libc_build.write(tmp_path / "_libc.py")
     checked_in = _libc_build.Path(_libc_build.__file__).with_name("_libc.py")
     assert (tmp_path / "_libc.py").read_text() == checked_in.read_text()
+
+
+def test_a_guests_memory_is_not_in_core_dumps():
+    with GuestMemory(1 << 20) as memory, open("/proc/self/smaps", encoding="ascii", errors="replace") as smaps:
+        area = smaps.read().split(f"\n{memory.mapping.address:08x}-", 1)[1]
+        flags = next(line for line in area.splitlines() if line.startswith("VmFlags:"))
+    assert "dd" in flags.split()

@@ -14,6 +14,7 @@ __all__ = ["write"]
 DECLARATIONS = """
 void *mmap(void *address, size_t length, int protection, int flags, int fd, int64_t offset);
 int munmap(void *address, size_t length);
+int madvise(void *address, size_t length, int advice);
 long syscall(long number, ...);
 struct iocb {
     uint64_t aio_data;

@@ -56,9 +56,14 @@ def memory_file(name: str, size_bytes: int, *, sealed: bool = False) -> int:
     return fd
 
 
+#: include/uapi/asm-generic/mman-common.h
+_MADV_DONTDUMP = 16
+
+
 class SharedMapping:
     """``size_bytes`` of file ``fd`` from ``offset``, mapped shared. ``fd`` is borrowed; the mapping outlives it.
 
+    It is left out of this process's core dumps: it is a guest's, with the guest's secrets, and of the guest's size.
     `address` is where it lies in this process; `view` reads and writes it. Raises OSError as mmap(2) does. Do not use
     `view`, or a slice of it, after `close`.
     """
@@ -70,6 +75,7 @@ class SharedMapping:
         pointer = libc.mmap(ffi.NULL, size_bytes, protection, mmap.MAP_SHARED, fd, offset)
         if int(ffi.cast("intptr_t", pointer)) == -1:
             raise OSError(ffi.errno, f"mmap of {size_bytes} bytes at {offset}: {os.strerror(ffi.errno)}")
+        libc.madvise(pointer, size_bytes, _MADV_DONTDUMP)
         self.size_bytes = size_bytes
         self.address = int(ffi.cast("uintptr_t", pointer))
         self.view = memoryview(ffi.buffer(pointer, size_bytes))

@@ -2,11 +2,12 @@
 
 import mmap
 import os
+import resource
 
 import pytest
 
 from vdpabridge.bus import Bus, BusError, DeviceBusy, NoSuchDevice
-from vdpabridge.bus.events import BusEvent, parse_uevent
+from vdpabridge.bus.events import BusEvent, BusEvents, parse_uevent
 from vdpabridge.errors import VdpaBridgeError
 
 
@@ -127,3 +128,26 @@ def test_an_interface_that_is_up(sysfs, tmp_path):
     with pytest.raises(DeviceBusy, match=r"network interface eth0 is up \("):
         sysfs.check_idle("a1", "delete")
     sysfs.check_idle("a1", "delete", force=True)
+
+
+def test_a_name_that_is_not_ascii(sysfs, tmp_path):
+    (tmp_path / "bus/vdpa/devices/gerät").mkdir()
+    (tmp_path / "bus/vdpa/devices/gerät/driver_override").touch()
+    with pytest.raises(VdpaBridgeError, match="the driver did not take it"):
+        sysfs.bind("gerät", "vhost_vdpa")
+    assert (tmp_path / "bus/vdpa/drivers_probe").read_text(encoding="utf-8") == "gerät"
+
+
+def test_events_with_many_descriptors_open():
+    """select(2) knows no descriptor above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+    try:
+        with BusEvents() as events:
+            assert events.fileno() > 1023
+            assert events.next(timeout_s=0.01) is None
+    finally:
+        for fd in many:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

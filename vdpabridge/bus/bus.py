@@ -148,8 +148,8 @@ class Bus:
     def _write(self, name: str, file: str, text: str, what: str) -> None:
         path = f"{self._bus}/{file}"
         try:
-            with open(path, "w", encoding="ascii") as attribute:
-                attribute.write(text)
+            with open(path, "wb", buffering=0) as attribute:
+                attribute.write(os.fsencode(text))
         except OSError as error:
             hint = "be root" if error.errno in (errno.EACCES, errno.EPERM) else "the kernel log may say why"
             why = f"{os.strerror(error.errno or 0)} ({path})"
