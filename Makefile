@@ -12,8 +12,8 @@ export VDPABRIDGE_PYTHON VDPABRIDGE_ALLOW_SKIPS
 PYTHON := "$(VDPABRIDGE_PYTHON)"
 RUN := vm-images/run
 KERNELS := 6.12 6.1 newest
-# without a machine to boot (exit code 3) nothing is tested, which has to be allowed
-SKIPPABLE = || { code=$$?; [ $$code = 3 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
+# without a machine to boot (exit code 121) nothing is tested, which has to be allowed
+SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
 SHARED_DISK := vdpa_sim_blk.shared_backend=1
 
 # how long CI lets the fuzzer try

@@ -18,7 +18,8 @@ class KtapReporter:
         self._number = 0
         self._phases = {}
         self._writer = None
-        self.totals = dict.fromkeys(("pass", "fail", "skip", "error"), 0)
+        self._planned = 0
+        self.totals = dict.fromkeys(("pass", "fail", "xfail", "xpass", "skip", "error"), 0)
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config):
@@ -29,7 +30,8 @@ class KtapReporter:
         self._say("KTAP version 1")
 
     def pytest_collection_finish(self, session):
-        self._say(f"1..{len(session.items)}")
+        self._planned = len(session.items)
+        self._say(f"1..{self._planned}")
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -44,7 +46,7 @@ class KtapReporter:
         if report.when != "teardown":
             return
         self._number += 1
-        name = report.nodeid.removeprefix("tests/").replace("#", "-")
+        name = one_line(report.nodeid.removeprefix("tests/").replace("#", "-"))
         failed = [phase for phase in phases if phase.failed]
         skipped = [phase for phase in phases if phase.skipped]
         for phase in failed:
@@ -54,9 +56,13 @@ class KtapReporter:
         duration_s = sum(phase.duration for phase in phases)
         if failed:
             self._count("fail", f"not ok {self._number} {name}")
+        elif skipped and hasattr(skipped[0], "wasxfail"):
+            self._count("xfail", f"ok {self._number} {name} # XFAIL {one_line(skipped[0].wasxfail)}")
         elif skipped:
-            reason = skipped[0].longrepr[2].removeprefix("Skipped: ")
+            reason = one_line(skipped[0].longrepr[2].removeprefix("Skipped: "))
             self._count("skip", f"ok {self._number} {name} # SKIP {reason}")
+        elif any(hasattr(phase, "wasxfail") for phase in phases):
+            self._count("xpass", f"ok {self._number} {name} # XPASS")
         else:
             self._count("pass", f"ok {self._number} {name}" + (f" # {duration_s:.1f} s" if duration_s > 1 else ""))
 
@@ -64,12 +70,11 @@ class KtapReporter:
         """Say the totals; the exit code for pytest's ``status``."""
         totals = self.totals
         if self._writer:
-            self._say(
-                f"# Totals: pass:{totals['pass']} fail:{totals['fail']} xfail:0 xpass:0 "
-                f"skip:{totals['skip']} error:{totals['error']}"
-            )
+            if self._number < self._planned:
+                self._say(f"Bail out! {self._planned - self._number} tests were not run")
+            self._say("# Totals: " + " ".join(f"{kind}:{count}" for kind, count in totals.items()))
         ended_well = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
-        if not ended_well or totals["fail"] or totals["error"]:
+        if not ended_well or totals["fail"] or totals["error"] or self._number < self._planned:
             return FAIL
         return PASS if totals["pass"] else SKIP
 
@@ -87,6 +92,11 @@ class KtapReporter:
 
     def _say(self, text):
         self._writer.line(text, flush=True)
+
+
+def one_line(text):
+    """``text`` in a line: what a reader of KTAP takes for a result must be one."""
+    return " ".join(text.split())
 
 
 def main(arguments):

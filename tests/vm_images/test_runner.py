@@ -1,14 +1,17 @@
 """Real machines that finish, fail, hang and panic. They boot the default kernel, which is built where it is missing."""
 
 import contextlib
+import fcntl
 import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from vmimages import runner
 from vmimages.host import HostError
 from vmimages.kernel import DEFAULT_KERNEL, kernel
 from vmimages.outcome import Outcome
@@ -103,3 +106,90 @@ def children_of(pid):
 def test_a_machine_that_ends_by_itself(bootable):
     result, _ = boot(bootable, "echo o > /proc/sysrq-trigger; sleep 60", time_limit_s=60)
     assert (result.outcome, result.exit_code) == (Outcome.NO_GUEST, 126)
+
+
+# --- nothing runs, and that is no success ---
+
+
+def vm(*words, **options):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "vm-images")}
+    command = [sys.executable, "-m", "vmimages", *words]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, check=False, **options)
+
+
+def test_a_payload_that_does_not_fit(bootable, tmp_path):
+    (tmp_path / "large").write_bytes(os.urandom(1 << 20) * 300)
+    result, output = boot(bootable, "echo never", extra=[tmp_path / "large"], memory_mib=256)
+    assert (result.outcome, result.exit_code, output) == (Outcome.PANIC, 125, "")
+    assert "does not fit into this machine: give it more memory" in result.kernel_log
+
+
+def test_a_suite_that_does_not_say_what_it_tested(bootable):
+    done = vm(DEFAULT_KERNEL, "--", "true", "tests.ktap", stdout=subprocess.DEVNULL)
+    assert done.returncode == 122
+    assert "without having tested anything" in done.stderr
+
+
+def test_output_that_nobody_takes(bootable):
+    with open("/dev/full", "wb") as full:
+        done = vm(DEFAULT_KERNEL, "--", "echo", "x", stdout=full)
+    assert (done.returncode, done.stderr) == (122, "vm-images: the output cannot be written: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = vm(DEFAULT_KERNEL, "--", "yes", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (122, "vm-images: the output cannot be written: Broken pipe\n")
+
+
+def test_the_time_limit_does_not_wait_for_a_reader(bootable):
+    reader, writer = os.pipe()
+    begin_s = time.monotonic()
+    done = vm(DEFAULT_KERNEL, "--time-limit", "12", "--", "yes", stdout=writer)
+    assert time.monotonic() - begin_s < 60
+    os.close(reader)
+    os.close(writer)
+    assert done.returncode == 124
+
+
+def test_a_log_that_cannot_be_kept_does_not_change_the_result(bootable):
+    done = vm(DEFAULT_KERNEL, "--kernel-log", "/dev/full", "--", "sh", "-c", "exit 7", stdout=subprocess.DEVNULL)
+    assert done.returncode == 7
+    assert "the kernel's log is lost" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--env", "$(touch /tmp/x)=y"],
+        ["--env", "1A=b"],
+        ["--env", "nothing"],
+        ["--time-limit", "0"],
+        ["--memory", "1"],
+        [DEFAULT_KERNEL, "--config", "/dev/null"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_usage_is_not_the_commands_exit_code(words):
+    assert vm(*words).returncode == 120
+
+
+def test_what_a_killed_run_has_left_is_removed(bootable, monkeypatch):
+    # a socket's path has to be short
+    with tempfile.TemporaryDirectory(prefix="t-") as name:
+        monkeypatch.setattr(runner, "_short_folder", lambda: name)
+        for kind in ("killed", "alive"):
+            folder = Path(name) / f"vdpabridge-vm-{kind}"
+            folder.mkdir()
+            (folder / "lock").touch()
+        with (Path(name) / "vdpabridge-vm-alive/lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            result, _ = boot(bootable, "true")
+        assert result.exit_code == 0
+        assert os.listdir(name) == ["vdpabridge-vm-alive"]
+
+
+def test_hidden_files_that_were_asked_for_are_there(bootable, tmp_path):
+    (tmp_path / "folder/.hidden").mkdir(parents=True)
+    (tmp_path / "folder/.hidden/file").write_text("seen")
+    _, output = boot(bootable, "cat /run/payload/with/folder/.hidden/file", extra=[tmp_path / "folder"])
+    assert output == "seen"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from ..errors import VdpaBridgeError
 from ..holders import holders
@@ -20,6 +21,8 @@ __all__ = ["DRIVERS", "Bus", "BusDevice"]
 #: The drivers of the bus: the device's user is a process, or this kernel itself.
 DRIVERS = ("vhost_vdpa", "virtio_vdpa")
 
+#: For udev's own looks, which take a moment.
+_PROBING_S = 2.0
 _NO_BUS = "'modprobe vdpa' loads it, and the module of the device's parent (vdpa_sim_blk, mlx5_vdpa, vduse ...)"
 
 
@@ -118,9 +121,18 @@ class Bus:
         node = self._describe(name).node
         if node is not None and (who := holders(node)):
             raise DeviceHeld(name, what, node, who)
-        if node is None and (uses := users(f"{self._bus}/devices/{name}", self._dev)):
+        if node is None and (uses := self._lasting_users(name)):
             hint = "end that first; forcing this takes it away all the same, and what was not written is lost"
             raise DeviceBusy(what, device=name, why="; ".join(uses), hint=hint)
+
+    def _lasting_users(self, name: str) -> list[str]:
+        """Those of device ``name`` that stay: udev looks into a disk that is new."""
+        end_s = time.monotonic() + _PROBING_S
+        while uses := users(f"{self._bus}/devices/{name}", self._dev):
+            if time.monotonic() >= end_s:
+                break
+            time.sleep(0.02)
+        return uses
 
     def _describe(self, name: str) -> BusDevice:
         folder = f"{self._bus}/devices/{name}"

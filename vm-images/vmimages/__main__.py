@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .cache import cache_root
 from .host import HostError
 from .kernel import DEFAULT_KERNEL, KERNELS, kernel
 from .rootfs import rootfs
-from .runner import run
+from .runner import Outcome, OutputLost, run
 
-#: Exit code where there is nothing to boot.
-NO_IMAGE = 3
+#: Exit codes that no command has: wrong usage, nothing to boot.
+USAGE, NO_IMAGE = 120, 121
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SUITE = ["python3", "-m", "tests.ktap", "tests/vm"]
+KTAP = "tests.ktap"
+SUITE = ["python3", "-m", KTAP, "tests/vm"]
+#: The suite's last line.
+TOTALS = re.compile(rb"^# Totals: pass:[1-9]", re.MULTILINE)
+MEMORY_MIB_MIN = 256
 #: One RAM disk behind every simulated block device, as a migration's source and destination need it (6.12 and later).
 KERNEL_ARGUMENTS = "vdpa_sim_blk.shared_backend=1"
 
 
 def main() -> int:
-    """Parse the command line; the exit code is the command's, or one of `runner.Outcome`'s (2: usage, 3: no image)."""
-    parser = argparse.ArgumentParser(
+    """Parse the command line; the exit code is the command's, one of `runner.Outcome`'s, or one of those above."""
+    parser = _Parser(
         prog="vm-images/run",
         usage="%(prog)s [options] [KERNEL] [-- COMMAND ...]",
         description="Boot a kernel in QEMU, with Debian and this checkout in it, and run a command there as root.",
-        epilog="exit code: the command's own; 123 the kernel warned, 124 time limit, 125 it panicked, "
-        "126 the machine ended early, 3 nothing to boot",
+        epilog="exit code: the command's own; 120 wrong usage, 121 nothing to boot, 122 no verdict (the suite did not "
+        "say what it tested, or nobody took the output), 123 the kernel warned, 124 time limit, 125 it panicked, "
+        "126 the machine ended early",
     )
     names = ", ".join(KERNELS)
     parser.add_argument(
@@ -61,6 +68,10 @@ def main() -> int:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words = parser.parse_args(sys.argv[1:split])
     command = sys.argv[split + 1 :] or SUITE
+    if words.time_limit <= 0 or words.memory < MEMORY_MIB_MIN:
+        parser.error(f"the time limit is above 0, and the memory is at least {MEMORY_MIB_MIN} MiB")
+    if words.config is not None and words.kernel in KERNELS:
+        parser.error(f"--config is for a source tree: {words.kernel} has the configuration here")
     try:
         bootable = kernel(words.kernel, extra_config=words.config, refresh=words.refresh)
         if words.build_only:
@@ -76,6 +87,9 @@ def main() -> int:
             environment=dict(words.env),
             extra=words.extra,
         )
+    except OutputLost as error:
+        print(f"vm-images: {error}", file=sys.stderr)
+        return Outcome.NO_VERDICT.value
     except (HostError, OSError, ValueError) as error:
         print(f"vm-images: {error}", file=sys.stderr)
         return NO_IMAGE
@@ -85,21 +99,33 @@ def main() -> int:
     _keep_log(words.kernel_log, bootable.name, result.kernel_log)
     if result.why:
         print(f"vm-images: {bootable.name}: {result.why}", file=sys.stderr)
+    if KTAP in command and result.exit_code == 0 and not TOTALS.search(result.output_end):
+        print(f"vm-images: {bootable.name}: the suite ended well without having tested anything", file=sys.stderr)
+        return Outcome.NO_VERDICT.value
     return result.exit_code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, with an exit code that no command is likely to have."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
 def _keep_log(file: Path | None, name: str, log: str) -> None:
-    """Keep what the guest's kernel said in ``file``, or where the last run's is kept."""
+    """Keep what the guest's kernel said in ``file``, or where the last run's is kept. The result counts in any case."""
     if file is None:
-        folder = cache_root() / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{Path(name).name}.log"
-    file.write_text(log)
+        file = cache_root() / "logs" / f"{Path(name).name}.log"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(log)
+    except OSError as error:
+        print(f"vm-images: the kernel's log is lost: {error}", file=sys.stderr)
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not name or not equals:
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
 

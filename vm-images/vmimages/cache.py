@@ -9,19 +9,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["cache_root", "cached", "content_key", "forget", "locked"]
+__all__ = ["cache_root", "cached", "content_key", "locked", "write_whole"]
 
 
 def cache_root() -> Path:
     """The directory everything is cached in: ``$VDPABRIDGE_CACHE``, or ``vdpabridge`` under the XDG cache directory."""
     override = os.environ.get("VDPABRIDGE_CACHE")
-    root = Path(override or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdpabridge")
-    if any(character in str(root) for character in " ,"):
-        # kernels do not build below a path with a space, and QEMU splits its options at commas
-        raise ValueError(f"{root}: the cache's path must have no space and no comma: set VDPABRIDGE_CACHE")
+    root = Path(override or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdpabridge").absolute()
+    if any(character in str(root) for character in " ,:"):
+        # kernels do not build below a path with a space or a colon, and QEMU splits its options at commas
+        raise ValueError(f"{root}: the cache's path must have no space, comma or colon: set VDPABRIDGE_CACHE")
     return root
 
 
@@ -35,34 +35,62 @@ def content_key(*parts: str | bytes | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(kind: str, key: str, build: Callable[[Path], dict[str, str]]) -> Path:
+def cached(
+    kind: str, key: str, build: Callable[[Path], dict[str, str]], *, has: Sequence[str], again: bool = False
+) -> Path:
     """Return the finished directory of ``kind``/``key``, calling ``build`` to fill it when it is not there.
 
-    ``build`` gets an empty directory and returns facts that are kept in ``facts.json`` beside its result. The
-    directory is renamed into place only when ``build`` returned, and a lock makes a second caller wait, so an
-    interrupted or concurrent build never leaves half an entry.
+    ``build`` gets an empty directory and returns facts that are kept in ``facts.json`` beside its result; ``has`` are
+    files that belong to it: an entry that lacks one is made again. ``again``: so is one that lacks nothing, which stays
+    until there is another. The directory is renamed into place only when ``build`` returned, and a lock makes a second
+    caller wait, so an interrupted or concurrent build never leaves half an entry.
     """
     entry = cache_root() / kind / key
-    if (entry / "facts.json").exists():
+
+    def whole() -> bool:
+        return all((entry / name).exists() for name in ("facts.json", *has))
+
+    if whole() and not again:
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
     with locked(entry.parent / f".{key}.lock"):
-        if (entry / "facts.json").exists():
+        if whole() and not again:
             return entry
+        for left in entry.parent.glob(f".{key}.*/"):
+            # whoever made it was killed: it would hold the lock
+            shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=entry.parent))
         try:
             facts = build(work)
             (work / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
             work.chmod(0o755)
-            work.rename(entry)
+            _put_in_place(work, entry)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return entry
 
 
-def forget(kind: str, key: str) -> None:
-    """Drop an entry, so that it is built again."""
-    shutil.rmtree(cache_root() / kind / key, ignore_errors=True)
+def _put_in_place(work: Path, entry: Path) -> None:
+    if entry.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+        entry.rename(old / "old")
+        work.rename(entry)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        work.rename(entry)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to file ``path``, which is there whole or as it was before, also on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", prefix=f".{path.name}.", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ _RECIPE = "1"
 
 def newest_headers() -> Path:
     """An include folder (has ``linux/vhost.h``); fetched on first use."""
-    return cached("headers", content_key(_PACKAGE, _RECIPE), _build) / "include"
+    return cached("headers", content_key(_PACKAGE, _RECIPE), _build, has=["include/linux"]) / "include"
 
 
 def _build(work: Path) -> dict[str, str]:

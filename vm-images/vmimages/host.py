@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,19 +75,27 @@ def as_root() -> list[str]:
 
 def command(words: Sequence[str | os.PathLike[str]], *, cwd: Path | None = None) -> str:
     """Run a command, return its standard output; a failure carries the last lines that it printed."""
-    done = subprocess.run(
+    with subprocess.Popen(
         words,
         cwd=cwd,
         env=os.environ | {"PATH": _PATH},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    if done.returncode:
-        tail = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-15:])
-        raise HostError(f"{' '.join(str(word) for word in words)}: exit {done.returncode}\n  {tail}")
-    return done.stdout
+        process_group=0,
+    ) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            # with all that it has started: a compiler would go on for minutes, in a folder that is not there any more
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    if process.returncode:
+        tail = "\n  ".join((errors or output).strip().splitlines()[-15:])
+        raise HostError(f"{' '.join(str(word) for word in words)}: exit {process.returncode}\n  {tail}")
+    return output
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import cache_root, cached, content_key, forget
+from .cache import cache_root, cached, content_key, locked
 from .debian import download, newest_package
 from .host import BUILD_KERNEL, HostError, command, need, step
 
@@ -26,6 +28,8 @@ KERNELS = {
 DEFAULT_KERNEL = "6.12"
 
 
+#: What no test kernel is without.
+_NEEDED = re.compile(r"CONFIG_(VDPA|VHOST_VDPA|VIRTIO_VDPA)")
 #: What a build leaves in a tree.
 _BUILD_PRODUCTS = (
     *(
@@ -60,14 +64,17 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
     """
     path = Path(what)
     if what in KERNELS:
+        if extra_config is not None:
+            raise HostError(f"--config is for a source tree: {what} is Debian's source, with the configuration here")
         key = f"{what}-{content_key(KERNELS[what], FRAGMENT, RECIPE)}"
-        if refresh:
-            forget("kernel", key)
-        entry = cached("kernel", key, lambda work: _from_debian(what, work))
+        files = ("bzImage", "headers/include/linux")
+        entry = cached("kernel", key, lambda work: _from_debian(what, work), has=files, again=refresh)
         return Kernel(entry / "bzImage", entry / "headers", what)
     if (path / "Kbuild").exists() and (path / "Makefile").exists():
         return _from_tree(path.resolve(), extra_config)
     if path.is_file():
+        if extra_config is not None:
+            raise HostError(f"--config is for a source tree, and {what} is built already")
         return Kernel(path.resolve(), None, what)
     raise HostError(f"{what}: not a kernel name ({', '.join(KERNELS)}), not a kernel source tree and not a bzImage")
 
@@ -100,7 +107,7 @@ def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
     place = cache_root() / "tree" / content_key(str(tree), FRAGMENT)
     source, build = place / "source", place / "build"
     source.mkdir(parents=True, exist_ok=True)
-    with step(f"building {tree}"):
+    with locked(place / ".lock"), step(f"building {tree}"):
         # a copy without what was built in the tree itself: kbuild refuses to build a used tree elsewhere
         leave_out = [f"--exclude={pattern}" for pattern in _BUILD_PRODUCTS]
         command(["rsync", "-a", "--delete", *leave_out, f"{tree}/", f"{source}/"])
@@ -118,13 +125,30 @@ def _build(tree: Path, build: Path, *extra_config: Path) -> None:
     command([*merge, FRAGMENT, *extra_config], cwd=tree)
     command([*make, "olddefconfig"], cwd=tree)
     for fragment in (FRAGMENT, *extra_config):
-        _check_config(fragment, (build / ".config").read_text())
+        _check_config(fragment, (build / ".config").read_text(), tree)
     command([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
 
 
-def _check_config(fragment: Path, config: str) -> None:
-    """Kconfig drops what has an unmet dependency without a word; a test kernel without vdpa_sim helps nobody."""
-    wanted = [line for line in fragment.read_text().splitlines() if line.endswith("=y")]
+def _check_config(fragment: Path, config: str, tree: Path) -> None:
+    """Kconfig drops what has an unmet dependency without a word; a test kernel without vdpa_sim helps nobody.
+
+    What the tree has never heard of, or not any more, is told: who needs it notices.
+    """
+    lines = [line.strip() for line in fragment.read_text().splitlines()]
+    # CONFIG_X=n, or that it is not set, is granted where nobody has heard of X
+    wanted = [line for line in lines if line.startswith("CONFIG_") and "=" in line and not line.endswith("=n")]
     got = set(config.splitlines())
-    if dropped := [line for line in wanted if line not in got]:
-        raise HostError(f"this kernel cannot have {', '.join(dropped)} of {fragment}: a dependency is missing")
+    dropped = [line for line in wanted if line not in got]
+    if not dropped:
+        return
+    known = _symbols(tree)
+    fatal = [line for line in dropped if _NEEDED.match(line) or line.partition("=")[0] in known]
+    if fatal:
+        raise HostError(f"this kernel cannot have {', '.join(fatal)} of {fragment}: a dependency is missing")
+    print(f"vm-images: this kernel does not know {', '.join(dropped)} of {fragment}", file=sys.stderr, flush=True)
+
+
+def _symbols(tree: Path) -> set[str]:
+    """Every symbol that the tree's Kconfig files declare."""
+    words: list[str | Path] = ["grep", "-rhoE", r"^[[:space:]]*(menu)?config [A-Za-z0-9_]+", "--include=Kconfig*", tree]
+    return {f"CONFIG_{line.split()[-1]}" for line in command(words).splitlines()}

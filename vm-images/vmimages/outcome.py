@@ -23,6 +23,8 @@ class Outcome(enum.Enum):
     """The command ended well, and the guest's kernel had something to complain about (a WARNING, a hung task ...)."""
     NO_GUEST = 126
     """The machine ended without a panic and without the command having ended."""
+    NO_VERDICT = 122
+    """The suite ended well without saying what it has tested, or its output could not be handed on."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Result:
     why: str
     """One paragraph for a person; empty when the command ended."""
     elapsed_s: float
+    output_end: bytes = b""
+    """The last of what the command said."""
 
     @property
     def exit_code(self) -> int:
@@ -45,7 +49,9 @@ class Result:
 
 
 _COMPLAINT = re.compile(
-    r"^.*(WARNING: |BUG: |INFO: task .* blocked|refcount_t: |UBSAN: |sleeping function).*$", re.MULTILINE
+    r"^.*(WARNING: |BUG: |Oops: |general protection fault|INFO: task .* blocked|detected stall|refcount_t: |UBSAN: "
+    r"|sleeping function).*$",
+    re.MULTILINE,
 )
 _PANIC = re.compile(r"^.*(Kernel panic|BUG:|Oops:|general protection fault).*$", re.MULTILINE)
 

@@ -40,13 +40,20 @@ def write_payload(
             if (repository / name).exists():
                 archive.add(repository / name, f"tree/{name}", filter=_for_guest)
         for path in _distinct(extra):
-            archive.add(path, f"with/{path.name}", filter=_for_guest)
+            # all of it: somebody asked for just this
+            archive.add(path, f"with/{path.name}", filter=_as_roots)
         for module in MODULES:
             path = _module_path(module)
             archive.add(path, f"modules/{path.name}", filter=_for_guest)
-        info = tarfile.TarInfo("command")
-        info.size = len(script.encode())
-        archive.addfile(info, io.BytesIO(script.encode()))
+        _add_text(archive, "command", script)
+        # the guest runs nothing without it: what is cut off must not be taken for a suite without failures
+        _add_text(archive, "complete", "")
+
+
+def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(text.encode())
+    archive.addfile(info, io.BytesIO(text.encode()))
 
 
 def _distinct(paths: Sequence[Path]) -> list[Path]:
@@ -61,10 +68,13 @@ def _distinct(paths: Sequence[Path]) -> list[Path]:
 
 
 def _for_guest(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """``info`` as root's and readable for all, whatever this checkout's owner and umask; None for caches."""
+    """As `_as_roots`; None for caches."""
     name = os.path.basename(info.name)
-    if name == "__pycache__" or (name.startswith(".") and info.isdir()):
-        return None
+    return None if name == "__pycache__" or (name.startswith(".") and info.isdir()) else _as_roots(info)
+
+
+def _as_roots(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """``info`` as root's and readable for all, whatever this checkout's owner and umask."""
     info.uid = info.gid = 0
     info.mode |= 0o555 if info.isdir() or info.mode & 0o100 else 0o444
     return info

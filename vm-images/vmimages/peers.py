@@ -65,7 +65,7 @@ def peers() -> Peers:
     """The programs; extracted on first use, in less than a second. Builds the root file system where there is none."""
     image = rootfs()
     key = content_key(image.parent.name, RECIPE)
-    return Peers(cached("peers", key, lambda work: _extract(image, work)) / "tree")
+    return Peers(cached("peers", key, lambda work: _extract(image, work), has=[f"tree/{_LOADER}"]) / "tree")
 
 
 def _extract(image: Path, work: Path) -> dict[str, str]:

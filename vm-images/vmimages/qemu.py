@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cache import cache_root
+from .cache import cache_root, write_whole
 
 __all__ = ["Machine", "accelerator"]
 
@@ -64,10 +65,13 @@ def accelerator(kernel: Path) -> str:
         return emulation
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     verdict = cache_root() / f"kvm-{boot_id}"
-    if not verdict.exists():
-        cache_root().mkdir(parents=True, exist_ok=True)
-        verdict.write_text("kvm" if _boots_on_kvm(kernel) else emulation)
-    return verdict.read_text()
+    known = verdict.read_text() if verdict.exists() else ""
+    if known not in ("kvm", emulation):
+        known = "kvm" if _boots_on_kvm(kernel) else emulation
+        # where it cannot be kept it is found out again next time
+        with contextlib.suppress(OSError):
+            write_whole(verdict, known)
+    return known
 
 
 def _boots_on_kvm(kernel: Path) -> bool:

@@ -30,7 +30,7 @@ SPARE_BYTES = 512 << 20
 def rootfs() -> Path:
     """The image; built on first use."""
     key = content_key(SUITE, "\n".join(PACKAGES), INIT, RECIPE)
-    return cached("rootfs", key, _build) / "root.ext4"
+    return cached("rootfs", key, _build, has=["root.ext4"]) / "root.ext4"
 
 
 def _build(work: Path) -> dict[str, str]:

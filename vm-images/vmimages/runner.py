@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
+import select
 import selectors
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -21,7 +26,10 @@ from .payload import write_payload
 from .qemu import Machine, accelerator
 from .rootfs import rootfs
 
-__all__ = ["Outcome", "Result", "run"]
+__all__ = ["Outcome", "OutputLost", "Result", "run"]
+
+_PREFIX = "vdpabridge-vm-"
+_END_BYTES = 4096
 
 
 def run(
@@ -42,12 +50,13 @@ def run(
     Output (standard output and error together) is copied to ``output``, by default this process's standard output,
     as it comes. The guest is thrown away afterwards. Interrupting the call ends the machine too.
 
-    Raises `HostError` where QEMU or an image is missing and cannot be made.
+    Raises `HostError` where QEMU or an image is missing and cannot be made, `OutputLost` where ``output`` takes no
+    more.
     """
     need(RUN)
     root = rootfs()
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdpabridge-vm-", dir=_short_folder())))
+        scratch = stack.enter_context(_scratch())
         write_payload(scratch / "payload.tar", repository, command, environment or {}, extra)
         machine = Machine(
             kernel=kernel.image,
@@ -72,13 +81,29 @@ def run(
         )
         stack.callback(qemu.kill)
         begin_s = time.monotonic()
-        _attend(qemu, ports, begin_s + time_limit_s)
+        ports.end_s = begin_s + time_limit_s
+        _attend(qemu, ports, ports.end_s)
         elapsed_s = time.monotonic() - begin_s
         said = (
             qemu.stdout.read().decode(errors="replace").strip() if qemu.returncode is not None and qemu.stdout else ""
         )
         log = machine.console.read_text(errors="replace") if machine.console.exists() else ""
-        return judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s)
+        return replace(judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s), output_end=ports.output_end)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for this run. Those that runs have left which were killed are removed: nobody has them locked."""
+    parent = Path(_short_folder() or tempfile.gettempdir())
+    for left in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError), (left / "lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+        scratch = Path(name)
+        with (scratch / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield scratch
 
 
 def _short_folder() -> str | None:
@@ -97,11 +122,18 @@ def _attend(qemu: subprocess.Popen[bytes], ports: _Ports, end_s: float) -> None:
             return
 
 
+class OutputLost(RuntimeError):
+    """What the guest says cannot be handed on."""
+
+
 class _Ports:
     """The two sockets that QEMU connects the guest's ports to: output is copied to ``sink``, status is kept."""
 
     def __init__(self, machine: Machine, sink: BinaryIO) -> None:
         self.status = b""
+        self.end_s = math.inf
+        """When to stop waiting for a reader of the output too."""
+        self.output_end = b""
         self._sink = sink
         self._selector = selectors.DefaultSelector()
         self._sockets: list[socket.socket] = []
@@ -124,11 +156,30 @@ class _Ports:
             elif not (chunk := os.read(key.fd, 65536)):
                 self._selector.unregister(key.fileobj)
             elif port == "output":
-                self._sink.write(chunk)
-                self._sink.flush()
+                self.output_end = (self.output_end + chunk)[-_END_BYTES:]
+                self._hand_on(chunk)
             else:
                 self.status += chunk
         return bool(events)
+
+    def _hand_on(self, chunk: bytes) -> None:
+        try:
+            fd = self._sink.fileno()
+        except OSError:
+            # in memory: it takes everything
+            self._sink.write(chunk)
+            return
+        room = select.poll()
+        room.register(fd, select.POLLOUT)
+        while chunk:
+            left_s = min(self.end_s - time.monotonic(), 3600.0)
+            if left_s <= 0 or not room.poll(left_s * 1000):
+                return
+            try:
+                # a pipe with room takes so much at once
+                chunk = chunk[os.write(fd, chunk[: select.PIPE_BUF]) :]
+            except OSError as error:
+                raise OutputLost(f"the output cannot be written: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self
