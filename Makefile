@@ -19,7 +19,7 @@ SHARED_DISK := vdpa_sim_blk.shared_backend=1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: demo bench fuzz test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%) test-pinned
+.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%) test-pinned
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -53,6 +53,10 @@ bench: image-6.12
 fuzz:
 	corpus=$$(mktemp -d) && trap 'rm -rf "$$corpus"' EXIT && "$$(.ci/environment fuzz)" -m tests.fuzz -max_total_time=$(FUZZ_S) \
 		-max_len=600 -verbosity=0 -artifact_prefix=tests/fuzz/regressions/found- "$$corpus" tests/fuzz/regressions
+
+# one mistake at a time in a copy of the code: does a test notice? Takes some twenty minutes
+mutations:
+	$(PYTHON) -m tests.mutations
 
 # the package as its users have it: installed alone, used without root
 test-install:
