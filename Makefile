@@ -54,7 +54,7 @@ fuzz:
 	corpus=$$(mktemp -d) && trap 'rm -rf "$$corpus"' EXIT && "$$(.ci/environment fuzz)" -m tests.fuzz -max_total_time=$(FUZZ_S) \
 		-max_len=600 -verbosity=0 -artifact_prefix=tests/fuzz/regressions/found- "$$corpus" tests/fuzz/regressions
 
-# one mistake at a time in a copy of the code: does a test notice? Takes some twenty minutes
+# one mistake at a time in a copy of the code: does a test notice? Takes some minutes
 mutations:
 	$(PYTHON) -m tests.mutations
 

@@ -9,16 +9,18 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vdpabridge.abi.vhost_user import FrontendRequest as F
 from vdpabridge.abi.vhost_user_payloads import U64, Config
 from vdpabridge.control import methods
+from vdpabridge.control import server as control_server
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.lines import FDS_MAX
 from vdpabridge.control.methods import methods_of
-from vdpabridge.control.moving import move
+from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.server import ControlServer
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
@@ -348,6 +350,24 @@ def test_a_descriptor_belongs_to_the_request_that_it_came_with(tmp_path):
         work.finish()
 
 
+def test_a_descriptor_is_not_taken_by_a_line_before_its_own(tmp_path):
+    """Two requests and a descriptor in one message: it is the last one's."""
+    image = tmp_path / "image"
+    lines = [{"jsonrpc": "2.0", "id": number, "method": method} for number, method in ((1, "save"), (2, "save"))]
+    with serving(tmp_path) as those, image.open("wb") as file, socket.socket(socket.AF_UNIX) as client:
+        work = those.at_work()
+        client.settimeout(10)
+        client.connect(those.control)
+        socket.send_fds(client, ["".join(json.dumps(line) + "\n" for line in lines).encode()], [file.fileno()])
+        answers = b""
+        while answers.count(b"\n") < len(lines):
+            answers += client.recv(65536)
+        first, second = map(json.loads, answers.splitlines())
+        assert "no descriptor came with the request" in first["error"]["message"]
+        assert second["result"]["state_bytes"] > 1000
+        work.finish()
+
+
 def test_a_fifo_that_nobody_writes_to_is_no_trap(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -440,3 +460,50 @@ def test_the_protocol_is_written_down(tmp_path):
     with Sim.blk(DISK_BYTES) as device, Server(device, report=print) as server:
         names = set(methods_of(device, server, None))
     assert names == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+
+
+def test_a_move_that_fails_has_the_source_resume_while_its_caller_stays_connected(tmp_path):
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path) as those, serving(tmp_path / "b") as others:
+        work, source, destination = those.at_work(), those.client(), others.client()
+        others.at_work()
+        with pytest.raises(MoveFailed, match="not while the device is running") as caught:
+            move(source, destination)
+        assert caught.value.side == others.control
+        assert source.ask("status")["state"] == "running"
+        assert f"{those.control} is running; nothing was moved" in caught.value.hint
+        work.finish()
+
+
+def test_state_that_is_loaded_ends_a_move(tmp_path):
+    """There and back again: the source runs for its next front-end without being forced."""
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path) as those, serving(tmp_path / "b") as others:
+        one, other = those.client(), others.client()
+        front = those.front_end()
+        Lab(those._stack, front)
+        move(one, other)
+        with pytest.raises(ControlError, match="its state was moved to another device"):
+            one.ask("resume")
+        assert one.ask("status")["moved"] is True
+        front.reset()
+        reader, writer = os.pipe()
+        image = tmp_path / "image"
+        os.close(reader)
+        os.close(writer)
+        back = others.front_end()
+        Lab(others._stack, back)
+        other.ask("save", path=str(image))
+        one.ask("load", path=str(image))
+        assert (one.ask("status")["moved"], one.ask("status")["held"]) == (False, False)
+
+
+def test_nobody_elses_user_is_listened_to(tmp_path, monkeypatch):
+    with serving(tmp_path) as those:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                control_server, "credentials_of", lambda _: SimpleNamespace(pid=1, uid=os.geteuid() + 1, gid=0)
+            )
+            with pytest.raises(VdpaBridgeError, match=r"has ended|Broken pipe|reset by peer"):
+                those.client().ask("status")
+        assert those.client().ask("status")["state"] == "reset"

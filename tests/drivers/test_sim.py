@@ -1,5 +1,6 @@
 """The simulated device: held to the state table like every driver, and what it promises besides."""
 
+import json
 import os
 import struct
 import threading
@@ -19,6 +20,7 @@ from vdpabridge.device import (
     StatePhase,
 )
 from vdpabridge.drivers.sim import Faults, Sim
+from vdpabridge.drivers.sim.stream import encode
 from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, VdpaBridgeError
 from vdpabridge.memory import GuestMemory, SharedMapping, atomic_set_bit
 from vdpabridge.virtqueue import SplitQueue
@@ -236,7 +238,12 @@ def test_a_drain_that_does_not_end_is_a_deadline_and_the_device_goes_on():
         with pytest.raises(DeadlineExceeded, match="in flight still"):
             made.device.suspend()
         assert made.device.state is RunState.RUNNING
+        # also what comes only now: it does not go on draining
+        made.device.timeout_s = 5
+        made.device.faults.latency_s = 0
+        disk.write(2)
         disk.settle(disk.driver.drain())
+        assert disk.verify() == 2
 
 
 def test_in_flight_requests_survive_a_suspend_that_does_not_drain():
@@ -864,3 +871,14 @@ def test_it_is_idle_where_no_thread_works():
         made.device.resume()
         made.device._engine.failed = "a test says so"
         assert made.device.is_idle(), "one that died does nothing more"
+
+
+@pytest.mark.parametrize("at", [DISK_BYTES - 511, DISK_BYTES, 1 << 62])
+def test_state_with_content_outside_of_the_disk(at):
+    facts = json.dumps({"size_bytes": DISK_BYTES, "writeback": True, "in_memory": True}).encode()
+    stream = b"".join(encode(2, [facts, struct.pack("<Q", at) + bytes(512)]))
+    with (
+        Sim.blk(DISK_BYTES, timeout_s=5) as device,
+        pytest.raises(VdpaBridgeError, match="content outside of the disk"),
+    ):
+        load(device, stream)

@@ -234,7 +234,7 @@ def test_hundreds_of_queues_take_hundreds_of_requests():
     with opened(parent) as (kernel, device):
         device.accept_features(1 << 32)
         kernel.log.clear()
-        for index in range(count):
+        for index in [*range(count), *range(count)]:
             device.set_queue(index, QueueSetup(16, 0x1000, 0x2000, 0x3000))
         assert kernel.log.count("VHOST_VDPA_GET_VRING_GROUP") == count
         assert kernel.log.count("VHOST_VDPA_GET_VRING_DESC_GROUP") == count

@@ -276,6 +276,32 @@ def test_an_ordinary_stop_resets_nothing(more, queue_count, stop):
         assert working(sim) == list(range(queue_count))
 
 
+@pytest.mark.parametrize("more", [set(), {C.RESUME}, {C.RESUME, C.SETUP_WHILE_SUSPENDED}])
+def test_a_ring_goes_on_where_the_front_end_says(more):
+    """Where it was stopped, which is what a device that can resume does by itself; or anywhere else."""
+    with guest_of({C.SUSPEND, C.CONFIG_CALL} | more, 2) as sim, shared_file(MEMORY_BYTES) as file:
+        resets = type(sim)
+        with front_on(sim, file) as front:
+            for index in (0, 1):
+                ring(front, index, enable=False, base=7)
+            for index in (0, 1):
+                enable(front, index, 1)
+            before = resets.resets
+            assert [sim._engine.workers[index].ring.avail_index for index in (0, 1)] == [7, 7]
+            for index in (0, 1):
+                enable(front, index, 0)
+            assert [base_of(front, index) for index in (0, 1)] == [7, 7]
+            for base, count in ((7, 0 if more else 1), (9, 0 if C.SETUP_WHILE_SUSPENDED in more else 1)):
+                for index in (0, 1):
+                    ring(front, index, enable=False, base=base)
+                for index in (0, 1):
+                    enable(front, index, 1)
+                assert [sim._engine.workers[index].ring.avail_index for index in (0, 1)] == [base, base]
+                assert resets.resets - before == count
+                before = resets.resets
+                stop_as_qemu(front, 2)
+
+
 def test_a_region_without_rings_goes_without_a_pause():
     with guest_of(WITH_STATE, 2) as sim, shared_file(MEMORY_BYTES) as file, front_on(sim, file) as front:
         for index in (0, 1):

@@ -18,7 +18,7 @@ from .table import MUTATIONS
 ROOT = Path(__file__).resolve().parent.parent.parent
 COPIED = ("vdpabridge", "tests", "udev", "vm-images", "pyproject.toml", "README.md", "Makefile", ".ci")
 #: A mistake may also show as a test that never ends.
-TIME_LIMIT_S = 600
+TIME_LIMIT_S = 150
 
 
 def copy_to(folder):

@@ -688,7 +688,7 @@ MUTATIONS = [
         "reports wait",
         "vdpabridge/cli/reports.py",
         "            if not poll.poll(0):",
-        "            if not poll.poll(500):",
+        "            if not poll.poll():",
         ("tests/cli/test_reports.py",),
     ),
     Mutation(

@@ -21,6 +21,7 @@ from vdpabridge.state.channel import (
     read_some,
     write_all,
 )
+from vdpabridge.state.stream import reading
 
 DATA = bytes(range(256)) * 12345
 KINDS = ["pipe", "socket", "file"]
@@ -205,3 +206,11 @@ def test_pipes_are_enlarged_and_nothing_else():
         enlarge(nowhere.fileno())
     os.close(reader)
     os.close(writer)
+
+
+def test_an_image_with_much_beside_its_state_is_not_read_to_its_end():
+    """A writer could send parts that nobody knows for ever; what is read is bounded with the state."""
+    with open("/dev/zero", "rb") as endless:
+        read = reading(endless.fileno(), limits(size_bytes=1 << 20))
+        with pytest.raises(ChannelError, match="more than 1048576 bytes came"):
+            [read(1 << 20) for _ in range(100)]

@@ -123,3 +123,13 @@ with replacing({str(tmp_path / "x")!r}) as fd:
 def test_a_folder_that_is_not_there():
     with pytest.raises(VdpaBridgeError, match="No such file"), replacing("/nowhere/x"):
         pass
+
+
+@pytest.mark.usefixtures("ways")
+def test_the_file_is_safe_before_it_has_its_name_and_its_name_after_that(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((stat.S_IFMT(os.fstat(fd).st_mode), path.exists())))
+    with replacing(str(path)) as fd:
+        os.write(fd, b"new")
+    assert synced == [(stat.S_IFREG, False), (stat.S_IFDIR, True)]

@@ -1,6 +1,8 @@
 """What is asked before anything is touched: is all memory there, and would state be lost that nobody accepted to lose."""
 
+import dataclasses
 import os
+import signal
 
 import pytest
 
@@ -8,15 +10,20 @@ from vdpabridge.abi.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
 from vdpabridge.device import Capability, Identity, MemoryRegion, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.sim.fs import FsModel
+from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import MissingCapability, StateError, VdpaBridgeError
+from vdpabridge.memory import GuestMemory
+from vdpabridge.state.fit import check_fits, facts_of
 from vdpabridge.state.losses import Loss, StateWouldBeLost
 from vdpabridge.state.procedures import load, migrate, save
 from vdpabridge.state.replay import replay, resume
-from vdpabridge.state.snapshot import SnapshotError
+from vdpabridge.state.snapshot import SnapshotError, capture
+from vdpabridge.virtqueue import SplitQueue
 
 from ..support.disk_lab import lab, limits, made
+from ..support.fake_kernel import FakeKernel, Parent
 from ..support.mount import Mount
-from ..support.transitions import shared_file
+from ..support.transitions import eventfd, shared_file
 
 EVERYTHING = frozenset(Capability)
 CTRL_VQ = 1 << 17
@@ -219,3 +226,62 @@ def test_a_stopped_device_that_could_not_go_on_with_its_state():
         source.suspend()
         with pytest.raises(MissingCapability, match="RESUME"):
             save(source, file, limits())
+
+
+# --- what an image cannot say, and what does not fit ---
+
+
+def test_a_queue_in_another_address_space_cannot_be_saved():
+    """An image has no word for it: it would be restored into space 0."""
+    parent = Parent(device_id=1, queues=3, address_spaces=2, groups=((0, 0), (0, 0), (1, 1)))
+    with (
+        GuestMemory(1 << 20) as memory,
+        SplitQueue(memory, 64) as queue,
+        shared_file(0) as file,
+        VhostVdpa.open("/dev/vhost-vdpa-0", system=FakeKernel(parent)) as device,
+    ):
+        device.accept_features(1 << 32)
+        queue.attach(device, 2, address_space=1)
+        with pytest.raises(VdpaBridgeError, match="queue 2 is in address space 1, which an image has no word for"):
+            save(device, file, limits())
+
+
+@pytest.mark.parametrize("size", [0, 8, 61])
+def test_a_configuration_space_of_another_size(size):
+    with made("sim") as (device, _), lab("sim") as (source, _, work):
+        source.suspend()
+        facts = facts_of(source, capture(source))
+        snapshot = dataclasses.replace(facts.snapshot, config=facts.snapshot.config.ljust(size, b"\0")[:size])
+        with pytest.raises(SnapshotError, match=f"its configuration space has {size} bytes, and the device's 96"):
+            check_fits(dataclasses.replace(facts, snapshot=snapshot), device)
+        source.resume()
+        work.finish()
+
+
+# --- reset and replay ---
+
+
+def test_a_replay_keeps_the_eventfd_for_configuration_changes():
+    with lab("sim", WithoutResume) as (device, _, work), eventfd() as changed:
+        device.set_config_call(changed)
+        device.suspend()
+        resume(device)
+        assert device.config_call is not None
+        device.write_config(32, b"\0")
+        assert os.eventfd_read(changed) == 1
+        work.finish()
+
+
+def test_a_replay_is_not_cut_in_two_by_a_signal():
+    class Alarming(WithoutResume):
+        def _reset(self):
+            super()._reset()
+            if self.state is RunState.SUSPENDED:
+                signal.raise_signal(signal.SIGINT)
+
+    with lab("sim", Alarming) as (device, _, work):
+        device.suspend()
+        with pytest.raises(KeyboardInterrupt):
+            resume(device)
+        assert device.state is RunState.RUNNING
+        work.finish()

@@ -9,11 +9,12 @@ from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import FeatureError, KernelError, StateError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state.replay import resume
-from vdpabridge.state.snapshot import QueueEventfds, SnapshotError, capture, restore
-from vdpabridge.transitions import Capability
+from vdpabridge.state.snapshot import QueueEventfds, SnapshotError, capture, place, prepare, restore
+from vdpabridge.transitions import Capability, Operation
 from vdpabridge.virtqueue import SplitQueue
 
 from ..support.fake_kernel import FakeKernel, Parent
+from ..support.transitions import eventfd
 
 NODE = "/dev/vhost-vdpa-0"
 
@@ -95,3 +96,13 @@ def test_resume_prefers_the_devices_own():
         device.suspend()
         assert resume(device) is Capability.RESUME
         assert not kernel.suspended
+
+
+def test_eventfds_are_given_when_it_is_their_time():
+    """All but the kick before the positions are known: a kick is the other device's until then."""
+    with suspended() as (snapshot, queue), destination() as (_, device), eventfd() as err:
+        wires = {1: QueueEventfds(queue.kick_fd, queue.call_fd, err)}
+        prepare(device, snapshot, wires)
+        assert set(device.queues[1].eventfds) == {Operation.SET_CALL, Operation.SET_ERR}
+        place(device, snapshot, wires)
+        assert set(device.queues[1].eventfds) == {Operation.SET_CALL, Operation.SET_ERR, Operation.SET_KICK}

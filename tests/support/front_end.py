@@ -97,11 +97,11 @@ def one_region(count=1):
     return tuple(Region(0x1000_0000 * (n + 1), MEMORY_BYTES, USER * (n + 1), 0) for n in range(count))
 
 
-def ring(front, index=0, *, kick=True, enable=True, place=None):
+def ring(front, index=0, *, kick=True, enable=True, place=None, base=0):
     """Set a ring up as QEMU does: KICK before ENABLE."""
     place = USER + 0x10000 * index if place is None else place
     front.send(F.SET_VRING_NUM, VringState(index, 64).pack())
-    front.send(F.SET_VRING_BASE, VringState(index, 0).pack())
+    front.send(F.SET_VRING_BASE, VringState(index, base).pack())
     front.send(F.SET_VRING_ADDR, VringAddr(index, 0, place, place + 0x2000, place + 0x1000, 0).pack())
     event = os.eventfd(0, os.EFD_CLOEXEC)
     if kick:
