@@ -466,8 +466,9 @@ def test_a_move_that_fails_has_the_source_resume_while_its_caller_stays_connecte
     (tmp_path / "b").mkdir()
     with serving(tmp_path) as those, serving(tmp_path / "b") as others:
         work, source, destination = those.at_work(), those.client(), others.client()
-        others.at_work()
-        with pytest.raises(MoveFailed, match="not while the device is running") as caught:
+        # all bytes have gone by then, and the source has done its part
+        others.device.faults.fail_check = True
+        with pytest.raises(MoveFailed, match="told to fail") as caught:
             move(source, destination)
         assert caught.value.side == others.control
         assert source.ask("status")["state"] == "running"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Set
 
 from ..device import Capability, Device, RunState
-from ..errors import DeadlineExceeded, MissingCapability, StateError, VdpaBridgeError
+from ..errors import MissingCapability, StateError, VdpaBridgeError
 from ..transitions import ALTERNATIVES
 from .carry import carry_state, read_state, spool_state, write_state
 from .channel import Limits, enlarge, write_all
@@ -172,7 +172,6 @@ def _move(
     eventfds = eventfds_of(source)
     if not facts.has_state:
         with report.step("prepare"):
-            _require_time(limits, destination)
             _set_up(destination, source, facts.snapshot, eventfds)
     undo.snapshot = snapshot = _suspend(source, limits, undo)
     if facts.has_state:
@@ -192,13 +191,6 @@ def _move(
         undo.finish()
 
 
-def _require_time(limits: Limits, device: Device) -> None:
-    """Raise `DeadlineExceeded` where no time is left: a device that is not asked at all need not be put right."""
-    if limits.deadline.passed:
-        timeout_s, why = limits.deadline.timeout_s or 0, "no time is left"
-        raise DeadlineExceeded("transfer", timeout_s, device=device.name, why=why, nothing_done=True)
-
-
 def _set_up(
     destination: Device, source: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]
 ) -> None:
@@ -209,7 +201,6 @@ def _set_up(
 
 def _start(device: Device, snapshot: DeviceSnapshot, limits: Limits, undo: Undo) -> None:
     with undo.report.step("start"):
-        _require_time(limits, device)
         undo.expect_start(snapshot)
         device.start()
 
@@ -218,11 +209,9 @@ def _suspend(device: Device, limits: Limits, undo: Undo) -> DeviceSnapshot:
     """Where ``device`` stands, stopped."""
     if device.state is RunState.RUNNING:
         with undo.report.step("suspend"), undo.report.watching(device):
-            _require_time(limits, device)
             undo.suspending = True
             device.suspend()
     with undo.report.step("capture"):
-        _require_time(limits, device)
         return capture(device)
 
 
@@ -270,7 +259,6 @@ def _load(
                     device.check_state()
             if eventfds is not None:
                 with report.step("restore"):
-                    _require_time(limits, device)
                     restore(device, reader.facts.snapshot, eventfds)
             snapshot = reader.facts.snapshot
             with uninterrupted():
