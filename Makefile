@@ -14,18 +14,17 @@ RUN := vm-images/run
 KERNELS := 6.12 6.1 newest
 # without a machine to boot (exit code 121) nothing is tested, which has to be allowed
 SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
-SHARED_DISK := vdpa_sim_blk.shared_backend=1
 
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%) test-pinned
+.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%)
 .NOTPARALLEL:
 
 demo: image-6.12
 	@$(RUN) 6.12 -- python3 -m demo || { code=$$?; [ $$code = 1 ] || echo "demo: FAIL: the test machine ended with code $$code"; exit $$code; }
 
-test: lint test-unit test-kernel-6.12 test-pinned
+test: lint test-unit test-kernel-6.12
 
 # the runner's own tests boot this kernel: made here, where its progress can be seen
 test-unit: image-6.12
@@ -40,11 +39,6 @@ $(KERNELS:%=image-%): image-%:
 
 $(KERNELS:%=test-kernel-%): test-kernel-%: image-%
 	$(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) $(SKIPPABLE)
-
-# the simulator as hardware does it: by physical address, pages pinned and counted as locked memory
-test-pinned: image-6.12
-	$(RUN) 6.12 --kernel-arguments "$(SHARED_DISK) vdpa_sim.use_va=0" --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) \
-		-- python3 -m tests.ktap tests/vm/test_mapping.py tests/vm/test_killed.py tests/vm/test_suspend.py $(SKIPPABLE)
 
 # never part of the tests: machines are shared and noisy
 bench: image-6.12

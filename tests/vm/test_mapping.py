@@ -57,7 +57,7 @@ def test_page_offsets_must_agree(device):
 
 
 def test_a_file_shorter_than_the_region_is_refused(device):
-    with GuestMemory(PAGE) as memory, pytest.raises(MappingError, match="only 4096 bytes"):
+    with GuestMemory(PAGE) as memory, pytest.raises(MappingError, match="of a file of 4096 bytes"):
         device.map([MemoryRegion(0, 2 * PAGE, memory.fileno())])
 
 
