@@ -18,7 +18,7 @@ SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%)
+.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%)
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -30,7 +30,11 @@ test: lint test-unit test-kernel-6.12
 test-unit: image-6.12
 	$(PYTHON) -m pytest
 
-test-kernels: $(KERNELS:%=test-kernel-%)
+test-kernels: $(KERNELS:%=test-kernel-%) test-kernel-next
+
+# the release candidate that Debian offers at the moment, if there is one
+test-kernel-next:
+	@$(RUN) next --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) || { code=$$?; [ $$code = 4 ] && echo "test-kernel-next: NOTHING WAS TESTED, see above"; }
 
 images: $(KERNELS:%=image-%)
 

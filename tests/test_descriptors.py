@@ -10,6 +10,8 @@ import pytest
 
 from vdpabridge import descriptors
 from vdpabridge.descriptors import Kind, discard, kind_of, same_socket
+from vdpabridge.drivers.sim.model import StateRefused
+from vdpabridge.drivers.sim.transfer import Transfer
 
 from .support.waiting import wait_until
 
@@ -139,3 +141,14 @@ def test_without_a_thread_the_next_one_closes(monkeypatch):
     assert descriptors._CLOSERS._waiting
     discard([theirs.detach()])
     wait_until(lambda: not descriptors._CLOSERS._waiting and not descriptors._CLOSERS._threads)
+
+
+def test_the_name_of_a_thing_is_not_the_thing(tmp_path):
+    """O_PATH: nothing can be done with it, and to find that out leaves nothing open (see conftest)."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        for path in (tmp_path / "s", tmp_path):
+            fd = os.open(path, os.O_PATH)
+            assert kind_of(fd) is Kind.OTHER
+            with pytest.raises(StateRefused, match="Bad file descriptor"):
+                Transfer(fd, lambda _: None)

@@ -6,6 +6,7 @@ UNIX socket in whose queue such a descriptor lies. Passing one would be enough t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -33,6 +34,9 @@ class Kind(Enum):
 
 def kind_of(fd: int) -> Kind:
     """What ``fd`` (borrowed) is. Raises OSError for what is no descriptor."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        # the name of a thing only, of which nothing can be done
+        return Kind.OTHER
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return Kind.FILE

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -390,3 +391,28 @@ def test_a_source_that_was_moved_takes_state_again(tmp_path):
         assert run("migrate", other, control).returncode == 1, "the other has not been set up by anybody"
         with ControlClient(control, timeout_s=10) as client:
             assert client.ask("status")["moved"] is True
+
+
+@pytest.mark.parametrize("command", ["migrate", "save"])
+def test_what_was_done_is_said_although_the_rest_cannot_be(tmp_path, command):
+    with mounted(tmp_path) as (_, control), controlled(tmp_path, "b") as (_, other, _), open("/dev/full", "wb") as full:
+        image = str(tmp_path / "image")
+        words = [control, other] if command == "migrate" else [control, image, "--stay"]
+        done = subprocess.run(
+            [*COMMAND, command, *words], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, check=False
+        )
+        assert done.returncode == 1
+        said = "the state was moved all the same" if command == "migrate" else f"{image} is written; the device stays"
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_front_end_that_does_not_read_its_replies_does_not_silence_the_control_socket(tmp_path):
+    with controlled(tmp_path, device="sim:blk") as (path, control, _), socket.socket(socket.AF_UNIX) as front:
+        front.connect(path)
+        front.settimeout(30)
+        with suppress(OSError):
+            while True:
+                front.sendall(struct.pack("=III", 1, 1, 0) * 100)
+        with ControlClient(control, timeout_s=5) as client:
+            assert client.ask("status")["state"] == "reset"

@@ -74,7 +74,9 @@ def test_a_path_that_is_none(words, capsys):
     assert "a path has at least one character" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["-j", "nonsense"], ["bind", "d0", "-j"], ["-j", "status", "x", "--timeout", "0"]])
+@pytest.mark.parametrize(
+    "words", [["-j", "nonsense"], ["-jj", "nonsense"], ["bind", "d0", "-j"], ["-j", "status", "x", "--timeout", "0"]]
+)
 def test_wrong_usage_as_json(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -197,3 +199,20 @@ def test_a_mistake_of_ours_is_no_traceback_either(capsys, monkeypatch):
     monkeypatch.setenv("VDPABRIDGE_TRACEBACK", "1")
     with pytest.raises(TypeError):
         main(["udev-rules"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["status", "--help"]])
+def test_help_that_cannot_be_printed(words):
+    with open("/dev/full", "w", encoding="ascii") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vdpabridge", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "vdpabridge: standard output: No space left on device\n")
+
+
+def test_descriptors_that_are_none(capsys):
+    for word in ("99999999999999", "-1", "x"):
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", "sim:fs", f"--fd={word}"])
+        assert caught.value.code == 2
+        assert f"'{word}' is not the number of a descriptor" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """``vdpabridge serve``: the conventions of back-end programs, and bad input. Each test runs the real command."""
 
+import errno
 import fcntl
 import json
 import os
@@ -49,6 +50,16 @@ def serving(*words, **options):
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "s")
+
+
+def is_served(path):
+    """Whether somebody listens there; the file is there a moment before. Asked so that it is not taken for a front-end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+    return False
 
 
 def connect(path):
@@ -324,7 +335,7 @@ def set_limit(limit):
 def test_reports_that_nobody_reads_do_not_stop_it(path):
     """A front-end that is refused a thousand times, with a pipe as standard error that nobody reads."""
     with serving("sim:blk,size=1M", "--socket-path", path, "--trace") as server:
-        wait_until(lambda: os.path.exists(path))
+        wait_until(lambda: is_served(path))
         fcntl.fcntl(server.stderr.fileno(), fcntl.F_SETPIPE_SZ, 4096)
         with socket.socket(socket.AF_UNIX) as front:
             front.settimeout(5)
@@ -338,7 +349,7 @@ def test_reports_that_nobody_reads_do_not_stop_it(path):
 def test_half_a_message_does_not_silence_the_control_socket(path, tmp_path):
     control = str(tmp_path / "c")
     with serving("sim:blk,size=1M", "--socket-path", path, "--control", control, "--timeout", "2") as server:
-        wait_until(lambda: os.path.exists(control))
+        wait_until(lambda: is_served(control))
         with socket.socket(socket.AF_UNIX) as front, ControlClient(control, timeout_s=1) as client:
             front.settimeout(5)
             front.connect(path)

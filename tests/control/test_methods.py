@@ -25,7 +25,7 @@ from vdpabridge.control.server import ControlServer
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import DeadlineExceeded, KernelError, VdpaBridgeError
+from vdpabridge.errors import DeadlineExceeded, KernelError, UsageError, VdpaBridgeError
 from vdpabridge.export.vhost_user.server import Server, listen
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state.procedures import verify
@@ -487,11 +487,11 @@ def test_state_that_is_loaded_ends_a_move(tmp_path):
         with pytest.raises(ControlError, match="its state was moved to another device"):
             one.ask("resume")
         assert one.ask("status")["moved"] is True
+        # nor can it be given to a third
+        with pytest.raises(ControlError, match="its state was moved to another device: what is here is old"):
+            one.ask("save", path=str(tmp_path / "again"))
         front.reset()
-        reader, writer = os.pipe()
         image = tmp_path / "image"
-        os.close(reader)
-        os.close(writer)
         back = others.front_end()
         Lab(others._stack, back)
         other.ask("save", path=str(image))
@@ -508,3 +508,14 @@ def test_nobody_elses_user_is_listened_to(tmp_path, monkeypatch):
             with pytest.raises(VdpaBridgeError, match=r"has ended|Broken pipe|reset by peer"):
                 those.client().ask("status")
         assert those.client().ask("status")["state"] == "reset"
+
+
+def test_a_move_to_itself_is_no_move(tmp_path):
+    with serving(tmp_path) as those, pytest.raises(UsageError, match="are the same socket"):
+        move(those.client(), those.client())
+
+
+@pytest.mark.parametrize("path", ["relative", "/tmp/\0x", "/tmp/\ud800", 5])
+def test_paths_that_are_none(tmp_path, path):
+    with serving(tmp_path) as those, pytest.raises(ControlError, match="is no absolute path"):
+        those.client().ask("load", path=path)

@@ -7,16 +7,28 @@ operation leaves the kernel, the device and our books with the same entries.
 import itertools
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from errno import EFAULT, EIO
 
 import pytest
 
+from vdpabridge.abi.vhost_user_payloads import MemoryTable, SingleRegion
 from vdpabridge.device import MemoryRegion, RunState
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.errors import DeadlineExceeded, DeviceFailed, KernelError
+from vdpabridge.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    FeatureError,
+    KernelError,
+    StateError,
+    VdpaBridgeError,
+)
 from vdpabridge.memory import GuestMemory
 
 from ..support.fake_kernel import FakeKernel, Parent
+from ..support.front_end import MEMORY_BYTES, F, FrontEnd, one_region
+from ..support.pair import served
+from ..support.transitions import shared_file
 from ..support.waiting import wait_until
 
 NODE = "/dev/vhost-vdpa-0"
@@ -30,6 +42,7 @@ class Late(FakeKernel):
     at = 0
     after = False
     error = None
+    gate = threading.Event()
 
     def arm(self, at, *, after, error=None):
         self.at, self.after, self.error = at, after, error
@@ -233,3 +246,75 @@ def test_features_after_a_negotiation_that_was_late():
         device.timeout_s = 5
         device.accept_features(1 << 32)
         assert (device.state, kernel.status) == (RunState.CONFIGURED, 11)
+
+
+@pytest.mark.parametrize("parent", [Parent(persist=False, forgets_maps=True), Parent()], ids=["forgets", "keeps"])
+@pytest.mark.parametrize("wrong", ["late", "interrupted", "refused"])
+@pytest.mark.parametrize("by", ["reset", "refused features"])
+def test_a_reset_that_is_not_seen_to_its_end(by, wrong, parent):
+    """The device is reset then, and lacks memory: it has failed, until another reset gives it all."""
+    errors = {"late": None, "interrupted": KeyboardInterrupt(), "refused": OSError(EFAULT, "Bad address")}
+    for at in itertools.count(1):
+        kernel = Late(replace(parent))
+        with opened(kernel) as (device, regions):
+            device.map(regions[:3])
+            if by == "reset":
+                device.accept_features(1 << 32)
+            else:
+                kernel.parent.refuses_features_ok = True
+            kernel.arm(at, after=False, error=errors[wrong])
+            if wrong == "late":
+                device.timeout_s = 0.05
+            try:
+                device.reset() if by == "reset" else device.accept_features(1 << 32)
+                met = False
+            except FeatureError:
+                met = False
+            except (VdpaBridgeError, KeyboardInterrupt):
+                met = True
+            kernel.disarm()
+            kernel.gate.set()
+            wait_until(lambda: not device._node.stuck)
+            device.timeout_s = 5
+            kernel.parent.refuses_features_ok = False
+            assert device.state is (RunState.FAILED if met else RunState.RESET)
+            if met:
+                with pytest.raises(StateError):
+                    device.start()
+                device.reset()
+            device.accept_features(1 << 32)
+            device.start()
+            check_agreement(kernel, device)
+            assert len(device.regions) == 3
+        if not met:
+            assert at > 1 or parent.persist
+            return
+
+
+@pytest.mark.parametrize("request_", [F.SET_MEM_TABLE, F.REM_MEM_REG], ids=lambda each: each.name)
+def test_an_exporter_whose_unmap_was_late_knows_what_is_mapped(request_):
+    kernel = Late(Parent())
+    one, two = one_region(2)
+    with (
+        shared_file(MEMORY_BYTES) as first,
+        shared_file(MEMORY_BYTES) as second,
+        VhostVdpa.open(NODE, system=kernel, timeout_s=0.2) as device,
+        served(device) as ours,
+    ):
+        front = FrontEnd(ours, device)
+        front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
+        whole = MemoryTable((one, two)).pack()
+        assert front.tell(F.SET_MEM_TABLE, whole, [first, second]) == 0
+        kernel.arm(1, after=False)
+        if request_ is F.REM_MEM_REG:
+            assert front.tell(request_, SingleRegion(two).pack()) == 1
+        else:
+            assert front.tell(request_, MemoryTable((one,)).pack(), [first]) == 1
+        kernel.disarm()
+        kernel.gate.set()
+        wait_until(lambda: not device._node.stuck)
+        assert front.tell(F.SET_MEM_TABLE, whole, [first, second]) == 0
+        assert len(device.regions) == len(kernel.iotlb[0]) == 2
+        assert front.tell(F.REM_MEM_REG, SingleRegion(two).pack()) == 0
+        assert front.tell(F.ADD_MEM_REG, SingleRegion(two).pack(), [second]) == 0
+        check_agreement(kernel, device)

@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -302,6 +303,56 @@ def test_a_ring_goes_on_where_the_front_end_says(more):
                 stop_as_qemu(front, 2)
 
 
+BUSY = {
+    "with state": WITH_STATE,
+    "with state and RESUME": WITH_STATE | {C.RESUME},
+    "RESUME": {C.SUSPEND, C.CONFIG_CALL, C.RESUME},
+    "all that set up while suspended": set(Capability) - {C.ENABLE_WHILE_RUNNING, C.QUEUE_CONTROL},
+    "6.1": VDPA_6_1,
+    "everything": set(Capability),
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_a_disabled_ring_is_not_looked_into(name):
+    """Whatever lies in it: when the others start, after a pause, when memory comes again."""
+    with serving(BUSY[name]) as front:
+        for index in (0, 1):
+            ring(front, index, enable=False)
+        enable(front, 1, 0)
+        submit_one(front, 1, kick=False)
+        enable(front, 0, 1)
+        check_idle(front)
+        enable(front, 0, 0)
+        enable(front, 0, 1)
+        check_idle(front)
+        region = SingleRegion(one_region()[0]).pack()
+        assert front.tell(F.REM_MEM_REG, region) == 0
+        assert front.tell(F.ADD_MEM_REG, region, [front.file]) == 0
+        check_idle(front)
+        enable(front, 1, 1)
+        wait_until(lambda: used(front, 1) == 1)
+
+
+def used(front, index):
+    return struct.unpack("<H", os.pread(front.file, 2, 0x10000 * index + 0x2002))[0]
+
+
+def check_idle(front):
+    assert front.sim.state is RunState.RUNNING
+    time.sleep(0.02)
+    assert used(front, 1) == 0
+
+
+def test_a_ring_that_is_at_work_does_not_wait_for_one_that_was_never_enabled():
+    """Where waiting saves no reset."""
+    with serving(WITH_STATE) as front:
+        ring(front, 1, enable=False)
+        ring(front, 0, enable=False)
+        enable(front, 1, 1)
+        assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [1])
+
+
 def test_a_region_without_rings_goes_without_a_pause():
     with guest_of(WITH_STATE, 2) as sim, shared_file(MEMORY_BYTES) as file, front_on(sim, file) as front:
         for index in (0, 1):
@@ -404,13 +455,14 @@ def test_a_device_that_does_not_suspend_is_reset():
             assert sim.state is RunState.RUNNING
 
 
-def submit_one(front):
-    """Make a request available in ring 0, by hand."""
-    memory = front.file
-    os.pwrite(memory, struct.pack("<QIHH", one_region()[0].guest_address + 0x8000, 16, 1, 1), 0)
-    os.pwrite(memory, struct.pack("<QIHH", one_region()[0].guest_address + 0x9000, 1, 2, 0), 16)
-    os.pwrite(memory, struct.pack("<HHH", 0, 1, 0), 0x1000)
-    front.kick()
+def submit_one(front, index=0, *, kick=True):
+    """Make a request available in a ring, by hand."""
+    memory, place, guest = front.file, 0x10000 * index, one_region()[0].guest_address + 0x10000 * index
+    os.pwrite(memory, struct.pack("<QIHH", guest + 0x8000, 16, 1, 1), place)
+    os.pwrite(memory, struct.pack("<QIHH", guest + 0x9000, 1, 2, 0), place + 16)
+    os.pwrite(memory, struct.pack("<HHH", 0, 1, 0), place + 0x1000)
+    if kick:
+        front.kick()
 
 
 def test_state_is_loaded_into_a_device_that_has_no_other():

@@ -6,11 +6,12 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.state.files import replacing
+from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
+from vdpabridge.state.files import open_image, replacing
 
 
 @pytest.fixture(params=["nameless", "named"])
@@ -133,3 +134,47 @@ def test_the_file_is_safe_before_it_has_its_name_and_its_name_after_that(tmp_pat
     with replacing(str(path)) as fd:
         os.write(fd, b"new")
     assert synced == [(stat.S_IFREG, False), (stat.S_IFDIR, True)]
+
+
+def test_an_error_names_the_path_and_not_what_lies_beside_it(tmp_path, monkeypatch):
+    """On a file system that can only be read, the clean-up fails as well."""
+
+    def refuse(*_words, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "unlink"):
+        original = getattr(os, name)
+
+        def only_read(path, *words, _original=original, _name=name, **options):
+            if "dir_fd" in options:
+                refuse()
+            return _original(path, *words, **options)
+
+        monkeypatch.setattr(os, name, only_read)
+    with (
+        pytest.raises(VdpaBridgeError, match=f"{tmp_path}/x: write: Read-only file system"),
+        replacing(f"{tmp_path}/x"),
+    ):
+        pass
+
+
+def test_reading_an_image(tmp_path):
+    with pytest.raises(VdpaBridgeError, match="x: read: No such file"):
+        open_image(str(tmp_path / "x"), 1)
+    (tmp_path / "x").write_bytes(b"image")
+    fd = open_image(str(tmp_path / "x"), 1)
+    assert os.read(fd, 10) == b"image"
+    os.close(fd)
+
+
+def test_a_fifo_is_waited_for_as_long_as_was_said(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with pytest.raises(DeadlineExceeded, match=r"fifo: read: no answer within 0.05 s \(nobody writes to it"):
+        open_image(str(path), 0.05)
+    writer = threading.Timer(0.05, lambda: path.write_bytes(b"image"))
+    writer.start()
+    fd = open_image(str(path), 5)
+    writer.join()
+    assert os.read(fd, 10) == b"image"
+    os.close(fd)

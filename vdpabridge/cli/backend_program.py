@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from .main import main as command
-from .usage import Parser, path
+from .usage import Parser, descriptor, path
 
 __all__ = ["main"]
 
@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="vdpabridge-vhost-user-blk", description="serve a file as a vhost-user disk")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket-path", type=path, metavar="PATH", help="listen here")
-    where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
+    where.add_argument(
+        "--fd", type=descriptor, metavar="N", help="a socket that is open: one that listens, or is connected"
+    )
     parser.add_argument("--print-capabilities", action="store_true", help="print them, as JSON, and do nothing else")
     parser.add_argument("--blk-file", type=path, metavar="PATH", help="the disk")
     parser.add_argument("--read-only", action="store_true", help="let nobody write it")

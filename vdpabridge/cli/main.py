@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import VdpaBridgeError
 from .exit_codes import DONE, INTERRUPTED, REFUSED, TABLE, exit_code
-from .usage import Parser, path, seconds
+from .output import forget_output
+from .usage import Parser, descriptor, path, seconds
 
 __all__ = ["main"]
 
@@ -20,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv``, by default the process's own arguments. Returns an exit code of `exit_codes.TABLE`."""
     _open_standard_descriptors()
     arguments = sys.argv[1:] if argv is None else list(argv)
-    words = _parser(arguments).parse_args(arguments)
+    words = _parse(arguments)
     try:
         module, function = words.run.split(":")
         code: int | None = getattr(importlib.import_module(f".{module}", __package__), function)(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has left ('vdpabridge list | head')
-        _forget_output()
+        forget_output()
         return REFUSED
     except KeyboardInterrupt:
         print("vdpabridge: interrupted", file=sys.stderr)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except OSError as error:
         # standard output's, which is the only one that nobody else explains
-        _forget_output()
+        forget_output()
         _report(VdpaBridgeError(words.command, why=str(error)), words.json)
         return REFUSED
     except Exception as error:
@@ -47,6 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(VdpaBridgeError(words.command, why=why, hint=hint), words.json)
         return REFUSED
     return code or DONE
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The words in ``arguments``. Raises SystemExit where help was printed, or what is wrong with them."""
+    try:
+        try:
+            return _parser(arguments).parse_args(arguments)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+    except OSError as error:
+        forget_output()
+        print(f"vdpabridge: standard output: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        raise SystemExit(REFUSED) from None
 
 
 def _open_standard_descriptors() -> None:
@@ -63,11 +78,6 @@ def _open_standard_descriptors() -> None:
             os.open(os.devnull, flags)
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for as long as we live
-
-
-def _forget_output() -> None:
-    """What could not be written: without this Python tries again at its exit, and complains."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _report(error: VdpaBridgeError, as_json: bool) -> None:
@@ -123,7 +133,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket-path", type=path, metavar="PATH", help="listen here; the file is removed at the end")
-    where.add_argument("--fd", type=int, metavar="N", help="a socket that is open: one that listens, or is connected")
+    where.add_argument(
+        "--fd", type=descriptor, metavar="N", help="a socket that is open: one that listens, or is connected"
+    )
     text = "print what the back-end can do, as JSON, and do nothing else"
     parser.add_argument("--print-capabilities", action="store_true", help=text)
     parser.add_argument("--once", action="store_true", help="end when the first front-end has left")
@@ -245,8 +257,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         description="virtio devices behind vhost-vdpa and vhost-user: one device-state interface",
         epilog=f"exit codes: {codes}",
         formatter_class=_formatter,
+        allow_abbrev=False,
     )
-    parser.as_json = any(word in ("-j", "--json", "-jp", "-pj") for word in arguments)
+    parser.as_json = any(word == "--json" or (word[:1] == "-" != word[1:2] and "j" in word) for word in arguments)
     parser.add_argument("-V", "--version", action="version", version=f"vdpabridge {__version__}")
     text = "print JSON, in the shape of iproute2's vdpa; errors too"
     parser.add_argument("-j", "--json", action="store_true", help=text)
@@ -255,7 +268,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, (function, text, add_arguments) in _COMMANDS.items():
         if only not in (None, name):
             continue
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=_formatter)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_formatter, allow_abbrev=False)
         sub.set_defaults(run=function, command=name)
         sub.as_json = parser.as_json
         # also behind the command, as people type it; SUPPRESS keeps what was said before it

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
-__all__ = ["print_json", "print_records", "print_table"]
+__all__ = ["forget_output", "print_json", "print_records", "print_table"]
 
 Record = Mapping[str, object]
+
+
+def forget_output() -> None:
+    """What could not be written: without this Python tries again at its exit, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def print_json(section: str, records: Mapping[str, Record], *, pretty: bool) -> None:

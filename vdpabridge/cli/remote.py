@@ -6,16 +6,16 @@ import argparse
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from ..control.client import ControlClient, ControlError
 from ..control.moving import move
 from ..errors import UsageError, VdpaBridgeError
-from ..state.files import replacing
+from ..state.files import open_image, replacing
 from ..state.report import Step
 from ..state.timeline import draw
-from .output import print_records
+from .output import forget_output, print_records
 from .progress import ProgressLine
 
 __all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
@@ -51,7 +51,9 @@ def save(words: argparse.Namespace) -> None:
             if os.isatty(1):
                 raise UsageError("save", why="an image is not for a terminal", hint="name a file, or redirect it")
             result = _save(client, 1, words)
-            print(json.dumps(result), file=sys.stderr)
+            # the image has standard output, and is whole already, whoever listens here
+            with suppress(OSError):
+                print(json.dumps(result), file=sys.stderr, flush=True)
             return
         with replacing(words.image) as fd:
             result = _save(client, fd, words)
@@ -61,7 +63,11 @@ def save(words: argparse.Namespace) -> None:
             except VdpaBridgeError as error:
                 error.hint = f"{words.image} is written; the device resumes when this process has ended"
                 raise
-    _show(words, result)
+    try:
+        _tell(words, result)
+    except VdpaBridgeError as error:
+        error.hint = f"{words.image} is written" + ("; the device stays suspended" if words.stay else "")
+        raise
 
 
 def _save(client: ControlClient, fd: int, words: argparse.Namespace) -> dict[str, Any]:
@@ -75,10 +81,7 @@ def _save(client: ControlClient, fd: int, words: argparse.Namespace) -> dict[str
 
 def load(words: argparse.Namespace) -> None:
     """``vdpabridge load``: from a file, or from standard input."""
-    try:
-        fd = os.dup(0) if words.image == "-" else os.open(words.image, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise VdpaBridgeError("load", device=words.image, why=os.strerror(error.errno or 0)) from error
+    fd = open_image(words.image, words.timeout)
     try:
         with ControlClient(words.control, timeout_s=words.timeout) as client:
             with ProgressLine("load") as progress:
@@ -105,11 +108,11 @@ def migrate(words: argparse.Namespace) -> None:
                 saved, loaded = move(source, destination, progress=progress, accept=words.accept)
             if report is not None:
                 _draw(report, words, saved, loaded)
+        _tell(words, saved | {"running": "nothing: start the destination by its front-end"})
     except VdpaBridgeError as error:
         if saved:
             error.hint = "the state was moved all the same: start the destination by its front-end"
         raise
-    _show(words, saved | {"running": "nothing: start the destination by its front-end"})
 
 
 def _draw(fd: int, words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
@@ -124,6 +127,16 @@ def _draw(fd: int, words: argparse.Namespace, saved: dict[str, Any], loaded: dic
 def _ask(words: argparse.Namespace, method: str, **params: Any) -> Any:
     with ControlClient(words.control, timeout_s=words.timeout) as client:
         return client.ask(method, **params)
+
+
+def _tell(words: argparse.Namespace, result: dict[str, Any]) -> None:
+    """As `_show`, of something that was done, and stays done where this cannot be told."""
+    try:
+        _show(words, result)
+        sys.stdout.flush()
+    except OSError as error:
+        forget_output()
+        raise VdpaBridgeError(words.command, device="standard output", why=os.strerror(error.errno or 0)) from error
 
 
 def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:

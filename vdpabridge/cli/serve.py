@@ -26,6 +26,7 @@ from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
 from ..opening import device_id_of, open_device
 from ..state.channel import Limits
+from ..state.files import open_image
 from ..state.interruptions import harmless
 from ..state.losses import Loss
 from ..state.procedures import load_state
@@ -114,10 +115,7 @@ def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
 
 def _restore(device: Device, words: argparse.Namespace, say: Reports) -> None:
     """Begin with the state in an image."""
-    try:
-        fd = os.dup(0) if words.restore == "-" else os.open(words.restore, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise VdpaBridgeError("restore", device=words.restore, why=os.strerror(error.errno or 0)) from error
+    fd = open_image(words.restore, words.timeout)
     accept = frozenset(map(Loss, words.accept))
     try:
         with ProgressLine("restore") as progress:

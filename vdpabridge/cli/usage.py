@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     # importing typing itself would slow every command down
     from typing import NoReturn
 
-__all__ = ["Parser", "path", "seconds"]
+    from _typeshed import SupportsWrite
+
+__all__ = ["Parser", "descriptor", "path", "seconds"]
 
 
 class Parser(argparse.ArgumentParser):
     """Its errors are JSON, if that is asked for, as all others are."""
 
     as_json = False
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        # argparse's own swallows errors: help that was not printed would be a success
+        if message:
+            (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the words, and end with exit code 2."""
@@ -45,3 +52,10 @@ def path(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("a path has at least one character")
     return word
+
+
+def descriptor(word: str) -> int:
+    """The number of an open file."""
+    if not word.isascii() or not word.isdigit() or int(word) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{word!r} is not the number of a descriptor")
+    return int(word)

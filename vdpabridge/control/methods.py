@@ -114,6 +114,10 @@ class _Controlled:
         stay = params.get("stay", False)
         if stay not in _STAYS:
             raise VdpaBridgeError("save", why=f"stay {stay!r} is none of {', '.join(map(str, _STAYS))}")
+        if self._server.holds(_MOVED):
+            why = "its state was moved to another device: what is here is old"
+            hint = "'resume --force' first, if the other device does not run and never will"
+            raise VdpaBridgeError("save", device=self._device.name, why=why, hint=hint)
         holder = {False: object(), True: _EVERYBODY, "connection": caller}[stay]
         was_held = self._server.holds(holder)
         report = Report()
@@ -262,10 +266,19 @@ def _accepted(params: Params) -> frozenset[Loss]:
 
 def _path(params: Params) -> str | None:
     path = params.get("path")
-    if path is None or (isinstance(path, str) and os.path.isabs(path)):
+    if path is None:
+        return None
+    if isinstance(path, str) and os.path.isabs(path) and _is_encodable(path):
         return path
     # the directory of this process is not that of whoever asks
     raise VdpaBridgeError("control socket", why=f"path {path!r} is no absolute path")
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _progress(caller: Caller) -> Callable[[int], None]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import VdpaBridgeError
+from ..errors import UsageError, VdpaBridgeError
 from .client import ControlClient
 
 __all__ = ["MoveFailed", "move"]
@@ -36,6 +36,9 @@ def move(
     bytes of device state have gone; ``accept``: what may be lost (`Loss`). Raises `MoveFailed`, of the side that caused
     it.
     """
+    if _are_the_same(source.path, destination.path):
+        why = f"{source.path} and {destination.path} are the same socket"
+        raise UsageError("migrate", why=why, hint="name another one as the destination")
     reader, writer = os.pipe2(os.O_CLOEXEC)
     there: list[Exception] = []
     here: list[VdpaBridgeError] = []
@@ -73,6 +76,14 @@ def move(
         )
         raise MoveFailed(source, error, hint) from error
     return saved, loaded
+
+
+def _are_the_same(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        # one of the two is gone, and its process is connected all the same
+        return path == other
 
 
 def _give_back(source: ControlClient) -> str:

@@ -1,20 +1,45 @@
-"""A file that is there whole, or as it was before."""
+"""Images as files: read with a deadline, and written so that one is there whole, or as it was before."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import select
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import VdpaBridgeError
+from ..deadline import Deadline
+from ..errors import DeadlineExceeded, VdpaBridgeError
+from .channel import Limits, wait
 
-__all__ = ["replacing"]
+__all__ = ["open_image", "replacing"]
 
 #: Only its owner reads it, whatever was there before: it holds a guest's data.
 _MODE = 0o600
+
+
+def open_image(path: str, timeout_s: float | None) -> int:
+    """A descriptor to read the image at ``path`` from (``-``: standard input), owned by the caller.
+
+    A FIFO that nobody writes to is waited for, up to ``timeout_s``. Raises `VdpaBridgeError`, `DeadlineExceeded`.
+    """
+    try:
+        if path == "-":
+            return os.dup(0)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise VdpaBridgeError("read", device=path, why=os.strerror(error.errno or 0)) from error
+    try:
+        wait(fd, select.POLLIN, Limits(Deadline(timeout_s)))
+    except DeadlineExceeded as error:
+        os.close(fd)
+        raise DeadlineExceeded("read", error.timeout_s, device=path, hint="nobody writes to it") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 @contextmanager
@@ -45,7 +70,7 @@ def replacing(path: str) -> Iterator[int]:
         with suppress(OSError):
             os.fsync(folder)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(name, dir_fd=folder)
         raise
     finally:

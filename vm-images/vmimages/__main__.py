@@ -12,12 +12,14 @@ from typing import NoReturn
 
 from .cache import cache_root
 from .host import HostError
-from .kernel import DEFAULT_KERNEL, KERNELS, Kernel, kernel
+from .kernel import DEFAULT_KERNEL, KERNELS, Kernel, NothingNewer, kernel
 from .rootfs import rootfs
 from .runner import Outcome, OutputLost, Result, run
 
 #: Exit codes that no command has: wrong usage, nothing to boot.
 USAGE, NO_IMAGE = 120, 121
+#: As the suite's own, where it has only skips.
+NOTHING_TESTED = 4
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KTAP = "tests.ktap"
 _IN_KTAP = ("python3", "-m", KTAP)
@@ -65,7 +67,7 @@ def main() -> int:
         help="keep what the guest's kernel said here (default: logs/ in the cache)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="more symbols for a source tree's configuration")
-    parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest: ask Debian for a newer source")
+    parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest, next: ask Debian for a newer source")
     text = "set in the guest; may be repeated"
     parser.add_argument("--env", action="append", type=_pair, default=[], metavar="NAME=VALUE", help=text)
     text = "a file or folder that the guest has as /run/payload/with/NAME; may be repeated"
@@ -81,17 +83,26 @@ def main() -> int:
         parser.error(f"the time limit is above 0, and the memory is at least {MEMORY_MIB_MIN} MiB")
     if words.config is not None and words.kernel in KERNELS:
         parser.error(f"--config is for a source tree: {words.kernel} has the configuration here")
+    return _attempt(words, command)
+
+
+#: Where nothing was run.
+_CODES = {NothingNewer: NOTHING_TESTED, OutputLost: Outcome.NO_VERDICT.value, Exception: NO_IMAGE}
+
+
+def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
+    """Build what is missing and run ``command``, or the suite; the exit code."""
     try:
         bootable = kernel(words.kernel, extra_config=words.config, refresh=words.refresh)
         if words.build_only:
             print(bootable.image, rootfs(), sep="\n")
             return 0
-        for arguments, words_of_run in ({"": command} if command else SUITE).items():
+        for arguments, its_command in ({"": command} if command else SUITE).items():
             if arguments:
                 print(f"vm-images: {bootable.name}: once more, with {arguments}", file=sys.stderr, flush=True)
             result = run(
                 bootable,
-                words_of_run,
+                its_command,
                 repository=REPOSITORY,
                 time_limit_s=words.time_limit,
                 memory_mib=words.memory,
@@ -99,15 +110,12 @@ def main() -> int:
                 environment=dict(words.env),
                 extra=words.extra,
             )
-            code = _verdict(words, bootable, words_of_run, result)
+            code = _verdict(words, bootable, its_command, result)
             if code:
                 return code
-    except OutputLost as error:
+    except (OutputLost, HostError, OSError, ValueError) as error:
         print(f"vm-images: {error}", file=sys.stderr)
-        return Outcome.NO_VERDICT.value
-    except (HostError, OSError, ValueError) as error:
-        print(f"vm-images: {error}", file=sys.stderr)
-        return NO_IMAGE
+        return next(code for kind, code in _CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print("vm-images: interrupted", file=sys.stderr)
         return 130

@@ -13,10 +13,13 @@ from pathlib import Path
 from . import cache as store
 from .host import HostError, as_root, command, step
 
-__all__ = ["archive_sources", "download", "newest_package"]
+__all__ = ["EXPERIMENTAL", "archive_sources", "download", "newest_package"]
 
 #: The suites that hold what is built here: 6.1 is in bookworm, 6.12 in trixie, the newest kernel in testing.
 SUITES = ("bookworm", "trixie", "testing")
+#: Where release candidates are.
+EXPERIMENTAL = "experimental"
+_NO_SECURITY = ("testing", EXPERIMENTAL)
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -34,7 +37,9 @@ def archive_sources(*suites: str) -> str:
     lines = [f"deb {signed}{sites['Debian']} {suite} main" for suite in suites]
     if "Debian-Security" in sites:
         lines += [
-            f"deb {signed}{sites['Debian-Security']} {suite}-security main" for suite in suites if suite != "testing"
+            f"deb {signed}{sites['Debian-Security']} {suite}-security main"
+            for suite in suites
+            if suite not in _NO_SECURITY
         ]
     return "\n".join(lines) + "\n"
 
@@ -47,11 +52,12 @@ def _sites() -> dict[str, str]:
 
 
 @cache
-def _apt_options() -> tuple[str, ...]:
-    root = store.cache_root() / "apt"
+def _apt_options(*more: str) -> tuple[str, ...]:
+    """The words that have apt read our suites, and ``more`` of them."""
+    root = store.cache_root() / "-".join(("apt", *more))
     for folder in ("etc/apt/preferences.d", "state/lists/partial", "cache/archives/partial"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / "etc/apt/sources.list").write_text(archive_sources(*SUITES))
+    (root / "etc/apt/sources.list").write_text(archive_sources(*SUITES, *more))
     options = (
         *(
             "-o",
@@ -69,20 +75,23 @@ def _apt_options() -> tuple[str, ...]:
     return options
 
 
-def newest_package(pattern: str) -> str:
-    """The package whose name matches ``pattern``, with the highest number in the pattern's one group."""
-    names = command(["apt-cache", *_apt_options(), "pkgnames"]).split()
+def newest_package(pattern: str, *more: str) -> str:
+    """The package whose name matches ``pattern``, with the highest number in the pattern's one group.
+
+    ``more``: suites to look into beside ours.
+    """
+    names = command(["apt-cache", *_apt_options(*more), "pkgnames"]).split()
     found = [(tuple(map(int, match[1].split("."))), name) for name in names if (match := re.fullmatch(pattern, name))]
     if not found:
         raise HostError(f"Debian's lists have no package like {pattern}")
     return max(found)[1]
 
 
-def download(package: str, into: Path) -> tuple[Path, str]:
-    """Fetch ``package`` and unpack it under ``into``; return the folder and the package's version."""
+def download(package: str, into: Path, *more: str) -> tuple[Path, str]:
+    """Fetch ``package``, also out of suites ``more``, and unpack it under ``into``; the folder and its version."""
     with step(f"downloading {package}"):
         into.mkdir(parents=True, exist_ok=True)
-        command(["apt-get", *_apt_options(), "download", "-qq", package], cwd=into)
+        command(["apt-get", *_apt_options(*more), "download", "-qq", package], cwd=into)
         archive = next(into.glob(f"{package}_*.deb"))
         command(["dpkg-deb", "-x", archive, into])
         version = command(["dpkg-deb", "-f", archive, "Version"]).strip()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_root, cached, content_key, locked
-from .debian import download, newest_package
+from .debian import EXPERIMENTAL, download, newest_package
 from .host import BUILD_KERNEL, HostError, command, need, step
 
-__all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "kernel"]
+__all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "NothingNewer", "kernel"]
 
 #: To be changed with the steps below, where what comes out of them changes.
 RECIPE = "1"
@@ -24,7 +24,10 @@ KERNELS = {
     "6.12": r"linux-source-(6\.12)",
     "6.1": r"linux-source-(6\.1)",
     "newest": r"linux-source-(\d+\.\d+)",
+    "next": r"linux-source-(\d+\.\d+)",
 }
+#: Name -> where to look beside the suites that have all the others: release candidates.
+_SUITES = {"next": (EXPERIMENTAL,)}
 DEFAULT_KERNEL = "6.12"
 
 
@@ -42,6 +45,10 @@ _BUILD_PRODUCTS = (
     ),
     *("*.o", "*.a", "*.ko", "*.mod", "*.mod.c", "*.cmd", "*.order", "*.symvers", "/vmlinux", "/System.map"),
 )
+
+
+class NothingNewer(HostError):
+    """There is no release candidate at the moment."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,13 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
 
 def _from_debian(name: str, work: Path) -> dict[str, str]:
     need(BUILD_KERNEL)
-    package = newest_package(KERNELS[name])
+    suites = _SUITES.get(name, ())
+    package = newest_package(KERNELS[name], *suites)
+    if suites and package == newest_package(KERNELS[name]):
+        raise NothingNewer(f"{name}: Debian offers no kernel that is newer than {package}")
     source = work / "source"
     try:
-        _, version = download(package, source)
+        _, version = download(package, source, *suites)
         with step(f"unpacking {package}"):
             command(["tar", "-xf", source / "usr/src" / f"{package}.tar.xz", "-C", source])
         with step(f"building kernel {name} ({version})"):

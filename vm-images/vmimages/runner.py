@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import re
 import select
 import selectors
 import shutil
@@ -30,6 +31,9 @@ __all__ = ["Outcome", "OutputLost", "Result", "run"]
 
 _PREFIX = "vdpabridge-vm-"
 _END_BYTES = 4096
+#: What the guest says last on its output port.
+_MARK = b"\0end of output\n"
+_EXIT = re.compile(rb"^exit \d+$", re.MULTILINE)
 
 
 def run(
@@ -134,7 +138,12 @@ class _Ports:
         self.end_s = math.inf
         """When to stop waiting for a reader of the output too."""
         self.output_end = b""
+        self._held = b""
+        """Output that may be the beginning of `_MARK`."""
+        self._complete = False
         self._sink = sink
+        self._guest: socket.socket | None = None
+        """To tell the guest that all of its output is here."""
         self._selector = selectors.DefaultSelector()
         self._sockets: list[socket.socket] = []
         for path, port in ((machine.output_socket, "output"), (machine.status_socket, "status")):
@@ -153,14 +162,32 @@ class _Ports:
                 connection, _address = listener.accept()
                 self._sockets.append(connection)
                 self._selector.register(connection, selectors.EVENT_READ, (None, port))
+                if port == "status":
+                    self._guest = connection
             elif not (chunk := os.read(key.fd, 65536)):
                 self._selector.unregister(key.fileobj)
             elif port == "output":
-                self.output_end = (self.output_end + chunk)[-_END_BYTES:]
-                self._hand_on(chunk)
+                self._take_output(chunk)
             else:
                 self.status += chunk
+        if self._complete and self._guest is not None and _EXIT.search(self.status):
+            # it waits for this, and may be gone already where it does not
+            with suppress(OSError):
+                self._guest.send(b"\n")
+            self._guest = None
         return bool(events)
+
+    def _take_output(self, chunk: bytes) -> None:
+        """Hand on what comes before `_MARK`, which ends it."""
+        if self._complete:
+            return
+        data, mark, _ = (self._held + chunk).partition(_MARK)
+        self._complete = bool(mark)
+        kept = 0 if mark else next(size for size in range(len(_MARK) - 1, -1, -1) if data.endswith(_MARK[:size]))
+        self._held = data[len(data) - kept :]
+        data = data[: len(data) - kept]
+        self.output_end = (self.output_end + data)[-_END_BYTES:]
+        self._hand_on(data)
 
     def _hand_on(self, chunk: bytes) -> None:
         try:

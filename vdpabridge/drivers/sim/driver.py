@@ -177,6 +177,7 @@ class Sim(Device):
         def replace() -> None:
             if (worker := self._engine.workers.get(index)) is not None:
                 setattr(worker, _EVENTFDS[operation], self._eventfds.get((index, operation)))
+                worker.look = True
 
         self._call(replace)
         if old is not None:

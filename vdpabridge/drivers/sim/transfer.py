@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -158,9 +159,12 @@ def _without_waiting(fd: int) -> int:
     is opened once more, for a mode of its own. A socket is asked not to wait each time. Raises OSError.
     """
     try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_PATH:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if not stat.S_ISFIFO(os.fstat(fd).st_mode):
             return fd
-        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        access = flags & os.O_ACCMODE
         try:
             own = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
         except PermissionError:

@@ -42,7 +42,8 @@ class Worker:
     def ready(self) -> bool:
         """Whether there may be something to take."""
         if self.stopping is Stopping.NO:
-            return self.look and self.enabled and not self.broken
+            # without a kick nobody has asked for it to be looked into
+            return self.look and self.enabled and self.kick is not None and not self.broken
         return self.stopping is Stopping.DRAIN and bool(self.ring.again) and not self.broken
 
     def take(self) -> Chain | None:

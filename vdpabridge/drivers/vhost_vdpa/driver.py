@@ -393,14 +393,26 @@ class VhostVdpa(Device):
         self._negotiating = False
         # mlx5 puts all of them into address space 0
         self._group_spaces.clear()
+        try:
+            self._set_up_after_reset()
+        except BaseException as error:
+            # it is reset, and lacks some of what belongs to that; another reset gives it all
+            failed = self._fail(f"after its reset: {error}")
+            if isinstance(error, Exception):
+                raise failed from error
+            raise
+
+    def _set_up_after_reset(self) -> None:
         # vhost keeps listening to eventfds through a reset; the device forgets its half of them
         for index, record in self.queues.items():
             for operation in record.eventfds:
                 self._bind_eventfd(operation, index, None)
         if self.config_call is not None:
             self._set_config_call(None)
-        if not self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
-            with self._in_order():
+        with self._in_order():
+            if self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
+                self._regions.map_missing()
+            else:
                 self._regions.map_again()
 
     def _await_reset(self) -> None:

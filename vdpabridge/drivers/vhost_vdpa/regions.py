@@ -78,6 +78,14 @@ class Regions:
                     where = (address, mapping.size_bytes, mapping.address)
                     self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
 
+    def map_missing(self) -> None:
+        """Show the device what it should have and lacks, because `map_again` was not seen to its end."""
+        self.settle()
+        for (space, address), (mapping, writable) in self._mappings.items():
+            if (space, address) not in self._iotlb.entries:
+                where = (address, mapping.size_bytes, mapping.address)
+                self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
+
     def _give_up(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions`` away, now or before anything else is mapped or unmapped.
 

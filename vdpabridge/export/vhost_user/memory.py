@@ -53,7 +53,7 @@ class FrontendMemory:
         gone = [old for old in self._known if old not in kept]
         new = [each for each in wanted if not any(old.same_mapping(each.region, each.file) for old in kept)]
         if gone:
-            self._device.unmap([each.mapped for each in gone])
+            self._unmap(gone)
             self._known = kept
         if new:
             self._device.map([each.mapped for each in new])
@@ -79,8 +79,19 @@ class FrontendMemory:
         if not found:
             why = f"there is none of {region.size_bytes:#x} bytes at {region.guest_address:#x}"
             raise VdpaBridgeError("remove a memory region", why=why)
-        self._device.unmap([found[0].mapped])
+        self._unmap(found[:1])
         self._known.remove(found[0])
+
+    def _unmap(self, regions: Sequence[_Known]) -> None:
+        try:
+            self._device.unmap([each.mapped for each in regions])
+        except BaseException:
+            # what counts as gone all the same
+            mapped = {(region.guest_address, region.size_bytes) for region in self._device.regions}
+            self._known = [
+                each for each in self._known if (each.mapped.guest_address, each.mapped.size_bytes) in mapped
+            ]
+            raise
 
     def guest_address(self, user_address: int) -> int:
         """The guest address of what the front-end has at ``user_address``."""

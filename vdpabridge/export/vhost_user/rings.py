@@ -218,7 +218,7 @@ class Rings:
         if device.state is RunState.RUNNING:
             if any(ring.enabled and not ring.live for ring in started):
                 self._join()
-        elif self._can_join or all(ring.decided for ring in started):
+        elif self._can_join or self._enables_all or all(ring.decided for ring in started):
             if device.state is RunState.RESET:
                 raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
             self._go()
@@ -235,7 +235,11 @@ class Rings:
     def _enables(self, ring: Ring) -> bool:
         """Whether ``ring`` is enabled in the device when it is set up: it can only be withheld or not, later, in a
         device that is not to be reset for it."""
-        return ring.enabled or (Capability.DEVICE_STATE in self._device.capabilities and not self._can_join)
+        return ring.enabled or self._enables_all
+
+    @property
+    def _enables_all(self) -> bool:
+        return Capability.DEVICE_STATE in self._device.capabilities and not self._can_join
 
     def _go(self) -> None:
         device = self._device

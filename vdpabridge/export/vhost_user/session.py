@@ -14,6 +14,7 @@ from typing import Any, Self
 from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64, Config, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
+from ...deadline import Deadline
 from ...descriptors import discard
 from ...device import Capability, Device
 from ...errors import MissingCapability, VdpaBridgeError
@@ -25,6 +26,8 @@ from .requests import Answer, Requests
 __all__ = ["Session", "require_servable"]
 
 _FAILED = 1
+#: For a front-end that does not read its replies, of which a socket holds hundreds: everybody else waits meanwhile.
+_REPLY_S = 1.0
 
 
 class Session:
@@ -200,14 +203,16 @@ class Session:
 
     def _reply(self, request: int, answer: Answer) -> None:
         try:
-            self._connection.send(request, answer.payload.pack(), answer.fds, flags=REPLY_FLAGS)
+            data = answer.payload.pack()
+            self._connection.send(request, data, answer.fds, flags=REPLY_FLAGS, deadline=Deadline(_REPLY_S))
         finally:
             for fd in answer.fds:
                 os.close(fd)
 
     def _acknowledge(self, message: Message, error: Exception | None) -> None:
         if message.flags & FLAG_NEED_REPLY and self._requests.has(ProtocolFeature.REPLY_ACK):
-            self._connection.send(message.request, U64(_FAILED if error else 0).pack(), flags=REPLY_FLAGS)
+            data = U64(_FAILED if error else 0).pack()
+            self._connection.send(message.request, data, flags=REPLY_FLAGS, deadline=Deadline(_REPLY_S))
         elif error is not None:
             # it cannot be told in a reply, and must not go on as if all were well
             why = f"it failed, and no acknowledgement was asked for: {error}"
