@@ -216,3 +216,11 @@ def test_descriptors_that_are_none(capsys):
             main(["serve", "sim:fs", f"--fd={word}"])
         assert caught.value.code == 2
         assert f"'{word}' is not the number of a descriptor" in capsys.readouterr().err
+
+
+def test_the_rules_and_the_demonstration_as_json():
+    rules = json.loads(run("-m", "vdpabridge", "-j", "udev-rules").stdout)["rules"]
+    assert rules == run("-m", "vdpabridge", "udev-rules").stdout
+    lines = [json.loads(line) for line in run("-m", "vdpabridge", "-j", "demo").stdout.splitlines()]
+    assert lines[-1] == {"demo": "PASS"}
+    assert all(set(line) == {"step", "at_ms", "took_ms", "facts"} for line in lines[:-1])

@@ -353,15 +353,16 @@ class Disturbed:
         self.wait(*words)
 
 
+@pytest.mark.parametrize("driver", ["sim", "vhost-user"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_any_step(number, tmp_path, monkeypatch):
+def test_a_signal_at_any_step(number, driver, tmp_path, monkeypatch):
     """Enumerated: before each system call of the transfer the signal comes once, and its handler raises."""
     path = tmp_path / "image"
     disturbed = Disturbed(number, channel.wait)
     monkeypatch.setattr(channel, "wait", disturbed)
     before = signal.signal(number, signal.default_int_handler)
     try:
-        with lab("sim") as (source, _, work):
+        with lab(driver) as (source, _, work):
             path.write_bytes(b"what was there")
             # until one is done before its signal comes: how many calls it takes is a matter of how state arrives
             for disturbed.at in itertools.count(1):

@@ -71,7 +71,13 @@ def udev_rules(words: argparse.Namespace) -> None:
     """``vdpabridge udev-rules``."""
     from ..udev_files import helper, rules
 
-    print(helper() if words.helper else rules(), end="")
+    text = helper() if words.helper else rules()
+    if words.json:
+        import json
+
+        print(json.dumps({"helper" if words.helper else "rules": text}))
+    else:
+        print(text, end="")
 
 
 def _place(device: BusDevice) -> dict[str, object]:

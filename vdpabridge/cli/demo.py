@@ -7,6 +7,7 @@ guest's driver and the front-end at once. ``make demo`` shows the same with vDPA
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -33,19 +34,18 @@ _QUEUE_SIZE = 64
 _LINE_BYTES = 36
 
 
-def demo(_words: argparse.Namespace) -> None:
+def demo(words: argparse.Namespace) -> None:
     """``vdpabridge demo``. Raises `VdpaBridgeError` where it does not end well, and says so in its last line."""
     try:
-        _demonstrate()
+        _demonstrate(Timeline(as_json=words.json))
     except (Broken, VdpaBridgeError) as error:
-        print(f"demo: FAIL: {error}")
+        print(json.dumps({"demo": "FAIL", "why": str(error)}) if words.json else f"demo: FAIL: {error}")
         raise VdpaBridgeError("demo", why=str(error)) from error
-    print("demo: PASS")
+    print(json.dumps({"demo": "PASS"}) if words.json else "demo: PASS")
 
 
-def _demonstrate() -> None:
+def _demonstrate(timeline: Timeline) -> None:
     """The whole story. Raises `Broken` or `VdpaBridgeError` where it does not end well."""
-    timeline = Timeline()
     with ExitStack() as stack:
         memory = stack.enter_context(GuestMemory(_MEMORY_BYTES))
         rings = [stack.enter_context(SplitQueue(memory, _QUEUE_SIZE)) for _ in range(2)]

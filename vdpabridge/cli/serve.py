@@ -68,6 +68,10 @@ def serve(words: argparse.Namespace) -> None:
             methods = methods_of(device, server, words.timeout)
             server.companion = stack.enter_context(ControlServer(control, methods, report=say))
         say(f"{device.name} is served at {where}")
+        if DeviceName.parse(words.device).kind in ("vhost-vdpa", "vdpa"):
+            say(
+                "hardware pins the guest's memory: switch ballooning, free page reporting and virtio-mem off in the VMM"
+            )
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             server.serve(place, once=words.once)
         else:
