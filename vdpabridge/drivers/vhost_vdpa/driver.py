@@ -48,6 +48,7 @@ from ...device import (
 from ...errors import DeadlineExceeded, FeatureError, KernelError
 from ...eventfds import signal
 from ...memory import SharedMapping
+from .groups import Groups
 from .iotlb import Iotlb, IotlbBroken
 from .node import Node
 from .regions import Regions
@@ -105,9 +106,6 @@ class VhostVdpa(Device):
         """
         self._node = node
         self._ask = Requests(node)
-        self._groups: dict[tuple[Ioctl, int], int] = {}
-        self._group_spaces: dict[int, int] = {}
-        """Group -> the address space that it was given since the last reset."""
         self._negotiating = False
         """Whether the device may be past its reset although this process does not know it."""
         super().__init__(node.path, node.limit)
@@ -118,6 +116,8 @@ class VhostVdpa(Device):
             self.backend_features = self._accept_backend_features(backend_features)
             self._identity = self._identify()
             self.group_count = self._ask.get(Ioctl.VHOST_VDPA_GET_GROUP_NUM)
+            told_apart = bool(self.backend_features >> VHOST_BACKEND_F_DESC_ASID & 1)
+            self._groups = Groups(self.name, self._ask, rings_apart=told_apart)
             self.address_space_count = self._ask.get(Ioctl.VHOST_VDPA_GET_AS_NUM)
             self.iotlb = Iotlb(node, self._ask.iova_range(), self.address_space_count, self.backend_features)
             self._regions = Regions(self.name, self.iotlb)
@@ -168,17 +168,11 @@ class VhostVdpa(Device):
 
     def queue_group(self, index: int) -> int:
         """The group of queue ``index``; the queues of a group share an address space."""
-        return self._group(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
+        return self._groups.of_buffers(index)
 
     def queue_descriptor_group(self, index: int) -> int:
         """The group of queue ``index``'s rings, where they can be in another than its buffers (DESC_ASID)."""
-        return self._group(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
-
-    def _group(self, request: Ioctl, index: int) -> int:
-        # a device does not regroup its queues, and some have hundreds
-        if (request, index) not in self._groups:
-            self._groups[request, index] = self._ask.get_of_queue(request, index)
-        return self._groups[request, index]
+        return self._groups.of_rings(index)
 
     def queue_size_max(self, index: int) -> int:
         """The most descriptors queue ``index`` can have; most devices answer for all queues at once (`Identity`)."""
@@ -288,36 +282,14 @@ class VhostVdpa(Device):
     @_under_one_deadline
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
         if self.group_count > 1:
-            self._assign_groups(index, setup.address_space)
+            setups = {other: record.setup for other, record in self.queues.items() if record.setup is not None}
+            self._groups.assign(index, setup.address_space, setups)
         elif setup.address_space:
             raise ValueError(
                 f"{self.name}: address space {setup.address_space} for queue {index}: all its queues are in 0"
             )
         self._ask.set_of_queue(Ioctl.VHOST_SET_VRING_NUM, index, setup.size)
         self._ask.set_addresses(index, setup)
-
-    def _assign_groups(self, index: int, address_space: int) -> None:
-        """Let the groups of queue ``index`` see ``address_space``; all other queues in them must be in it too."""
-        mine = self._groups_of(index)
-        for other, record in self.queues.items():
-            if record.setup is None or other == index or record.setup.address_space == address_space:
-                continue
-            if mine & self._groups_of(other):
-                why = f"queue {other}, of the same group, is in address space {record.setup.address_space}"
-                raise ValueError(f"{self.name}: address space {address_space} for queue {index}: {why}")
-        for group in sorted(mine):
-            if self._group_spaces.get(group) != address_space:
-                # the request has a group where others have a queue
-                self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_GROUP_ASID, group, address_space)
-                self._group_spaces[group] = address_space
-
-    def _groups_of(self, index: int) -> set[int]:
-        """That of its buffers and, where the device tells them apart, that of its rings: mlx5 looks them up in the
-        address space of the latter, whether or not anybody has acknowledged DESC_ASID."""
-        groups = {self.queue_group(index)}
-        if self.backend_features >> VHOST_BACKEND_F_DESC_ASID & 1:
-            groups.add(self.queue_descriptor_group(index))
-        return groups
 
     def _set_base(self, index: int, base: QueueBase) -> None:
         self._ask.set_of_queue(Ioctl.VHOST_SET_VRING_BASE, index, base.encode())
@@ -391,8 +363,7 @@ class VhostVdpa(Device):
         self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
         self._await_reset()
         self._negotiating = False
-        # mlx5 puts all of them into address space 0
-        self._group_spaces.clear()
+        self._groups.forget()
         try:
             self._set_up_after_reset()
         except BaseException as error:

@@ -1,0 +1,64 @@
+"""Groups of queues: those of one group see the same address space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...abi.vhost import VhostIoctl as Ioctl
+from ...device import QueueSetup
+from .requests import Requests
+
+__all__ = ["Groups"]
+
+
+class Groups:
+    """The groups of ``device``'s queues, asked for by ``ask`` (borrowed) once for each queue: some have hundreds.
+
+    ``rings_apart``: the device may tell the group of a queue's rings from that of its buffers (DESC_ASID).
+    """
+
+    def __init__(self, device: str, ask: Requests, *, rings_apart: bool) -> None:
+        self._device = device
+        self._ask = ask
+        self._rings_apart = rings_apart
+        self._known: dict[tuple[Ioctl, int], int] = {}
+        self._spaces: dict[int, int] = {}
+        """Group -> the address space that it was given since the last reset."""
+
+    def of_buffers(self, index: int) -> int:
+        """The group of queue ``index``."""
+        return self._get(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
+
+    def of_rings(self, index: int) -> int:
+        """The group of queue ``index``'s rings. Raises `KernelError` where the device does not tell them apart."""
+        return self._get(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
+
+    def assign(self, index: int, address_space: int, setups: Mapping[int, QueueSetup]) -> None:
+        """Let the groups of queue ``index`` see ``address_space``; ``setups`` are those of all queues that have one.
+
+        ValueError where another queue of them is in another address space.
+        """
+        mine = self._of(index)
+        for other, setup in setups.items():
+            if other != index and setup.address_space != address_space and mine & self._of(other):
+                why = f"queue {other}, of the same group, is in address space {setup.address_space}"
+                raise ValueError(f"{self._device}: address space {address_space} for queue {index}: {why}")
+        for group in sorted(mine):
+            if self._spaces.get(group) != address_space:
+                # the request has a group where others have a queue
+                self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_GROUP_ASID, group, address_space)
+                self._spaces[group] = address_space
+
+    def forget(self) -> None:
+        """The device was reset: mlx5 puts all groups into address space 0."""
+        self._spaces.clear()
+
+    def _of(self, index: int) -> set[int]:
+        """mlx5 looks rings up in the space of their own group, whether or not anybody has acknowledged DESC_ASID."""
+        return {self.of_buffers(index), *([self.of_rings(index)] if self._rings_apart else [])}
+
+    def _get(self, request: Ioctl, index: int) -> int:
+        # a device does not regroup its queues
+        if (request, index) not in self._known:
+            self._known[request, index] = self._ask.get_of_queue(request, index)
+        return self._known[request, index]
