@@ -39,6 +39,7 @@ def children():
 def nothing_left_behind():
     before = open_descriptors()
     threads = threading.active_count()
+    theirs = children() or []
     yield
     deadline = time.monotonic() + 2
     while threading.active_count() > threads and time.monotonic() < deadline:
@@ -48,7 +49,8 @@ def nothing_left_behind():
     assert not left, f"descriptors left open: {left}"
     assert len(after) == len(before), f"descriptors closed that were not the test's: {before.keys() - after.keys()}"
     assert threading.active_count() == threads, f"threads left: {threading.enumerate()}"
-    assert not children(), f"child processes left: {children()}"
+    left = [child for child in children() or [] if child not in theirs]
+    assert not left, f"child processes left: {left}"
 
 
 def pytest_configure():
