@@ -318,3 +318,49 @@ def test_an_exporter_whose_unmap_was_late_knows_what_is_mapped(request_):
         assert front.tell(F.REM_MEM_REG, SingleRegion(two).pack()) == 0
         assert front.tell(F.ADD_MEM_REG, SingleRegion(two).pack(), [second]) == 0
         check_agreement(kernel, device)
+
+
+def test_an_unmap_behind_one_that_was_late():
+    """The second is not even asked for, and its memory goes all the same."""
+    kernel = Late(Parent())
+    with opened(kernel) as (device, regions):
+        device.map(regions[:2])
+        kernel.arm(1, after=False)
+        device.timeout_s = 0.05
+        for region in regions[:2]:
+            with pytest.raises(DeadlineExceeded):
+                device.unmap([region])
+        assert device.regions == []
+        kernel.gate.set()
+        wait_until(lambda: not device._node.stuck)
+        device.timeout_s = 5
+        device.map(regions[2:3])
+        check_agreement(kernel, device)
+        device.map(regions[:2])
+        check_agreement(kernel, device)
+
+
+def test_a_device_that_lost_its_features_does_not_start():
+    """Its reset was interrupted when the kernel had done it, and nobody took notice."""
+
+    class Interrupting(FakeKernel):
+        def vhost_vdpa_set_status(self, argument):
+            code = super().vhost_vdpa_set_status(argument)
+            if argument[0] == 0 and not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return code
+
+    kernel = Interrupting(Parent(persist=False, forgets_maps=True))
+    kernel.interrupted = False
+    with opened(kernel) as (device, regions):
+        device.map(regions[:3])
+        device.accept_features(1 << 32)
+        with pytest.raises(KeyboardInterrupt):
+            device.reset()
+        with pytest.raises(DeviceFailed, match="status is reset, and features were accepted"):
+            device.start()
+        device.reset()
+        device.accept_features(1 << 32)
+        device.start()
+        check_agreement(kernel, device)

@@ -344,6 +344,21 @@ def check_idle(front):
     assert used(front, 1) == 0
 
 
+@pytest.mark.parametrize("more", [set(), {C.RESUME}, {C.RESUME, C.SETUP_WHILE_SUSPENDED}])
+def test_a_pause_ends_although_a_ring_came_meanwhile_that_was_never_enabled(more):
+    with serving(VDPA_6_1 | more) as front:
+        for index in (0, 1):
+            ring(front, index, kick=False, enable=False)
+        enable(front, 1, 1)
+        with eventfd() as kick:
+            for index in (1, 0):
+                assert front.tell(F.SET_VRING_KICK, U64(index).pack(), [kick]) == 0
+            assert working(front.sim) == [1]
+            enable(front, 1, 0)
+            enable(front, 1, 1)
+            assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [1])
+
+
 def test_a_ring_that_is_at_work_does_not_wait_for_one_that_was_never_enabled():
     """Where waiting saves no reset."""
     with serving(WITH_STATE) as front:

@@ -193,3 +193,10 @@ def test_hidden_files_that_were_asked_for_are_there(bootable, tmp_path):
     (tmp_path / "folder/.hidden/file").write_text("seen")
     _, output = boot(bootable, "cat /run/payload/with/folder/.hidden/file", extra=[tmp_path / "folder"])
     assert output == "seen"
+
+
+def test_output_of_any_bytes(bootable):
+    """What ends it is made up for each run: nothing that a command says is taken for it."""
+    script = r"printf 'a\0end of output\nb\0'"
+    result, output = boot(bootable, script)
+    assert (result.exit_code, output) == (0, "a\0end of output\nb\0")

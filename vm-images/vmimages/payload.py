@@ -28,9 +28,18 @@ ENVIRONMENT = {
 
 
 def write_payload(
-    tar: Path, repository: Path, command: Sequence[str], environment: Mapping[str, str], extra: Sequence[Path] = ()
+    tar: Path,
+    repository: Path,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    extra: Sequence[Path] = (),
+    *,
+    mark: str = "",
 ) -> None:
-    """Write the tar that the guest's first process unpacks and starts; ``extra`` goes to /run/payload/with."""
+    """Write the tar that the guest's first process unpacks and starts; ``extra`` goes to /run/payload/with.
+
+    ``mark`` is what the guest says when all of the output was said.
+    """
     exports = ENVIRONMENT | dict(environment)
     script = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items())
     script += f"exec {shlex.join(command)}\n"
@@ -46,6 +55,7 @@ def write_payload(
             path = _module_path(module)
             archive.add(path, f"modules/{path.name}", filter=_for_guest)
         _add_text(archive, "command", script)
+        _add_text(archive, "mark", mark)
         # the guest runs nothing without it: what is cut off must not be taken for a suite without failures
         _add_text(archive, "complete", "")
 

@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import re
+import secrets
 import select
 import selectors
 import shutil
@@ -31,8 +32,6 @@ __all__ = ["Outcome", "OutputLost", "Result", "run"]
 
 _PREFIX = "vdpabridge-vm-"
 _END_BYTES = 4096
-#: What the guest says last on its output port.
-_MARK = b"\0end of output\n"
 _EXIT = re.compile(rb"^exit \d+$", re.MULTILINE)
 
 
@@ -61,7 +60,8 @@ def run(
     root = rootfs()
     with ExitStack() as stack:
         scratch = stack.enter_context(_scratch())
-        write_payload(scratch / "payload.tar", repository, command, environment or {}, extra)
+        mark = secrets.token_hex(16)
+        write_payload(scratch / "payload.tar", repository, command, environment or {}, extra, mark=mark)
         machine = Machine(
             kernel=kernel.image,
             root=root,
@@ -72,7 +72,7 @@ def run(
             memory_mib=memory_mib,
             kernel_arguments=kernel_arguments,
         )
-        ports = stack.enter_context(_Ports(machine, output or sys.stdout.buffer))
+        ports = stack.enter_context(_Ports(machine, output or sys.stdout.buffer, b"\0" + mark.encode() + b"\n"))
         qemu = stack.enter_context(
             subprocess.Popen(
                 # the machine dies with this process, however that ends
@@ -92,7 +92,12 @@ def run(
             qemu.stdout.read().decode(errors="replace").strip() if qemu.returncode is not None and qemu.stdout else ""
         )
         log = machine.console.read_text(errors="replace") if machine.console.exists() else ""
-        return replace(judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s), output_end=ports.output_end)
+        result = judge(ports.status.decode(), log, qemu.returncode, said, elapsed_s)
+        if not ports.complete:
+            ports.hand_on_rest()
+            if result.outcome is Outcome.FINISHED:
+                raise OutputLost(f"the machine ended before all of its output was here, after {elapsed_s:.0f} s")
+        return replace(result, output_end=ports.output_end)
 
 
 @contextmanager
@@ -133,14 +138,16 @@ class OutputLost(RuntimeError):
 class _Ports:
     """The two sockets that QEMU connects the guest's ports to: output is copied to ``sink``, status is kept."""
 
-    def __init__(self, machine: Machine, sink: BinaryIO) -> None:
+    def __init__(self, machine: Machine, sink: BinaryIO, mark: bytes) -> None:
         self.status = b""
         self.end_s = math.inf
         """When to stop waiting for a reader of the output too."""
         self.output_end = b""
         self._held = b""
-        """Output that may be the beginning of `_MARK`."""
-        self._complete = False
+        """Output that may be the beginning of the mark."""
+        self._mark = mark
+        self.complete = False
+        """Whether all of the output is here."""
         self._sink = sink
         self._guest: socket.socket | None = None
         """To tell the guest that all of its output is here."""
@@ -170,7 +177,7 @@ class _Ports:
                 self._take_output(chunk)
             else:
                 self.status += chunk
-        if self._complete and self._guest is not None and _EXIT.search(self.status):
+        if self.complete and self._guest is not None and _EXIT.search(self.status):
             # it waits for this, and may be gone already where it does not
             with suppress(OSError):
                 self._guest.send(b"\n")
@@ -178,16 +185,22 @@ class _Ports:
         return bool(events)
 
     def _take_output(self, chunk: bytes) -> None:
-        """Hand on what comes before `_MARK`, which ends it."""
-        if self._complete:
+        """Hand on what comes before the mark, which ends it."""
+        if self.complete:
             return
-        data, mark, _ = (self._held + chunk).partition(_MARK)
-        self._complete = bool(mark)
-        kept = 0 if mark else next(size for size in range(len(_MARK) - 1, -1, -1) if data.endswith(_MARK[:size]))
+        data, mark, _ = (self._held + chunk).partition(self._mark)
+        self.complete = bool(mark)
+        begins = (size for size in range(len(self._mark) - 1, -1, -1) if data.endswith(self._mark[:size]))
+        kept = 0 if mark else next(begins)
         self._held = data[len(data) - kept :]
         data = data[: len(data) - kept]
         self.output_end = (self.output_end + data)[-_END_BYTES:]
         self._hand_on(data)
+
+    def hand_on_rest(self) -> None:
+        """Of output that was not ended."""
+        self._hand_on(self._held)
+        self._held = b""
 
     def _hand_on(self, chunk: bytes) -> None:
         try:

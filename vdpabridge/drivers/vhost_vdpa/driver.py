@@ -327,6 +327,9 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _start(self) -> None:
+        if (status := self.status) != _NEGOTIATED:
+            # a reset that was not seen to its end, for one: it would start without features
+            raise self._fail(f"status is {status_names(status)}, and features were accepted")
         with self._in_order():
             self._regions.settle()
         for index in self._enabled_queues():

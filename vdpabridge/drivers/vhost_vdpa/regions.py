@@ -48,8 +48,8 @@ class Regions:
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions``, which are mapped, away. Where it raises they count as gone, and soon are: see `settle`."""
-        self.settle()
         try:
+            self.settle()
             for space, its_regions in _by_space(regions):
                 with self._together(space, len(its_regions)):
                     for region in its_regions:

@@ -216,6 +216,9 @@ class Rings:
         if self._held or not any(ring.enabled for ring in started):
             return
         if device.state is RunState.RUNNING:
+            # who did not wait for a ring once does not wait for it after a pause
+            for ring in started:
+                ring.decided = True
             if any(ring.enabled and not ring.live for ring in started):
                 self._join()
         elif self._can_join or self._enables_all or all(ring.decided for ring in started):
