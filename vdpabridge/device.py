@@ -260,11 +260,13 @@ class Device(DeviceCore):
     def reset(self) -> None:
         """Forget features, queues and eventfds. Mapped memory stays mapped.
 
-        The device's own state is forgotten too where the device can do that (STATE_RESET).
+        The device's own state is forgotten too where the device can do that (STATE_RESET). Where this raises the device
+        has failed, until another reset succeeds: nobody knows what of this one was done.
         """
         after = self._permit(Operation.RESET)
-        self._reset()
-        self._forget()
+        with self._resetting():
+            self._reset()
+            self._forget()
         self._state = after
 
     @_bounded

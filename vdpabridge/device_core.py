@@ -66,11 +66,25 @@ class DeviceCore(DriverHooks):
         before = self._state
         try:
             yield
+            self._state = after
         except BaseException as error:
-            if self._state is before and not getattr(error, "nothing_done", False) and not self.is_idle():
+            if self._state is before and not getattr(error, "nothing_done", False):
+                # first this: whatever interrupts the question below leaves what is safe to believe
                 self._state = after
+                if self.is_idle():
+                    self._state = before
             raise
-        self._state = after
+
+    @contextmanager
+    def _resetting(self) -> Iterator[None]:
+        """The body resets the device. Where it raises, nobody knows what of that was done: the device has failed, and
+        another reset, seen to its end, makes it whole."""
+        try:
+            yield
+        except BaseException as error:
+            if self._state is not RunState.FAILED and not getattr(error, "nothing_done", False):
+                self._fail(f"a reset was not seen to its end: {str(error) or type(error).__name__}")
+            raise
 
     def is_idle(self) -> bool:
         """Whether it is certain that nothing of the device is at work, whatever it was told; legal at any time.

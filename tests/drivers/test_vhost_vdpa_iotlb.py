@@ -358,6 +358,8 @@ def test_a_device_that_lost_its_features_does_not_start():
         device.accept_features(1 << 32)
         with pytest.raises(KeyboardInterrupt):
             device.reset()
+        # and it took no notice of the failure either
+        device._state = RunState.CONFIGURED
         with pytest.raises(DeviceFailed, match="status is reset, and features were accepted"):
             device.start()
         device.reset()

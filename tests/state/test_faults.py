@@ -418,6 +418,32 @@ def test_an_interruption_while_the_source_goes_on_waits(base, hook):
         work.finish()
 
 
+class NotAtWork(Alarming, Sim):
+    """Ctrl-C comes while it is told to resume, which it then refuses."""
+
+    def _resume(self):
+        self._press("_resume")
+        raise VdpaBridgeError("resume", device=self.name, why="a test forbids it")
+
+
+@pytest.mark.parametrize("during", ["the last step", "going back"])
+def test_an_interruption_tells_what_was_found_out_meanwhile(during):
+    """It comes when all is done, and has what the error would have said."""
+    with lab("sim", NotAtWork) as (source, sim, _), shared_file(0) as file, made("sim") as (destination, _):
+        source.hook = "_resume"
+        destination.map(source.regions)
+        destination.faults.refuse_transfer = True
+        acts = {
+            "the last step": lambda: save(source, file, limits()),
+            "going back": lambda: migrate(source, destination, limits()),
+        }
+        with pytest.raises(KeyboardInterrupt) as caught:
+            acts[during]()
+        (note,) = caught.value.__notes__
+        assert "running now: nothing" in note or "running now: not known" in note
+        assert sim.state is not RunState.RUNNING
+
+
 class AlarmingStart(Alarming, Sim):
     def _start(self):
         super()._start()

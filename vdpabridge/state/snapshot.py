@@ -65,13 +65,19 @@ class QueueEventfds:
 
 
 def capture(device: Device) -> DeviceSnapshot:
-    """The snapshot of a suspended (or merely configured) device, which is not changed by it."""
+    """The snapshot of a suspended (or merely configured) device, which is not changed by it.
+
+    Raises `DeviceFailed` for one that has given up meanwhile.
+    """
     queues = {
         index: QueueSnapshot(record.setup, device.get_base(index), record.enabled)
         for index, record in sorted(device.queues.items())
         if record.setup is not None
     }
     config = device.read_config() if device.identity.config_size_bytes else b""
+    if device.state is RunState.SUSPENDED:
+        # one that gave up, or was reset behind our back, answers too, and stands at the beginning
+        device.check_health()
     started = device.state is not RunState.CONFIGURED
     return DeviceSnapshot(device.identity.device_id, device.accepted_features, queues, config, started)
 

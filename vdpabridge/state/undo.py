@@ -47,6 +47,8 @@ class Undo:
         self._witness: Witness | None = None
         self._starting = False
         self._done = False
+        self._outcome: Outcome | None = None
+        """How it has ended, once that is known."""
 
     def __enter__(self) -> Self:
         return self
@@ -55,12 +57,21 @@ class Undo:
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None or isinstance(error, ProcedureFailed):
-                return
-            outcome = self._after_the_end() if self._done else self._go_back(error)
+            if error is not None and not isinstance(error, ProcedureFailed):
+                self._conclude(error)
         finally:
             if self._witness is not None:
                 self._witness.close()
+
+    def _conclude(self, error: BaseException) -> None:
+        try:
+            with uninterrupted():
+                outcome = self._outcome = self._after_the_end() if self._done else self._go_back(error)
+        except BaseException as interruption:
+            # it came while things were put right, and says nothing of that
+            if self._outcome is not None:
+                interruption.add_note(f"{self._what}: {described(self._outcome)}")
+            raise
         if isinstance(error, Exception):
             raise self._failed(error, outcome) from error
         error.add_note(f"{self._what}: {described(outcome)}")
@@ -82,6 +93,8 @@ class Undo:
             with uninterrupted(), patient(self._source):
                 error, outcome = self._resume(self._source, name)
                 self._done = True
+                if error is not None:
+                    self._outcome = outcome
             if error is not None:
                 raise self._failed(error, outcome, f"{self._what} is done, but not {name}") from error
 
@@ -111,21 +124,22 @@ class Undo:
         )
 
     def _after_the_end(self) -> Outcome:
+        if self._outcome is not None:
+            return self._outcome
         device = self._destination or self._source
         runs = device is not None and device.state is RunState.RUNNING
         return Outcome(device.name if device is not None and runs else NOTHING, Advice.DONE)
 
     def _go_back(self, cause: BaseException) -> Outcome:
-        with uninterrupted():
-            if self._destination is not None:
-                with patient(self._destination):
-                    hindrance = self._stop(self._destination)
-                if hindrance is not None:
-                    return hindrance
-            if self._source is None:
-                return Outcome(NOTHING, Advice.ANOTHER)
-            with patient(self._source):
-                return self._bring_back(self._source, cause)
+        if self._destination is not None:
+            with patient(self._destination):
+                hindrance = self._stop(self._destination)
+            if hindrance is not None:
+                return hindrance
+        if self._source is None:
+            return Outcome(NOTHING, Advice.ANOTHER)
+        with patient(self._source):
+            return self._bring_back(self._source, cause)
 
     def _stop(self, destination: Device) -> Outcome | None:
         """See to it that ``destination`` does nothing more; why the source must not resume, if so."""

@@ -106,8 +106,9 @@ class VhostVdpa(Device):
         """
         self._node = node
         self._ask = Requests(node)
-        self._negotiating = False
-        """Whether the device may be past its reset although this process does not know it."""
+        self._bound: set[tuple[Operation, int]] = set()
+        """Eventfds that the kernel was asked to take since the last reset, whatever it answered."""
+        self._config_call_bound = False
         super().__init__(node.path, node.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -214,15 +215,14 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _accept_features(self, features: int) -> None:
-        if self._negotiating:
+        if self.status != 0:
             # an attempt that was not seen to its end has left the device where it is
-            self._reset()
+            self._reset_whole()
         offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
         # as `offered_features`: who accepts a bit finds it there, and where the state is taken to
         if unknown := features & ~(offered & ~_ACCESS_PLATFORM):
             # vdpa_sim drops such bits without a word
             raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
-        self._negotiating = True
         try:
             self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
             self._write_status(_READY)
@@ -232,9 +232,8 @@ class VhostVdpa(Device):
             if not self.status & VIRTIO_CONFIG_S_FEATURES_OK:
                 raise FeatureError(self.name, f"the device refused {features:#x}: it did not set FEATURES_OK", features)
         except (FeatureError, KernelError):
-            self._reset()
+            self._reset_whole()
             raise
-        self._negotiating = False
 
     def _write_status(self, status: int) -> None:
         """Write the status byte and see that the device took it: the request itself always succeeds."""
@@ -253,6 +252,7 @@ class VhostVdpa(Device):
         self._ask.write_config(offset, data)
 
     def _set_config_call(self, eventfd: int | None) -> None:
+        self._config_call_bound = True
         self._ask.set(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, VHOST_FILE_UNBIND if eventfd is None else eventfd)
 
     # --- memory ---
@@ -299,6 +299,7 @@ class VhostVdpa(Device):
         return decode_base(word, packed=bool(self.accepted_features >> VIRTIO_F_RING_PACKED & 1))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        self._bound.add((operation, index))
         self._ask.set_eventfd(_EVENTFD_REQUESTS[operation], index, eventfd)
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
@@ -362,27 +363,29 @@ class VhostVdpa(Device):
         elif (status := self.status) & _BROKEN:
             raise self._fail(f"status is {status_names(status)}")
 
+    def _reset_whole(self) -> None:
+        """A reset that this driver needs for itself."""
+        with self._resetting():
+            self._reset()
+
     def _reset(self) -> None:
         self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
         self._await_reset()
-        self._negotiating = False
         self._groups.forget()
         try:
             self._set_up_after_reset()
-        except BaseException as error:
-            # it is reset, and lacks some of what belongs to that; another reset gives it all
-            failed = self._fail(f"after its reset: {error}")
-            if isinstance(error, Exception):
-                raise failed from error
-            raise
+        except Exception as error:
+            # it is reset, and lacks some of what belongs to that
+            raise self._fail(f"after its reset: {error}") from error
 
     def _set_up_after_reset(self) -> None:
         # vhost keeps listening to eventfds through a reset; the device forgets its half of them
-        for index, record in self.queues.items():
-            for operation in record.eventfds:
-                self._bind_eventfd(operation, index, None)
-        if self.config_call is not None:
+        for operation, index in sorted(self._bound, key=str):
+            self._bind_eventfd(operation, index, None)
+        self._bound.clear()
+        if self._config_call_bound:
             self._set_config_call(None)
+            self._config_call_bound = False
         with self._in_order():
             if self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
                 self._regions.map_missing()
