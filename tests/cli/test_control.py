@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -346,6 +347,20 @@ def test_a_report_that_cannot_be_written_is_found_before_anything_is_moved(tmp_p
         assert done.returncode == 1
         assert "/nowhere/report.svg" in done.stderr
         assert mount.read() == b"These"
+
+
+def test_a_report_that_does_not_fit_says_that_the_state_was_moved_all_the_same(tmp_path):
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    with mounted(tmp_path) as (_, control), controlled(tmp_path, "b") as (_, other, _):
+        picture = tmp_path / "picture.svg"
+        done = run("-j", "migrate", control, other, "--report", str(picture), preexec_fn=limited)
+        assert (done.returncode, picture.exists()) == (1, False)
+        error = json.loads(done.stderr)["error"]
+        assert (error["device"], error["why"]) == (str(picture), "File too large")
+        assert "the state was moved all the same: start the destination" in error["hint"]
 
 
 def test_a_migration_that_fails_says_whose_fault_it_was_and_what_runs(tmp_path):

@@ -486,6 +486,8 @@ def test_state_that_is_loaded_ends_a_move(tmp_path):
         move(one, other)
         with pytest.raises(ControlError, match="its state was moved to another device"):
             one.ask("resume")
+        with pytest.raises(ControlError, match="force 'false' is neither true nor false"):
+            one.ask("resume", force="false")
         assert one.ask("status")["moved"] is True
         # nor can it be given to a third
         with pytest.raises(ControlError, match="its state was moved to another device: what is here is old"):

@@ -19,9 +19,16 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``argv``, by default the process's own arguments. Returns an exit code of `exit_codes.TABLE`."""
-    _open_standard_descriptors()
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    words = _parse(arguments)
+    try:
+        _open_standard_descriptors()
+        return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
+    except KeyboardInterrupt:
+        print("vdpabridge: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(words: argparse.Namespace) -> int:
+    """Do what ``words`` say. Returns an exit code of `exit_codes.TABLE`."""
     try:
         module, function = words.run.split(":")
         code: int | None = getattr(importlib.import_module(f".{module}", __package__), function)(words)
@@ -30,9 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader has left ('vdpabridge list | head')
         forget_output()
         return REFUSED
-    except KeyboardInterrupt:
-        print("vdpabridge: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except VdpaBridgeError as error:
         _report(error, words.json)
         return exit_code(error)

@@ -109,10 +109,15 @@ def migrate(words: argparse.Namespace) -> None:
             if report is not None:
                 _draw(report, words, saved, loaded)
         _tell(words, saved | {"running": "nothing: start the destination by its front-end"})
-    except VdpaBridgeError as error:
-        if saved:
-            error.hint = "the state was moved all the same: start the destination by its front-end"
-        raise
+    except (VdpaBridgeError, OSError) as error:
+        if not saved:
+            raise
+        hint = "the state was moved all the same: start the destination by its front-end"
+        if isinstance(error, VdpaBridgeError):
+            error.hint = hint
+            raise
+        why = os.strerror(error.errno or 0)
+        raise VdpaBridgeError("write the report", device=words.report, why=why, hint=hint) from error
 
 
 def _draw(fd: int, words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Parser", "descriptor", "path", "seconds"]
 
+#: Some eleven days: more than poll(2) can wait (24.8 days) helps nobody.
+SECONDS_MAX = 1_000_000
+
 
 class Parser(argparse.ArgumentParser):
     """Its errors are JSON, if that is asked for, as all others are."""
@@ -42,8 +45,8 @@ def seconds(word: str) -> float:
         value = float(word)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds above 0")
+    if not 0 < value <= SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds above 0, and at most {SECONDS_MAX}")
     return value
 
 

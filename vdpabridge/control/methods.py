@@ -97,7 +97,10 @@ class _Controlled:
 
         With ``force`` also one whose state was moved to another device: two would run, if that one does.
         """
-        if self._server.holds(_MOVED) and not params.get("force", False):
+        force = params.get("force", False)
+        if not isinstance(force, bool):
+            raise VdpaBridgeError("resume", why=f"force {force!r} is neither true nor false")
+        if self._server.holds(_MOVED) and not force:
             why = "its state was moved to another device, and with both at work the guest's data is destroyed"
             hint = "force it, if the other device does not run and never will"
             raise VdpaBridgeError("resume", device=self._device.name, why=why, hint=hint)

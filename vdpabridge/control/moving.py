@@ -92,4 +92,4 @@ def _give_back(source: ControlClient) -> str:
         return f"{source.path} is {source.ask('resume')['state']}; nothing was moved"
     except VdpaBridgeError:
         # it resumes without being told to where it has lost us already
-        return f"nothing was moved; {source.path} resumes when this process has ended"
+        return f"nothing was moved; {source.path} does not answer: if it still runs, it resumes when this process ends"
