@@ -12,13 +12,15 @@ export VDPABRIDGE_PYTHON VDPABRIDGE_ALLOW_SKIPS
 PYTHON := "$(VDPABRIDGE_PYTHON)"
 RUN := vm-images/run
 KERNELS := 6.12 6.1 newest
+# make test-kernels KERNEL=debug: that one only
+NAMED := $(KERNELS) debug
 # without a machine to boot (exit code 121) nothing is tested, which has to be allowed
 SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
 
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(KERNELS:%=image-%) $(KERNELS:%=test-kernel-%)
+.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(NAMED:%=image-%) $(NAMED:%=test-kernel-%)
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -30,7 +32,7 @@ test: lint test-unit test-kernel-6.12
 test-unit: image-6.12
 	$(PYTHON) -m pytest
 
-test-kernels: $(KERNELS:%=test-kernel-%) test-kernel-next
+test-kernels: $(if $(KERNEL),$(KERNEL:%=test-kernel-%),$(KERNELS:%=test-kernel-%) test-kernel-next)
 
 # the release candidate that Debian offers at the moment, if there is one
 test-kernel-next:
@@ -38,10 +40,10 @@ test-kernel-next:
 
 images: $(KERNELS:%=image-%)
 
-$(KERNELS:%=image-%): image-%:
+$(NAMED:%=image-%): image-%:
 	@$(RUN) $* --build-only >/dev/null $(SKIPPABLE)
 
-$(KERNELS:%=test-kernel-%): test-kernel-%: image-%
+$(NAMED:%=test-kernel-%): test-kernel-%: image-%
 	$(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) $(SKIPPABLE)
 
 # never part of the tests: machines are shared and noisy

@@ -164,6 +164,7 @@ def test_a_log_that_cannot_be_kept_does_not_change_the_result(bootable):
         ["--env", "1A=b"],
         ["--env", "nothing"],
         ["--time-limit", "0"],
+        ["--time-limit", "nan"],
         ["--memory", "1"],
         [DEFAULT_KERNEL, "--config", "/dev/null"],
         ["--nonsense"],
@@ -171,6 +172,12 @@ def test_a_log_that_cannot_be_kept_does_not_change_the_result(bootable):
 )
 def test_wrong_usage_is_not_the_commands_exit_code(words):
     assert vm(*words).returncode == 120
+
+
+def test_a_file_that_is_no_kernel_is_not_booted():
+    done = vm("/etc/passwd", "--", "true")
+    assert done.returncode == 121
+    assert "/etc/passwd is not a kernel" in done.stderr
 
 
 def test_what_a_killed_run_has_left_is_removed(bootable, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import sys
@@ -79,7 +80,7 @@ def main() -> int:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words = parser.parse_args(sys.argv[1:split])
     command = sys.argv[split + 1 :]
-    if words.time_limit <= 0 or words.memory < MEMORY_MIB_MIN:
+    if not 0 < words.time_limit < math.inf or words.memory < MEMORY_MIB_MIN:
         parser.error(f"the time limit is above 0, and the memory is at least {MEMORY_MIB_MIN} MiB")
     if words.config is not None and words.kernel in KERNELS:
         parser.error(f"--config is for a source tree: {words.kernel} has the configuration here")

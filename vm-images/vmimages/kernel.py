@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +19,29 @@ __all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "NothingNewer", "kernel"]
 #: To be changed with the steps below, where what comes out of them changes.
 RECIPE = "1"
 FRAGMENT = Path(__file__).parent.parent / "kernel" / "config"
+DEBUG_FRAGMENT = FRAGMENT.with_suffix(".debug")
 
-#: Names that ``--kernel`` takes -> pattern of the Debian source package; the group orders several matches.
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a kernel with a name comes from."""
+
+    package: str
+    """A pattern of the Debian source package. The group orders several matches."""
+    suites: tuple[str, ...] = ()
+    """Where to look beside the suites that have all the others: release candidates."""
+    fragments: tuple[Path, ...] = (FRAGMENT,)
+    """The configuration."""
+
+
+#: Names that the runner takes.
 KERNELS = {
-    "6.12": r"linux-source-(6\.12)",
-    "6.1": r"linux-source-(6\.1)",
-    "newest": r"linux-source-(\d+\.\d+)",
-    "next": r"linux-source-(\d+\.\d+)",
+    "6.12": Recipe(r"linux-source-(6\.12)"),
+    "6.1": Recipe(r"linux-source-(6\.1)"),
+    "newest": Recipe(r"linux-source-(\d+\.\d+)"),
+    "next": Recipe(r"linux-source-(\d+\.\d+)", suites=(EXPERIMENTAL,)),
+    "debug": Recipe(r"linux-source-(6\.12)", fragments=(FRAGMENT, DEBUG_FRAGMENT)),
 }
-#: Name -> where to look beside the suites that have all the others: release candidates.
-_SUITES = {"next": (EXPERIMENTAL,)}
 DEFAULT_KERNEL = "6.12"
 
 
@@ -73,7 +87,8 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
     if what in KERNELS:
         if extra_config is not None:
             raise HostError(f"--config is for a source tree: {what} is Debian's source, with the configuration here")
-        key = f"{what}-{content_key(KERNELS[what], FRAGMENT, RECIPE)}"
+        recipe = KERNELS[what]
+        key = f"{what}-{content_key(recipe.package, *recipe.fragments, RECIPE)}"
         files = ("bzImage", "headers/include/linux")
         entry = cached("kernel", key, lambda work: _from_debian(what, work), has=files, again=refresh)
         return Kernel(entry / "bzImage", entry / "headers", what)
@@ -82,23 +97,32 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
     if path.is_file():
         if extra_config is not None:
             raise HostError(f"--config is for a source tree, and {what} is built already")
+        if not _is_bootable(path):
+            raise HostError(f"{what} is not a kernel: neither a bzImage nor an ELF image")
         return Kernel(path.resolve(), None, what)
     raise HostError(f"{what}: not a kernel name ({', '.join(KERNELS)}), not a kernel source tree and not a bzImage")
 
 
+def _is_bootable(file: Path) -> bool:
+    """Whether QEMU knows what to do with it. Source: Documentation/arch/x86/boot.rst, "header"."""
+    with file.open("rb") as image:
+        head = image.read(0x206)
+    return head[:4] == b"\x7fELF" or head[0x202:] == b"HdrS"
+
+
 def _from_debian(name: str, work: Path) -> dict[str, str]:
     need(BUILD_KERNEL)
-    suites = _SUITES.get(name, ())
-    package = newest_package(KERNELS[name], *suites)
-    if suites and package == newest_package(KERNELS[name]):
+    recipe = KERNELS[name]
+    package = newest_package(recipe.package, *recipe.suites)
+    if recipe.suites and package == newest_package(recipe.package):
         raise NothingNewer(f"{name}: Debian offers no kernel that is newer than {package}")
     source = work / "source"
     try:
-        _, version = download(package, source, *suites)
+        _, version = download(package, source, *recipe.suites)
         with step(f"unpacking {package}"):
             command(["tar", "-xf", source / "usr/src" / f"{package}.tar.xz", "-C", source])
         with step(f"building kernel {name} ({version})"):
-            _build(source / package, work / "build")
+            _build(source / package, work / "build", recipe.fragments)
         shutil.copy(work / "build/arch/x86/boot/bzImage", work / "bzImage")
         shutil.copy(work / "build/.config", work / "config")
         command(
@@ -121,20 +145,20 @@ def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
         # a copy without what was built in the tree itself: kbuild refuses to build a used tree elsewhere
         leave_out = [f"--exclude={pattern}" for pattern in _BUILD_PRODUCTS]
         command(["rsync", "-a", "--delete", *leave_out, f"{tree}/", f"{source}/"])
-        _build(source, build, *([extra_config.resolve()] if extra_config else []))
+        _build(source, build, (FRAGMENT, *([extra_config.resolve()] if extra_config else [])))
         headers = ["headers_install", f"INSTALL_HDR_PATH={place}/headers"]
         command(["make", "-s", f"O={build}", *headers], cwd=source)
     return Kernel(build / "arch/x86/boot/bzImage", place / "headers", str(tree))
 
 
-def _build(tree: Path, build: Path, *extra_config: Path) -> None:
+def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
     build.mkdir(parents=True, exist_ok=True)
     make = ["make", "-s", f"O={build}"]
     command([*make, "tinyconfig"], cwd=tree)
     merge: list[str | Path] = ["./scripts/kconfig/merge_config.sh", "-m", "-O", build, build / ".config"]
-    command([*merge, FRAGMENT, *extra_config], cwd=tree)
+    command([*merge, *fragments], cwd=tree)
     command([*make, "olddefconfig"], cwd=tree)
-    for fragment in (FRAGMENT, *extra_config):
+    for fragment in fragments:
         _check_config(fragment, (build / ".config").read_text(), tree)
     command([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
 

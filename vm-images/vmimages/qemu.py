@@ -11,20 +11,27 @@ from pathlib import Path
 
 from .cache import cache_root, write_whole
 
-__all__ = ["Machine", "accelerator"]
+__all__ = ["TESTED_DISK_BYTES", "Machine", "accelerator"]
 
 QEMU = "qemu-system-x86_64"
+#: A disk that the guest reaches through its IOMMU, as vp_vdpa needs it; the guest finds it by this serial number.
+TESTED_DISK, TESTED_DISK_BYTES = "tested", 16 << 20
 #: A guest on working KVM reaches its first process in a second or two; one that hangs never does.
 KVM_PROBE_S = 10
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What to boot. Paths are files of the host; sockets are ones the runner listens on."""
+    """What to boot. Paths are files of the host; sockets are ones the runner listens on.
+
+    It has an emulated IOMMU that snoops: vhost-vdpa takes no other for a device that does DMA by itself. Only the
+    tested disk is behind it.
+    """
 
     kernel: Path
     root: Path
     payload: Path
+    tested_disk: Path
     console: Path
     output_socket: Path
     status_socket: Path
@@ -35,16 +42,21 @@ class Machine:
     def command(self, accel: str) -> list[str]:
         """The whole command line. The root image is shared: what the guest writes goes to a temporary overlay."""
         append = (
-            "console=ttyS0 root=/dev/vda rw init=/init panic=-1 oops=panic hung_task_panic=1 " + self.kernel_arguments
+            "console=ttyS0 root=/dev/vda rw init=/init panic=-1 oops=panic hung_task_panic=1 intel_iommu=on "
+            + self.kernel_arguments
         )
         return [
-            *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "pc"),
+            *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"),
+            *("-device", "intel-iommu,snoop-control=on,intremap=off"),
             *("-accel", accel, "-cpu", "max", "-smp", str(self.cpus), "-m", str(self.memory_mib)),
             *("-kernel", str(self.kernel), "-append", append),
             *("-drive", f"file={self.root},format=raw,if=none,id=root,snapshot=on,cache=unsafe"),
             *("-device", "virtio-blk-pci,drive=root"),
             *("-drive", f"file={self.payload},format=raw,if=none,id=payload,readonly=on"),
             *("-device", "virtio-blk-pci,drive=payload"),
+            *("-drive", f"file={self.tested_disk},format=raw,if=none,id=tested,cache=unsafe"),
+            "-device",
+            f"virtio-blk-pci,drive=tested,serial={TESTED_DISK},disable-legacy=on,iommu_platform=on,num-queues=2",
             *("-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console"),
             *("-device", "virtio-serial-pci,max_ports=4"),
             *("-chardev", f"socket,id=output,path={self.output_socket}"),

@@ -25,7 +25,7 @@ from .host import RUN, need
 from .kernel import Kernel
 from .outcome import Outcome, Result, judge
 from .payload import write_payload
-from .qemu import Machine, accelerator
+from .qemu import TESTED_DISK_BYTES, Machine, accelerator
 from .rootfs import rootfs
 
 __all__ = ["Outcome", "OutputLost", "Result", "run"]
@@ -62,10 +62,13 @@ def run(
         scratch = stack.enter_context(_scratch())
         mark = secrets.token_hex(16)
         write_payload(scratch / "payload.tar", repository, command, environment or {}, extra, mark=mark)
+        with (scratch / "tested-disk").open("wb") as disk:
+            disk.truncate(TESTED_DISK_BYTES)
         machine = Machine(
             kernel=kernel.image,
             root=root,
             payload=scratch / "payload.tar",
+            tested_disk=scratch / "tested-disk",
             console=scratch / "console",
             output_socket=scratch / "output",
             status_socket=scratch / "status",
