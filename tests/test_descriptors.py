@@ -9,7 +9,7 @@ import time
 import pytest
 
 from vdpabridge import descriptors
-from vdpabridge.descriptors import Kind, discard, kind_of, same_socket
+from vdpabridge.descriptors import Kind, discard, hang_up, kind_of, same_socket
 from vdpabridge.drivers.sim.model import StateRefused
 from vdpabridge.drivers.sim.transfer import Transfer
 
@@ -76,19 +76,68 @@ def lingering():
     return connection.detach(), peer
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in the queue of a UNIX socket"])
-def test_a_socket_that_lingers_keeps_nobody(wrapped):
-    fd, peer = lingering()
-    if wrapped:
-        ours, theirs = socket.socketpair()
+def in_queue(fd):
+    """A UNIX socket in whose queue ``fd`` lies, which is taken."""
+    ours, theirs = socket.socketpair()
+    with ours:
         ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
-        os.close(fd)
-        ours.close()
-        fd = theirs.detach()
-    discard([fd])
-    assert descriptors._CLOSERS._threads == 1, "a thread waits, and this one does not"
-    peer.close()
+    os.close(fd)
+    return theirs
+
+
+@pytest.mark.parametrize("wrapped", [0, 1, 2], ids=["itself", "in the queue of a UNIX socket", "in that of another"])
+def test_a_socket_that_lingers_keeps_nobody(wrapped):
+    """Not this thread, nor those that close: there are more of them than threads."""
+    peers = []
+    for _ in range(descriptors._CLOSERS._THREADS_MAX + 4):
+        fd, peer = lingering()
+        for _ in range(wrapped):
+            fd = in_queue(fd).detach()
+        discard([fd])
+        peers.append(peer)
     wait_until(lambda: not descriptors._CLOSERS._threads)
+    for peer in peers:
+        peer.close()
+
+
+def test_a_connection_in_whose_queue_one_lies_is_closed_at_once():
+    fd, peer = lingering()
+    thread = threading.Thread(target=hang_up, args=[in_queue(fd)])
+    thread.start()
+    wait_until(lambda: not thread.is_alive() and not descriptors._CLOSERS._threads)
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("type_name", "kind"),
+    [("ext4", Kind.FILE), ("fuse.sshfs", Kind.SERVED_FILE), ("nfs4", Kind.SERVED_FILE), ("", Kind.SERVED_FILE)],
+)
+def test_a_file_that_somebody_else_serves(type_name, kind, tmp_path, monkeypatch):
+    """Also one of which that cannot be told, because it is on a file system that is mounted for others only."""
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(descriptors, "_file_system", lambda _fd: type_name)
+    with open(tmp_path / "file", "rb") as file:
+        assert kind_of(file.fileno()) is kind
+
+
+def test_who_serves_a_file_is_not_asked_for_longer_than_a_moment(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    go_on = threading.Event()
+    monkeypatch.setattr(descriptors, "_file_system", lambda _fd: "")
+    monkeypatch.setattr(descriptors, "_ASK_S", 0.01)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    with monkeypatch.context() as patched:
+        patched.setattr(descriptors.os, "fstat", lambda _fd: go_on.wait(10))
+        assert kind_of(fd) is Kind.SERVED_FILE
+    go_on.set()
+    os.close(fd)
+
+
+def test_file_systems_are_known_by_their_mounts():
+    for path, type_name in (("/proc/self/stat", "proc"), ("/sys/kernel", "sysfs")):
+        fd = os.open(path, os.O_RDONLY)
+        assert descriptors._file_system(fd) == type_name
+        os.close(fd)
 
 
 def test_many_at_once_and_no_more_threads_than_allowed(monkeypatch):

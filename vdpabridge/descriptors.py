@@ -1,24 +1,34 @@
 """Descriptors that came from somebody else: what they are, and closing them without waiting.
 
 close(2) can wait for as long as the peer likes: a TCP socket that lingers, a file of a server that does not answer, a
-UNIX socket in whose queue such a descriptor lies. Passing one would be enough to stop a process.
+UNIX socket in whose queue such a descriptor lies. So can fstat(2). Passing one would be enough to stop a process.
 """
 
 from __future__ import annotations
 
+import array
+import contextlib
 import fcntl
 import os
 import socket
 import stat
+import struct
 import threading
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
 
-__all__ = ["FDS_PER_MESSAGE_MAX", "Kind", "discard", "kind_of", "same_socket"]
+from .deadline import StillRunning, call_within
+
+__all__ = ["FDS_PER_MESSAGE_MAX", "Kind", "discard", "fds_in", "hang_up", "kind_of", "same_socket", "stop_receiving"]
 
 #: SCM_MAX_FD: the kernel takes no more in one message. With less room than that it closes the rest, in our thread.
 FDS_PER_MESSAGE_MAX = 253
+_INT_BYTES = array.array("i").itemsize
+#: File systems behind which somebody else is, who answers when he likes; FUSE has a type for each of its own besides.
+_SERVED = ("fuse", "nfs", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs", "coda", "orangefs", "autofs")
+#: How long to ask after a file of which it cannot be told who serves it.
+_ASK_S = 1.0
 
 
 class Kind(Enum):
@@ -26,6 +36,7 @@ class Kind(Enum):
 
     EVENTFD = "an eventfd"
     FILE = "a file"
+    SERVED_FILE = "a file that another process or machine may serve"
     PIPE = "a pipe"
     UNIX_SOCKET = "a UNIX socket"
     DEVICE = "a character device"
@@ -33,28 +44,107 @@ class Kind(Enum):
 
 
 def kind_of(fd: int) -> Kind:
-    """What ``fd`` (borrowed) is. Raises OSError for what is no descriptor."""
+    """What ``fd`` (borrowed) is. Raises OSError for what is no descriptor. Who serves a file is not asked anything."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
         # the name of a thing only, of which nothing can be done
         return Kind.OTHER
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    if name.startswith("socket:["):
+        return Kind.UNIX_SOCKET if _family(fd) == socket.AF_UNIX else Kind.OTHER
+    if name.startswith("pipe:["):
+        return Kind.PIPE
+    if name.startswith("anon_inode:"):
+        return Kind.EVENTFD if name == "anon_inode:[eventfd]" else Kind.OTHER
+    if _is_memory(fd):
         return Kind.FILE
+    return _kind_of_file(fd)
+
+
+def _kind_of_file(fd: int) -> Kind:
+    type_name = _file_system(fd)
+    if type_name.startswith(_SERVED):
+        return Kind.SERVED_FILE
+    try:
+        mode = os.fstat(fd).st_mode if type_name else call_within(_ASK_S, lambda: os.fstat(fd)).st_mode
+    except StillRunning:
+        return Kind.SERVED_FILE
+    if stat.S_ISREG(mode):
+        return Kind.FILE if type_name else Kind.SERVED_FILE
     if stat.S_ISFIFO(mode):
         return Kind.PIPE
-    if stat.S_ISSOCK(mode):
-        with socket.socket(fileno=os.dup(fd)) as duplicate:
-            return Kind.UNIX_SOCKET if duplicate.family == socket.AF_UNIX else Kind.OTHER
-    if stat.S_ISCHR(mode):
-        return Kind.DEVICE
-    # a directory, for instance, has not this name
-    return Kind.EVENTFD if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]" else Kind.OTHER
+    return Kind.DEVICE if stat.S_ISCHR(mode) else Kind.OTHER
+
+
+def _is_memory(fd: int) -> bool:
+    """Whether it is shared memory (memfd, tmpfs, hugetlbfs), which is the only thing that has seals."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def _file_system(fd: int) -> str:
+    """The type of the file system that ``fd`` is on; "" where that is mounted for others only, not for us."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+        mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[0] == mount:
+                return fields[fields.index("-") + 1]
+    return ""
+
+
+def _family(fd: int) -> int:
+    borrowed = socket.socket(fileno=fd)
+    try:
+        return borrowed.family
+    finally:
+        borrowed.detach()
 
 
 def same_socket(fd: int, other: int) -> bool:
     """Whether both (borrowed) are descriptors of one socket."""
     mine, theirs = os.fstat(fd), os.fstat(other)
     return (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+def fds_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors in what recvmsg(2) gave beside the data; the caller owns them."""
+    found = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(content[: len(content) - len(content) % _INT_BYTES])
+    return found.tolist()
+
+
+def stop_receiving(fd: int) -> None:
+    """Let nothing more come in through UNIX socket ``fd`` (borrowed), and throw away what has.
+
+    If it is an end of somebody's connection, the other end cannot send any more, and finds that out.
+    """
+    borrowed = socket.socket(fileno=fd)
+    try:
+        # ENOTCONN: nobody is at the other end
+        with contextlib.suppress(OSError):
+            borrowed.shutdown(socket.SHUT_RD)
+        room = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * _INT_BYTES)
+        with contextlib.suppress(OSError):
+            while True:
+                data, ancillary, _, _ = borrowed.recvmsg(1 << 16, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                discard(fds_in(ancillary))
+                if not data:
+                    return
+    finally:
+        borrowed.detach()
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close UNIX socket ``connection``, which is taken, without waiting for what may lie in its queue. Idempotent."""
+    if connection.fileno() >= 0:
+        stop_receiving(connection.fileno())
+        connection.close()
 
 
 def discard(fds: Iterable[int]) -> None:
@@ -67,17 +157,31 @@ def discard(fds: Iterable[int]) -> None:
 
 
 def _closes_at_once(fd: int) -> bool:
+    """Whether it is the kernel's own, without anybody behind it."""
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISFIFO(mode):
-            return True
-        # a memfd, or an eventfd: the kernel's own, without anybody behind them
-        return not stat.S_ISSOCK(mode) and os.readlink(f"/proc/self/fd/{fd}").startswith(
-            ("/memfd:", "anon_inode:[eventfd]")
-        )
+        name = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
-        # out of descriptors or not a descriptor: the thread finds out
+        # not a descriptor: the thread finds out
         return False
+    return name == "anon_inode:[eventfd]" or name.startswith("pipe:[") or _is_memory(fd)
+
+
+def _make_short(fd: int) -> None:
+    """Take from ``fd`` what would make close(2) last, as far as that can be done."""
+    try:
+        family = _family(fd)
+    except OSError:
+        return
+    if family == socket.AF_UNIX:
+        stop_receiving(fd)
+        return
+    borrowed = socket.socket(fileno=fd)
+    try:
+        # not every kind of socket lingers
+        with contextlib.suppress(OSError):
+            borrowed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+    finally:
+        borrowed.detach()
 
 
 class _Closers:
@@ -110,11 +214,10 @@ class _Closers:
                     self._threads -= 1
                     return
                 fd = self._waiting.popleft()
-            try:
+            # it is gone whatever close(2) says: EIO of a file server, for instance
+            with contextlib.suppress(OSError):
+                _make_short(fd)
                 os.close(fd)
-            except OSError:
-                # it is gone whatever close(2) says: EIO of a file server, for instance
-                continue
 
 
 _CLOSERS = _Closers()

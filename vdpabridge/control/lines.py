@@ -8,11 +8,11 @@ from __future__ import annotations
 import array
 import contextlib
 import json
-import os
 import select
 import socket
 from typing import Any
 
+from ..descriptors import discard, fds_in, hang_up
 from ..errors import DeadlineExceeded, VdpaBridgeError
 
 __all__ = [
@@ -103,11 +103,7 @@ class Lines:
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"receive: {error.strerror or error}") from error
         self._came += len(data)
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                whole = array.array("i")
-                whole.frombytes(content[: len(content) - len(content) % whole.itemsize])
-                self._fds += [(self._came, fd) for fd in whole]
+        self._fds += [(self._came, fd) for fd in fds_in(ancillary)]
         self._buffer += data
         if len(self._fds) > FDS_MAX:
             raise VdpaBridgeError("control socket", why=f"more than {FDS_MAX} descriptors that no request asked for")
@@ -133,11 +129,10 @@ class Lines:
     def drop_fds(self) -> None:
         """Close what came with the last line and was not taken."""
         while (fd := self.take_fd()) is not None:
-            os.close(fd)
+            discard([fd])
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took. Idempotent."""
-        for _, fd in self._fds:
-            os.close(fd)
+        discard(fd for _, fd in self._fds)
         self._fds.clear()
-        self._socket.close()
+        hang_up(self._socket)

@@ -17,7 +17,7 @@ from typing import Self
 
 from ..abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, HEADER, PAYLOAD_SIZE_MAX, VERSION, VERSION_MASK
 from ..deadline import Deadline
-from ..descriptors import FDS_PER_MESSAGE_MAX, discard
+from ..descriptors import FDS_PER_MESSAGE_MAX, discard, fds_in, hang_up
 from ..errors import DeadlineExceeded
 from .errors import ConnectionLost, ProtocolError
 
@@ -245,7 +245,7 @@ class Connection:
     def close(self) -> None:
         """Close. Idempotent."""
         discard(self._take_part_fds())
-        self._socket.close()
+        hang_up(self._socket)
 
     def __enter__(self) -> Self:
         return self
@@ -297,13 +297,11 @@ class Connection:
         return data
 
     def _keep_fds(self, ancillary: list[tuple[int, int, bytes]], flags: int, fds: list[int]) -> None:
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                whole = array.array("i")
-                whole.frombytes(content[: len(content) - len(content) % _FD_BYTES])
-                fds.extend(whole)
+        fds.extend(fds_in(ancillary))
         if flags & _CTRUNC or len(fds) > FDS_MAX:
             why = f"more than {FDS_MAX} descriptors came with it"
+            if len(fds) <= FDS_MAX:
+                why = "this process has no room for all descriptors that came with it"
             raise ProtocolError("receive a message", peer=self.peer, why=why)
 
     def _await(self, deadline: Deadline) -> None:

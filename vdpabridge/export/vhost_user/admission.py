@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 from collections.abc import Sequence
 
 from ...abi.vhost_user import FrontendRequest
-from ...descriptors import FDS_PER_MESSAGE_MAX, Kind, discard, kind_of
+from ...descriptors import Kind, kind_of
 from ...errors import VdpaBridgeError
 
-__all__ = ["admit", "is_channel", "stop_receiving"]
+__all__ = ["admit", "is_channel"]
 
 _MEMORY = (Kind.FILE, Kind.DEVICE)
 _KINDS = {
@@ -58,27 +57,3 @@ def is_channel(fd: int) -> bool:
     if kind is Kind.FILE:
         return True
     return kind is Kind.PIPE and os.access(f"/proc/self/fd/{fd}", os.R_OK | os.W_OK, effective_ids=True)
-
-
-def stop_receiving(fd: int) -> None:
-    """Let nothing more come in through UNIX socket ``fd`` (borrowed), and throw away what has.
-
-    If it is an end of somebody's connection, the other end cannot send any more, and finds that out.
-    """
-    with socket.socket(fileno=os.dup(fd)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RD)
-        room = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * 4)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                data, ancillary, _, _ = duplicate.recvmsg(1 << 16, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-                discard(_descriptors(ancillary))
-                if not data:
-                    return
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    found: list[int] = []
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.extend(memoryview(content[: len(content) - len(content) % 4]).cast("i"))
-    return found

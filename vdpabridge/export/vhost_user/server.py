@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol, Self
 
 from ...deadline import Deadline
+from ...descriptors import hang_up
 from ...device import Device, RunState
 from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from ...vhost_user.connection import Connection
@@ -257,7 +258,7 @@ class Server:
     def _send_away(self, listener: socket.socket) -> None:
         second = self._accept(listener)
         if second is not None:
-            second.close()
+            hang_up(second)
             self._report("a second front-end was sent away: the device is in use")
 
     def _accept(self, listener: socket.socket) -> socket.socket | None:
