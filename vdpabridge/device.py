@@ -315,7 +315,8 @@ class Device(DeviceCore):
     def set_dirty_log(self, log: DirtyLog | None) -> None:
         """Record the pages that the device writes from now on in ``log``; None ends that."""
         self._permit(Operation.SET_DIRTY_LOG)
-        self._set_dirty_log(log)
+        with self._adopting_dirty_log(log):
+            self._set_dirty_log(log)
 
     @_bounded
     def get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
@@ -330,7 +331,8 @@ class Device(DeviceCore):
         None: requests are not recorded any more. A back-end that cannot be told so keeps the region it has.
         """
         self._permit(Operation.SET_INFLIGHT)
-        self._set_inflight(region)
+        with self._adopting_inflight(region):
+            self._set_inflight(region)
 
     # --- life cycle ---
 

@@ -12,7 +12,7 @@ from .deadline import TimeLimit
 from .errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from .hooks import DriverHooks
 from .transitions import Operation, RunState
-from .values import MemoryRegion, QueueRecord
+from .values import DirtyLog, InflightRegion, MemoryRegion, QueueRecord
 
 __all__ = ["DeviceCore"]
 
@@ -30,6 +30,9 @@ class DeviceCore(DriverHooks):
         """What is mapped, with duplicates of the descriptors, owned by the device."""
         self.config_call: int | None = None
         """A duplicate of the eventfd for configuration changes, owned by the device."""
+        self.dirty_log: DirtyLog | None = None
+        """With a duplicate of the descriptor, owned by the device; so is that of `inflight`."""
+        self.inflight: InflightRegion | None = None
         self.failure = ""
         self.observer: Callable[[str, float, float], None] | None = None
         """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
@@ -144,8 +147,27 @@ class DeviceCore(DriverHooks):
         if duplicate is not None:
             eventfds[operation] = duplicate
 
+    @contextmanager
+    def _adopting_dirty_log(self, log: DirtyLog | None) -> Iterator[None]:
+        """``log`` (borrowed) is the device's when the body has ended well."""
+        with _duplicate(None if log is None else log.fd) as duplicate:
+            yield
+        _close(self.dirty_log)
+        self.dirty_log = None if log is None or duplicate is None else replace(log, fd=duplicate)
+
+    @contextmanager
+    def _adopting_inflight(self, region: InflightRegion | None) -> Iterator[None]:
+        """``region`` (borrowed) is the device's when the body has ended well."""
+        with _duplicate(None if region is None else region.fd) as duplicate:
+            yield
+        _close(self.inflight)
+        self.inflight = None if region is None or duplicate is None else replace(region, fd=duplicate)
+
     def _forget(self) -> None:
         """What a reset forgets."""
+        _close(self.dirty_log)
+        _close(self.inflight)
+        self.dirty_log = self.inflight = None
         for record in self.queues.values():
             for eventfd in record.eventfds.values():
                 os.close(eventfd)
@@ -168,6 +190,11 @@ class DeviceCore(DriverHooks):
         finally:
             for region in regions:
                 os.close(region.fd)
+
+
+def _close(shared: DirtyLog | InflightRegion | None) -> None:
+    if shared is not None:
+        os.close(shared.fd)
 
 
 def _kept(stack: ExitStack, fd: int) -> int:

@@ -359,6 +359,136 @@ def test_a_pause_ends_although_a_ring_came_meanwhile_that_was_never_enabled(more
             assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [1])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_ring_does_not_wait_for_ever_for_one_of_which_nothing_is_said(kernel):
+    """As QEMU leaves those queue pairs of a network card that the guest does not use; and a restart of one that was."""
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+        wait_until(lambda: (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0]))
+        enable(front, 1, 0)
+        base_of(front, 1)
+        ring(front, 1, enable=False)
+        wait_until(lambda: (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0]))
+
+
+def test_a_ring_that_was_waited_for_and_is_stopped():
+    with serving(VDPA_6_1) as front:
+        ring(front, 1, enable=False)
+        ring(front, 0)
+        base_of(front, 1)
+        assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
+
+
+def test_a_front_end_that_is_not_silent_is_waited_for():
+    """One reset saved for each ring."""
+    with (
+        guest_of({C.SUSPEND, C.CONFIG_CALL}, 2) as sim,
+        shared_file(MEMORY_BYTES) as file,
+        front_on(sim, file) as front,
+    ):
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+        assert sim.state is RunState.CONFIGURED
+        enable(front, 1, 1)
+        assert (sim.state, working(sim), type(sim).resets) == (RunState.RUNNING, [0, 1], 0)
+
+
+def test_what_cannot_be_started_is_reported_and_ends_nothing():
+    reports = []
+    with serving(VDPA_6_1, reports) as front:
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+        front.sim._start = lambda: (_ for _ in ()).throw(OSError(5, "a test forbids it"))
+        wait_until(lambda: reports == ["start the rings: [Errno 5] a test forbids it"])
+        assert front.is_alive()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_features_without_the_protocols_bit_enable_what_was_disabled(kernel):
+    with serving(KERNELS[kernel]) as front:
+        for index in (0, 1):
+            ring(front, index, enable=False)
+            enable(front, index, index)
+        assert working(front.sim) == [1]
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1).pack()) == 0
+        assert working(front.sim) == [0, 1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("by", ["table", "region"])
+def test_a_ring_that_follows_its_memory_to_other_addresses(by, kernel):
+    """The memory moves first, and where the ring is in it is said then."""
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0)
+        one = one_region()[0]
+        moved = Region(one.guest_address, one.size_bytes, USER * 2, 0)
+        if by == "table":
+            assert front.tell(F.SET_MEM_TABLE, MemoryTable((moved,)).pack(), [front.file]) == 0
+        else:
+            assert front.tell(F.REM_MEM_REG, SingleRegion(one).pack()) == 0
+            assert front.tell(F.ADD_MEM_REG, SingleRegion(moved).pack(), [front.file]) == 0
+        place = USER * 2
+        assert front.tell(F.SET_VRING_ADDR, VringAddr(0, 0, place, place + 0x2000, place + 0x1000, 0).pack()) == 0
+        assert front.sim.state is RunState.RUNNING
+        submit_one(front)
+        wait_until(lambda: used(front, 0) == 1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_a_front_end_has_said_of_its_rings_outlives_other_features(kernel):
+    """The order of the two is its own."""
+    with serving(KERNELS[kernel]) as front:
+        ring(front, 0)
+        base_of(front, 0)
+        ring(front, 0, base=7, kick=False)
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL | 1 << 9).pack()) == 0
+        with eventfd() as kick:
+            assert front.tell(F.SET_VRING_KICK, U64(0).pack(), [kick]) == 0
+        assert front.sim.state is RunState.RUNNING
+        assert front.sim._engine.workers[0].ring.avail_index == 7
+
+
+def test_requests_in_flight_and_the_dirty_log_outlive_the_resets_that_we_need():
+    """Other features; a ring that joins one that runs."""
+    shape = set(Capability) - {C.ENABLE_WHILE_RUNNING, C.QUEUE_CONTROL, C.DEVICE_STATE, C.SETUP_WHILE_SUSPENDED}
+    log_bytes = 1 << 14
+    with serving(shape) as front, shared_file(log_bytes) as log:
+        front.send(F.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64).pack())
+        _, _, payload, fds = front.receive()
+        assert front.tell(F.SET_INFLIGHT_FD, payload, fds) == 0
+        os.close(fds[0])
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL | 1 << 9 | 1 << 26).pack()) == 0
+        assert front.ask(F.SET_LOG_BASE, struct.pack("=QQ", log_bytes, 0), [log])
+        ring(front, 0)
+        assert front.sim._engine.workers[0].ring.tracked
+        submit_one(front)
+        wait_until(lambda: used(front, 0) == 1)
+        assert any(os.pread(log, log_bytes, 0))
+        os.pwrite(log, bytes(log_bytes), 0)
+        ring(front, 1)
+        wait_until(lambda: working(front.sim) == [0, 1])
+        submit_one(front, 1, kick=False)
+        front.kick(1)
+        wait_until(lambda: used(front, 1) == 1)
+        assert any(os.pread(log, log_bytes, 0))
+        assert front.sim._engine.workers[1].ring.tracked
+
+
+@pytest.mark.parametrize("kind", [(1, 1), (1, 7), (2, 0)])
+def test_a_load_that_is_not_even_begun_leaves_what_is_there(kind):
+    with Sim.fs(tag="tag", timeout_s=2) as sim:
+        sim.accept_features(VERSION_1)
+        sim.model.session.next_handle = 77
+        with served(sim) as ours, shared_file(0) as state:
+            front = FrontEnd(ours, sim).negotiate(features=None)
+            assert front.number(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(*kind).pack(), [state]) & 0xFF
+            assert sim.model.session.next_handle == 77
+
+
 def test_a_ring_that_is_at_work_does_not_wait_for_one_that_was_never_enabled():
     """Where waiting saves no reset."""
     with serving(WITH_STATE) as front:

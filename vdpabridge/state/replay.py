@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Set
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import TypeVar
 
 from ..deadline import Deadline
-from ..device import Capability, Device, RunState
+from ..device import Capability, Device, DirtyLog, InflightRegion, RunState
 from ..errors import StateError, VdpaBridgeError
 from .carry import keep_state, write_state
 from .channel import Limits
@@ -21,6 +23,8 @@ from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
 
 __all__ = ["ReplayFailed", "replay", "resume", "start_over"]
+
+Shared = TypeVar("Shared", DirtyLog, InflightRegion)
 
 
 class ReplayFailed(VdpaBridgeError):
@@ -49,9 +53,9 @@ def resume(device: Device, *, accept: Set[Loss] = frozenset()) -> Capability | N
 def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
     """Reset a suspended device, set it up as it was, with the queue positions it had, and start it.
 
-    The device's own state is kept as `start_over` keeps it; the dirty log and the in-flight region do not survive.
-    Raises `StateError` for a device that is not suspended and `StateWouldBeLost` for one with state that nobody can
-    keep and that is not accepted to be lost, before anything is done; `ReplayFailed` from the reset on.
+    What else it has is kept as `start_over` keeps it. Raises `StateError` for a device that is not suspended and
+    `StateWouldBeLost` for one with state that nobody can keep and that is not accepted to be lost, before anything is
+    done; `ReplayFailed` from the reset on.
     """
     if device.state is not RunState.SUSPENDED:
         raise StateError(device.name, "resume", device.state.value, (RunState.SUSPENDED.value,))
@@ -87,13 +91,16 @@ def start_over(
     """Reset a stopped device, have ``set_up`` accept features and place the queues anew, and ``start`` it.
 
     A device that can give its own state (DEVICE_STATE) gives it before and has it back after the reset; where it does
-    not give it, nothing is done. The eventfd for configuration changes is kept. ``failed`` turns what goes wrong from
-    the reset on into another error; the device is reset then, or runs, as its `Device.state` says.
+    not give it, nothing is done. The eventfd for configuration changes, the dirty log and the in-flight region stay.
+
+    ``failed`` turns what goes wrong from the reset on into another error; the device is reset then, or has failed, or
+    runs, as its `Device.state` says.
     """
     limits = Limits(Deadline(device.timeout_s))
     with ExitStack() as stack, device.limit.within(limits.deadline):
         spool = _keep(stack, keep_state(device, limits) if _has_state(device) else None)
         config_call = _keep(stack, None if device.config_call is None else os.dup(device.config_call))
+        log, inflight = _kept(stack, device.dirty_log), _kept(stack, device.inflight)
         try:
             # cut in two it would leave a device that is reset, and what it had nobody has
             with uninterrupted():
@@ -101,7 +108,11 @@ def start_over(
                 if spool is not None:
                     write_state(device, spool, limits, Report())
                     device.check_state()
+                if inflight is not None:
+                    device.set_inflight(inflight)
                 set_up()
+                if log is not None:
+                    device.set_dirty_log(log)
                 if config_call is not None:
                     device.set_config_call(config_call)
                 if start:
@@ -114,6 +125,15 @@ def start_over(
 
 def _has_state(device: Device) -> bool:
     return Capability.DEVICE_STATE in device.capabilities
+
+
+def _kept(stack: ExitStack, shared: Shared | None) -> Shared | None:
+    """``shared`` with a descriptor of its own, which is closed with ``stack``: the reset closes the device's."""
+    if shared is None:
+        return None
+    fd = os.dup(shared.fd)
+    stack.callback(os.close, fd)
+    return replace(shared, fd=fd)
 
 
 def _keep(stack: ExitStack, fd: int | None) -> int | None:

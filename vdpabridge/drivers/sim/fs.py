@@ -13,7 +13,7 @@ from ...abi.virtio import VIRTIO_ID_FS
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from .fuse_server import FuseServer
 from .fuse_session import Session, pack_session, unpack_session
-from .model import Loaded, Model, StateRefused
+from .model import Loaded, Model
 from .ring import Chain
 from .tree import Directory, default_tree, find
 
@@ -56,15 +56,16 @@ class FsModel(Model):
         return pack_session(self.session)
 
     def load(self, chunks: Iterable[bytes]) -> Loaded:
-        session = unpack_session(chunks)
-        for number, inode in session.inodes.items():
-            if find(self._tree, inode.path) is None:
-                raise StateRefused(f"inode {number} is {inode.path!r}, which is not shared here")
+        session = unpack_session(chunks, self._is_shared)
 
         def commit() -> None:
             self._server.session = session
 
         return Loaded(commit)
+
+    def _is_shared(self, path: str) -> bool:
+        """Whether ``path`` is one by which the server knows a file: with a slash too many it is none."""
+        return path == "/".join(filter(None, path.split("/"))) and find(self._tree, path) is not None
 
     def reset(self) -> None:
         self._server.session = Session()

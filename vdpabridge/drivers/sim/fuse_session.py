@@ -8,7 +8,7 @@ directory:u8``. Little-endian.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ...abi.fuse import FUSE_ROOT_ID
@@ -19,6 +19,11 @@ __all__ = ["KNOWN_MAX", "Handle", "Inode", "Session", "pack_session", "unpack_se
 
 #: Inodes that a guest may know, and handles that it may have.
 KNOWN_MAX = 1 << 17
+#: Numbers that are given out next, and times that something was looked up: they have to grow still.
+_COUNT_MAX = 1 << 62
+
+#: Characters of a path that an error shows.
+_NAME_SHOWN = 200
 
 _HEAD = struct.Struct("<IIQQII")
 _INODE = struct.Struct("<QQH")
@@ -80,8 +85,11 @@ def _chunks(records: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(chunk)
 
 
-def unpack_session(chunks: Iterable[bytes]) -> Session:
-    """The session in ``chunks``, all of which are read. Raises `StateRefused`, and as ``chunks`` does."""
+def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) -> Session:
+    """The session in ``chunks``, all of which are read. Raises `StateRefused`, and as ``chunks`` does.
+
+    It has files only of which ``is_shared`` says that they are there, so that it is no bigger than the tree allows.
+    """
     content = iter(chunks)
     try:
         minor, flags, next_nodeid, next_handle, inode_count, handle_count = _HEAD.unpack(next(content, b""))
@@ -92,7 +100,7 @@ def unpack_session(chunks: Iterable[bytes]) -> Session:
             at = 0
             while at < len(chunk):
                 if len(session.inodes) < inode_count:
-                    at = _take_inode(session, chunk, at)
+                    at = _take_inode(session, chunk, at, is_shared)
                 elif len(session.handles) < handle_count:
                     at = _take_handle(session, chunk, at)
                 else:
@@ -105,14 +113,17 @@ def unpack_session(chunks: Iterable[bytes]) -> Session:
     return session
 
 
-def _take_inode(session: Session, chunk: bytes, at: int) -> int:
+def _take_inode(session: Session, chunk: bytes, at: int, is_shared: Callable[[str], bool]) -> int:
     number, lookups, path_bytes = _INODE.unpack_from(chunk, at)
     begin = at + _INODE.size
     end: int = begin + path_bytes
     path = chunk[begin:end]
     if len(path) < path_bytes or number in session.inodes:
         raise StateRefused(f"inode {number} is cut off, or comes twice")
-    session.inodes[number] = Inode(path.decode(), lookups)
+    name = path.decode()
+    if not is_shared(name):
+        raise StateRefused(f"inode {number} is {name[:_NAME_SHOWN]!r}, which is not shared here")
+    session.inodes[number] = Inode(name, lookups)
     return end
 
 
@@ -133,3 +144,6 @@ def _check_numbers(session: Session) -> None:
         raise StateRefused("its inode numbers do not fit together")
     if session.next_handle <= max(session.handles, default=0):
         raise StateRefused("its handle numbers do not fit together")
+    counts = (session.next_nodeid, session.next_handle, *(inode.lookups for inode in session.inodes.values()))
+    if max(counts) > _COUNT_MAX:
+        raise StateRefused(f"it has counted to {max(counts)}, further than any server does")

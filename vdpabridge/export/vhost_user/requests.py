@@ -22,6 +22,7 @@ from ...abi.vhost_user import (
     ProtocolFeature,
 )
 from ...abi.vhost_user_payloads import U64, Config, DeviceStateTransfer, Inflight, VringState
+from ...descriptors import stop_receiving
 from ...device import (
     Capability,
     Device,
@@ -34,7 +35,7 @@ from ...errors import VdpaBridgeError
 from ...eventfds import clear
 from ...state.replay import start_over
 from ...vhost_user.connection import Connection
-from .admission import admit, stop_receiving
+from .admission import admit
 from .dirty_log import LogSwitch
 from .memory import FrontendMemory
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
@@ -121,15 +122,18 @@ class Requests:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
             self._accept_others(wanted)
+            self.rings.go_on()
         if device.state is RunState.RESET:
             device.accept_features(wanted)
 
     def _accept_others(self, wanted: int) -> None:
-        """Other features take a reset. The device's own state stays: it may be what was loaded into it."""
+        """Other features take a reset. All else stays: the device's own state, which may be what was loaded into it,
+        and what the front-end has said already."""
         loaded = self._transfer.loaded
         start_over(self.device, lambda: self.device.accept_features(wanted), start=False)
-        self._forget()
+        self._transfer.forget()
         self._transfer.loaded = loaded
+        self.rings.leave_device()
 
     def get_protocol_features(self, _payload: Any, _fds: list[int]) -> Answer:
         """Legal before SET_FEATURES."""
@@ -322,9 +326,11 @@ class Requests:
     def set_device_state_fd(self, payload: DeviceStateTransfer, fds: list[int]) -> Answer:
         """Begin a transfer; the descriptor goes straight to the device, or another end comes back."""
         try:
-            if self._transfer.needs_fresh_device(payload.direction, features_set=self._features_set):
+            # nothing is lost for what is not even begun
+            kind = self._transfer.check_kind(payload.direction, payload.phase)
+            if self._transfer.needs_fresh_device(kind, features_set=self._features_set):
                 self._reset()
-            instead = self._transfer.begin(payload.direction, payload.phase, fds.pop())
+            instead = self._transfer.begin(kind, fds.pop())
         except (VdpaBridgeError, ValueError, OSError) as error:
             return Answer(U64(_STATE_REFUSED), error=error)
         return Answer(U64(DEVICE_STATE_NO_FD)) if instead is None else Answer(U64(0), (instead,))

@@ -13,38 +13,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
-from ...device import Capability, Device, Operation, QueueBase, QueueRecord, QueueSetup, RunState, decode_base
+from ...device import Capability, Device, Operation, QueueRecord, QueueSetup, RunState
 from ...errors import DeadlineExceeded, VdpaBridgeError
 from ...eventfds import signal
 from ...state.replay import start_over
 from .memory import FrontendMemory
+from .ring import Ring
 
 __all__ = ["Rings"]
 
 _BINDERS = {Operation.SET_KICK: Device.set_kick, Operation.SET_CALL: Device.set_call, Operation.SET_ERR: Device.set_err}
-
-
-@dataclass(slots=True)
-class Ring:
-    """One ring as the front-end has described it."""
-
-    size: int = 0
-    address: VringAddr | None = None
-    base_word: int | None = None
-    eventfds: dict[Operation, int] = field(default_factory=dict)
-    """Owned."""
-    started: bool = False
-    enabled: bool = False
-    decided: bool = False
-    """Whether `enabled` is what the front-end has said, since the ring was last stopped and disabled."""
-    live: bool = False
-    """Whether the running device has it."""
-    installed: QueueSetup | None = None
-    """Where the device was told that it is."""
 
 
 class Rings:
@@ -57,21 +38,28 @@ class Rings:
         self._held = False
         self._due = False
         """Whether it is held only because letting it go on did not succeed."""
+        self._ending = False
+        """Whether the device was suspended because one ring was stopped. The others are stopped next."""
+        self._waiting = False
 
     # --- what the front-end says ---
 
     def set_size(self, index: int, size: int) -> None:
         """SET_VRING_NUM."""
         if size == 0 or size > self._device.identity.queue_size_max:
-            raise VdpaBridgeError(f"queue {index}", why=f"{size} descriptors; at most {self._size_max}")
+            why = f"{size} descriptors; at most {self._device.identity.queue_size_max}"
+            raise VdpaBridgeError(f"queue {index}", why=why)
         self._stopped(index).size = size
 
     def set_address(self, index: int, address: VringAddr) -> None:
         """SET_VRING_ADDR. Of a ring at work only the logging may change, which the device does in any case."""
         ring = self._ring(index)
-        if ring.live and self._setup(index, ring, address) != ring.installed:
+        if ring.in_device and ring.setup(self._memory, address) != ring.installed:
             raise VdpaBridgeError(f"queue {index}", why="it is at work and cannot be moved")
         ring.address = address
+        if ring.started and not ring.in_device:
+            # it paused because its place was gone
+            self.go_on()
 
     def set_base(self, index: int, word: int) -> None:
         """SET_VRING_BASE."""
@@ -79,60 +67,67 @@ class Rings:
 
     def set_eventfd(self, operation: Operation, index: int, fd: int | None) -> None:
         """SET_VRING_KICK, CALL or ERR. Takes ``fd``. A kick descriptor starts the ring."""
-        if fd is not None:
-            try:
-                ring = self._ring(index)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._keep(ring, operation, fd)
-        else:
+        starts = operation is Operation.SET_KICK and fd is not None
+        try:
             ring = self._ring(index)
-            self._keep(ring, operation, None)
-        if ring.live:
+            if starts and ring.described and not ring.started:
+                # one that is nowhere is not started: the others would wait for it
+                ring.setup(self._memory)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+        ring.keep(operation, fd)
+        if ring.in_device:
             if operation is not Operation.SET_KICK or not self._withholds(ring):
                 _BINDERS[operation](self._device, index, fd)
-        elif operation is Operation.SET_KICK and fd is not None:
+        elif starts:
             ring.started = True
+            self._ending = False
             self._advance()
 
     def enable(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""
         ring = self._ring(index)
-        disabled_now = ring.enabled and not enabled
-        ring.enabled, ring.decided = enabled, True
-        if ring.live:
+        ring.enabled, ring.enable_known = enabled, True
+        if enabled:
+            self._ending = False
+        if ring.in_device:
             self._enable_live(index, enabled)
-        elif not disabled_now:
-            # the others, if they wait, wait for something else: they are being stopped, one after the other
+        else:
             self._advance()
 
     def enable_all(self) -> None:
         """What SET_FEATURES without PROTOCOL_FEATURES means."""
         for index in range(self._device.identity.queue_count):
             ring = self._ring(index)
-            ring.enabled = ring.decided = True
+            if ring.in_device and not ring.enabled:
+                self.enable(index, True)
+            ring.enabled = ring.enable_known = True
         self._advance()
 
     def stop(self, index: int, *, drain: bool) -> int:
         """GET_VRING_BASE: stop the ring and return the word that says where it stands."""
         ring = self._ring(index)
         device = self._device
-        if ring.live:
+        if ring.in_device:
             if Capability.QUEUE_CONTROL in device.capabilities:
                 ring.base_word = device.stop_queue(index, drain=drain).encode()
-                ring.live = False
-                if not any(each.live for each in self._rings.values()):
+                ring.in_device = False
+                if not any(each.in_device for each in self._rings.values()):
                     device.suspend(drain=drain)
             else:
                 # the device stops as a whole; the others' positions are asked for next
                 device.suspend(drain=drain)
                 self._collect_bases()
+                self._ending = True
         ring.started = False
         if not ring.enabled:
-            ring.decided = False
-        self._keep(ring, Operation.SET_KICK, None)
-        return self._base(ring).encode()
+            ring.enable_known = False
+        ring.keep(Operation.SET_KICK, None)
+        # the others may have waited for this one
+        self.go_on()
+        return ring.base(packed=self._packed).encode()
 
     def suspend(self) -> None:
         """Stop everything that is at work: for a front-end that has left, or until `go_on`."""
@@ -142,12 +137,11 @@ class Rings:
 
     def lie_in(self, regions: Iterable[Region]) -> bool:
         """Whether a part of a ring that is at work is in one of ``regions``."""
-        packed = bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
         parts = [
             part
             for ring in self._rings.values()
-            if ring.live and ring.installed is not None
-            for part in ring.installed.parts(packed=packed)
+            if ring.in_device and ring.installed is not None
+            for part in ring.installed.parts(packed=self._packed)
         ]
         return any(
             begin < region.guest_address + region.size_bytes and region.guest_address < begin + size_bytes
@@ -183,28 +177,38 @@ class Rings:
 
     def go_on(self) -> None:
         """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
-        try:
-            for index, ring in self._rings.items():
-                if ring.started:
-                    self._setup(index, ring)
-        except VdpaBridgeError:
-            return
-        self._advance()
+        if all(ring.described for ring in self._rings.values() if ring.started):
+            self._advance()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether rings that are enabled wait for the front-end to say of others whether they are: it says so of each
+        of them, or of some only, and there is no telling which."""
+        return self._waiting
+
+    def wait_no_longer(self) -> None:
+        """What the front-end has not said by now it will not say: a ring is disabled then."""
+        for ring in self._rings.values():
+            ring.enable_known = True
+        self.go_on()
+
+    def leave_device(self) -> None:
+        """The device was reset by ourselves: it has no ring any more. What the front-end has said of them stands."""
+        for ring in self._rings.values():
+            ring.in_device, ring.installed = False, None
 
     def forget(self) -> None:
         """RESET_DEVICE was done: every ring is stopped and disabled, and at its beginning."""
         if self._due:
             self._held = self._due = False
+        self._ending = self._waiting = False
         for ring in self._rings.values():
-            ring.started = ring.enabled = ring.decided = ring.live = False
-            ring.base_word = None
-            self._keep(ring, Operation.SET_KICK, None)
+            ring.forget()
 
     def close(self) -> None:
         """Close the eventfds. Idempotent."""
         for ring in self._rings.values():
-            for fd in ring.eventfds.values():
-                os.close(fd)
+            ring.close()
         self._rings.clear()
 
     # --- what the device is told ---
@@ -212,24 +216,37 @@ class Rings:
     def _advance(self) -> None:
         """Start, or go on, where the front-end has said all that there is to wait for."""
         device = self._device
+        self._waiting = False
         started = [ring for ring in self._rings.values() if ring.started]
-        if self._held or not any(ring.enabled for ring in started):
+        if self._held or self._ending or not any(ring.enabled for ring in started) or self._waits_for_memory():
             return
         if device.state is RunState.RUNNING:
             # who did not wait for a ring once does not wait for it after a pause
             for ring in started:
-                ring.decided = True
-            if any(ring.enabled and not ring.live for ring in started):
+                ring.enable_known = True
+            if any(ring.enabled and not ring.in_device for ring in started):
                 self._join()
-        elif self._can_join or self._enables_all or all(ring.decided for ring in started):
+        elif self._can_join or self._enables_all or all(ring.enable_known for ring in started):
             if device.state is RunState.RESET:
                 raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
             self._go()
+        else:
+            self._waiting = True
+
+    def _waits_for_memory(self) -> bool:
+        """Whether a ring that was started has lost its place: who takes memory away gives other memory next."""
+        try:
+            for ring in self._rings.values():
+                if ring.started and ring.described:
+                    ring.setup(self._memory)
+        except VdpaBridgeError:
+            return True
+        return False
 
     @property
     def _can_join(self) -> bool:
         """Whether a ring can be enabled later without much ado."""
-        return bool({Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} & self._device.capabilities)
+        return Capability.ENABLE_WHILE_RUNNING in self._device.capabilities
 
     def _withholds(self, ring: Ring) -> bool:
         """Whether ``ring``'s kick is kept from the device."""
@@ -250,7 +267,7 @@ class Rings:
             # nobody knows where its rings stand; at an earlier position requests would be done twice
             device.check_health()
         # all of them, before anything is touched
-        setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
+        setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         try:
             self._set_going(setups)
         except DeadlineExceeded:
@@ -262,7 +279,7 @@ class Rings:
 
     def _note_live(self, setups: dict[int, QueueSetup]) -> None:
         for index, setup in setups.items():
-            self._rings[index].live, self._rings[index].installed = True, setup
+            self._rings[index].in_device, self._rings[index].installed = True, setup
 
     def _set_going(self, setups: dict[int, QueueSetup]) -> None:
         device = self._device
@@ -284,13 +301,13 @@ class Rings:
 
     def _join(self) -> None:
         """Rings that were started after the device was."""
-        setups = {index: self._setup(index, ring) for index, ring in self._rings.items() if ring.started}
-        if Capability.QUEUE_CONTROL in self._device.capabilities:
+        setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
+        if {Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} <= self._device.capabilities:
             for index, setup in setups.items():
                 ring = self._rings[index]
-                if ring.enabled and not ring.live:
+                if ring.enabled and not ring.in_device:
                     self._install(index, ring, setup)
-                    ring.live, ring.installed = True, setup
+                    ring.in_device, ring.installed = True, setup
         else:
             self.suspend()
             self._go()
@@ -299,7 +316,7 @@ class Rings:
         device = self._device
         if Capability.ENABLE_WHILE_RUNNING in device.capabilities:
             device.enable_queue(index, enabled)
-        elif not any(ring.live and ring.enabled for ring in self._rings.values()):
+        elif not any(ring.in_device and ring.enabled for ring in self._rings.values()):
             # a pause, or the beginning of the end
             self.suspend()
         elif enabled and not device.queues[index].enabled:
@@ -328,7 +345,7 @@ class Rings:
 
     def _install(self, index: int, ring: Ring, setup: QueueSetup) -> None:
         self._device.set_queue(index, setup)
-        self._device.set_base(index, self._base(ring))
+        self._device.set_base(index, ring.base(packed=self._packed))
         self._bind(index, ring)
         self._device.enable_queue(index, self._enables(ring))
 
@@ -343,7 +360,7 @@ class Rings:
         return set(known) == set(setups) and all(
             known[index].setup == setup
             and self._is_as_wanted(known[index], self._rings[index])
-            and self._device.get_base(index) == self._base(self._rings[index])
+            and self._device.get_base(index) == self._rings[index].base(packed=self._packed)
             for index, setup in setups.items()
         )
 
@@ -352,43 +369,22 @@ class Rings:
 
     def _collect_bases(self) -> None:
         for index, ring in self._rings.items():
-            if ring.live:
+            if ring.in_device:
                 ring.base_word = self._device.get_base(index).encode()
-                ring.live = False
-
-    # --- a ring in the device's terms ---
+                ring.in_device = False
 
     @property
-    def _size_max(self) -> int:
-        return self._device.identity.queue_size_max
-
-    def _setup(self, index: int, ring: Ring, address: VringAddr | None = None) -> QueueSetup:
-        where = address or ring.address
-        if where is None or not ring.size:
-            raise VdpaBridgeError(f"queue {index}", why="it was kicked before its size and addresses were set")
-        desc, avail, used = (self._memory.guest_address(each) for each in (where.desc, where.avail, where.used))
-        return QueueSetup(ring.size, desc, avail, used)
-
-    def _base(self, ring: Ring) -> QueueBase:
-        packed = bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
-        initial = 1 << 15 | 1 << 31 if packed else 0
-        return decode_base(initial if ring.base_word is None else ring.base_word, packed=packed)
+    def _packed(self) -> bool:
+        return bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
 
     def _ring(self, index: int) -> Ring:
         if index >= self._device.identity.queue_count:
             why = f"the device has {self._device.identity.queue_count}, numbered from 0"
             raise VdpaBridgeError(f"queue {index}", why=why)
-        return self._rings.setdefault(index, Ring())
+        return self._rings.setdefault(index, Ring(index))
 
     def _stopped(self, index: int) -> Ring:
         ring = self._ring(index)
-        if ring.live:
+        if ring.in_device:
             raise VdpaBridgeError(f"queue {index}", why="it is at work: GET_VRING_BASE stops it")
         return ring
-
-    @staticmethod
-    def _keep(ring: Ring, operation: Operation, fd: int | None) -> None:
-        if (old := ring.eventfds.pop(operation, None)) is not None:
-            os.close(old)
-        if fd is not None:
-            ring.eventfds[operation] = fd

@@ -28,6 +28,8 @@ __all__ = ["Session", "require_servable"]
 _FAILED = 1
 #: For a front-end that does not read its replies, of which a socket holds hundreds: everybody else waits meanwhile.
 _REPLY_S = 1.0
+#: How long a front-end may be silent between two SET_VRING_ENABLE. Much longer than any is, and no pause to a guest.
+_ENABLE_S = 0.1
 
 
 class Session:
@@ -55,6 +57,8 @@ class Session:
         self._report = report
         self._trace = trace
         self._closed = False
+        self._patience = Deadline(None)
+        """How long rings that are enabled wait for what the front-end says of others."""
 
     @property
     def config_changed(self) -> int:
@@ -92,15 +96,28 @@ class Session:
         """
         message = self._connection.take_in()
         if message is None:
+            if self._patience.passed and not self._connection.ended:
+                self._wait_no_longer()
             return not self._connection.ended
         with message:
             self._serve(message)
+        self._patience = Deadline(_ENABLE_S if self._requests.rings.waiting else None)
         self._announce(self._requests.announce_kept_change)
         return True
 
     def left_s(self) -> float | None:
-        """How long to wait for the rest of a message before `serve_one` is called again; None: as long as it takes."""
-        return self._connection.left_s()
+        """How long to wait for a message, or the rest of one, before `serve_one` is called again; None: as long as it
+        takes."""
+        limits_s = [each for each in (self._connection.left_s(), self._patience.left_s()) if each is not None]
+        return min(limits_s, default=None)
+
+    def _wait_no_longer(self) -> None:
+        """Start with the rings that are enabled, whatever there may be to come."""
+        self._patience = Deadline(None)
+        try:
+            self._requests.rings.wait_no_longer()
+        except (VdpaBridgeError, ValueError, OSError) as error:
+            self._report(f"start the rings: {error}")
 
     def is_leaving(self) -> bool:
         """Whether the front-end has hung up already, and only its last messages are left."""

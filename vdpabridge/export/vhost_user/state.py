@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TypeAlias
 
 from ...descriptors import discard
 from ...device import Capability, Device, RunState, StateDirection, StatePhase
 from .admission import is_channel
 
 __all__ = ["StateTransfer"]
+
+TransferKind: TypeAlias = tuple[StateDirection, StatePhase]
 
 
 class StateTransfer:
@@ -20,10 +23,14 @@ class StateTransfer:
         self.loaded = False
         """Whether the device has state that was loaded, and no reset has taken it away."""
 
-    def begin(self, direction: int, phase: int, fd: int) -> int | None:
-        """Begin through ``fd``, which is taken. As `Device.set_state_fd`; ValueError for what does not exist."""
+    def check_kind(self, direction: int, phase: int) -> TransferKind:
+        """The kind of transfer that is asked for. ValueError for what does not exist."""
+        return StateDirection(direction), StatePhase(phase)
+
+    def begin(self, kind: TransferKind, fd: int) -> int | None:
+        """Begin through ``fd``, which is taken. As `Device.set_state_fd`."""
+        way, when = kind
         try:
-            way, when = StateDirection(direction), StatePhase(phase)
             theirs = None if is_channel(fd) else os.pipe2(os.O_CLOEXEC)
         except BaseException:
             discard([fd])
@@ -59,11 +66,11 @@ class StateTransfer:
             self.loaded = False
             raise
 
-    def needs_fresh_device(self, direction: int, *, features_set: bool) -> bool:
+    def needs_fresh_device(self, kind: TransferKind, *, features_set: bool) -> bool:
         """Whether what another front-end has left is to be reset first: state is loaded into a device without any,
         features come after it, and they may differ."""
         return (
-            direction == StateDirection.LOAD
+            kind[0] is StateDirection.LOAD
             and not features_set
             and self._device.state is not RunState.RESET
             and Capability.STATE_RESET in self._device.capabilities
