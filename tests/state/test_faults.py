@@ -440,7 +440,8 @@ def test_an_interruption_tells_what_was_found_out_meanwhile(during):
         with pytest.raises(KeyboardInterrupt) as caught:
             acts[during]()
         (note,) = caught.value.__notes__
-        assert "running now: nothing" in note or "running now: not known" in note
+        assert "running now: nothing" in note
+        assert note.endswith("its queues stand where they stood: resume it")
         assert sim.state is not RunState.RUNNING
 
 
