@@ -132,9 +132,9 @@ class DeviceCore(DriverHooks):
         """``eventfd`` (borrowed) is the one for configuration changes when the body has ended well."""
         with _duplicate(eventfd) as duplicate:
             yield
-        if self.config_call is not None:
-            os.close(self.config_call)
-        self.config_call = duplicate
+        before, self.config_call = self.config_call, duplicate
+        if before is not None:
+            os.close(before)
 
     @contextmanager
     def _adopting_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> Iterator[None]:
@@ -152,28 +152,34 @@ class DeviceCore(DriverHooks):
         """``log`` (borrowed) is the device's when the body has ended well."""
         with _duplicate(None if log is None else log.fd) as duplicate:
             yield
-        _close(self.dirty_log)
-        self.dirty_log = None if log is None or duplicate is None else replace(log, fd=duplicate)
+        before, self.dirty_log = (
+            self.dirty_log,
+            None if log is None or duplicate is None else replace(log, fd=duplicate),
+        )
+        _close(before)
 
     @contextmanager
     def _adopting_inflight(self, region: InflightRegion | None) -> Iterator[None]:
         """``region`` (borrowed) is the device's when the body has ended well."""
         with _duplicate(None if region is None else region.fd) as duplicate:
             yield
-        _close(self.inflight)
+        before = self.inflight
         self.inflight = None if region is None or duplicate is None else replace(region, fd=duplicate)
+        _close(before)
 
     def _forget(self) -> None:
-        """What a reset forgets."""
-        _close(self.dirty_log)
-        _close(self.inflight)
-        self.dirty_log = self.inflight = None
+        """What a reset forgets. Out of the books first, then closed: a number that is closed twice, because something
+        interrupted, may be somebody else's by then."""
+        log, self.dirty_log = self.dirty_log, None
+        _close(log)
+        inflight, self.inflight = self.inflight, None
+        _close(inflight)
         for record in self.queues.values():
-            for eventfd in record.eventfds.values():
-                os.close(eventfd)
-        if self.config_call is not None:
-            os.close(self.config_call)
-            self.config_call = None
+            while record.eventfds:
+                os.close(record.eventfds.popitem()[1])
+        config_call, self.config_call = self.config_call, None
+        if config_call is not None:
+            os.close(config_call)
         self.queues = {}
         self.accepted_features = 0
         self.failure = ""
@@ -183,13 +189,14 @@ class DeviceCore(DriverHooks):
     def _letting_go(self) -> Iterator[None]:
         """The device is closed by the body; nothing of it is owned afterwards."""
         self._closed = True
-        self._forget()
-        regions, self.regions = self.regions, []
         try:
             yield
         finally:
-            for region in regions:
-                os.close(region.fd)
+            try:
+                self._forget()
+            finally:
+                while self.regions:
+                    os.close(self.regions.pop().fd)
 
 
 def _close(shared: DirtyLog | InflightRegion | None) -> None:

@@ -6,14 +6,16 @@ to the end is of no use until it is.
 
 import errno
 import os
+import signal
 import threading
 from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge.device import RunState
+from vdpabridge import device_core
+from vdpabridge.device import Operation, RunState
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.errors import DeviceFailed, StateError, VdpaBridgeError
+from vdpabridge.errors import DeviceFailed, KernelError, StateError, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state.outcome import Advice, ProcedureFailed
 from vdpabridge.state.procedures import migrate, save
@@ -140,7 +142,11 @@ def test_a_migration_again_after_the_destination_could_not_be_reset():
 
         there.accidents = [(SET_FEATURES, None, refuse_and_wait)]
         failed = has_an_accident(destination, lambda: migrate(source, destination, limits()))
-        assert (failed.advice, source.state, destination.state) == (Advice.AGAIN, RunState.RUNNING, RunState.FAILED)
+        assert (failed.advice, source.state, destination.state) == (
+            Advice.OTHER_DESTINATION,
+            RunState.RUNNING,
+            RunState.FAILED,
+        )
         with pytest.raises(StateError):
             migrate(source, destination, limits())
         destination.reset()
@@ -183,6 +189,64 @@ def test_a_device_that_was_reset_behind_our_back_has_no_snapshot():
             capture(device)
 
 
+@pytest.mark.parametrize("what", ["resume", "save"])
+def test_an_interruption_keeps_where_the_queues_stood(what):
+    """Nobody else knows it: the replay has reset the device, and failed."""
+    kernel = Unlucky(Parent(resume="no"))
+    with at_work(kernel) as (device, _), shared_file(0) as file:
+        if what == "resume":
+            device.suspend()
+
+        def interrupt_and_refuse():
+            signal.raise_signal(signal.SIGINT)
+            kernel.accidents = [("VHOST_SET_VRING_BASE", None, refused)]
+
+        kernel.accidents = [(STATUS, 0, interrupt_and_refuse)]
+        acts = {"resume": lambda: resume(device), "save": lambda: save(device, file, limits())}
+        with pytest.raises(KeyboardInterrupt) as caught:
+            acts[what]()
+        assert caught.value.snapshot.queues[0].base.avail_index == 7
+        assert device.state is not RunState.RUNNING
+        assert len(caught.value.__notes__) == 1
+
+
+def test_a_replay_without_descriptors_left_keeps_where_the_queues_stood():
+    kernel = Unlucky(Parent(resume="no"))
+    with at_work(kernel) as (device, _):
+        device.suspend()
+        device._bind_eventfd = lambda *_words: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))
+        with pytest.raises(ReplayFailed, match="Too many open files") as caught:
+            resume(device)
+        assert caught.value.snapshot.queues[0].base.avail_index == 7
+        del device._bind_eventfd
+
+
+@pytest.mark.parametrize("act", ["reset", "close"])
+def test_a_reset_that_is_interrupted_while_it_closes_descriptors_can_be_done_again(act, monkeypatch):
+    """Each is closed once: its number may be somebody else's by then."""
+    kernel = Unlucky()
+    real = os.close
+    closed = []
+
+    def close(fd):
+        real(fd)
+        closed.append(fd)
+        if len(closed) == 2:
+            raise KeyboardInterrupt
+
+    with at_work(kernel) as (device, _):
+        device.set_call(1, device.queues[0].eventfds[Operation.SET_KICK])
+        monkeypatch.setattr(device_core.os, "close", close)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(device, act)()
+        monkeypatch.undo()
+        device.close() if act == "close" else device.reset()
+        assert len(closed) == len(set(closed))
+        assert not kernel._running
+        if act == "reset":
+            device.accept_features(VERSION_1)
+
+
 # --- starts and resumes ---
 
 
@@ -218,6 +282,23 @@ def test_features_again_after_an_interruption(timeout_s):
             device.accept_features(VERSION_1)
         device.accept_features(VERSION_1)
         assert (device.state, kernel.status) == (RunState.CONFIGURED, 11)
+
+
+def test_an_eventfd_that_the_kernel_does_not_take_at_all_is_not_taken_away():
+    """A kernel without that request is not asked again at every reset."""
+
+    class Old(FakeKernel):
+        def vhost_vdpa_set_config_call(self, _argument):
+            return errno.ENOTTY
+
+    eventfd = os.eventfd(0)
+    with VhostVdpa.open(NODE, system=Old()) as device:
+        device.accept_features(VERSION_1)
+        with pytest.raises(KernelError):
+            device.set_config_call(eventfd)
+        device.reset()
+        assert device.state is RunState.RESET
+    os.close(eventfd)
 
 
 @pytest.mark.parametrize("accident", ACCIDENTS)

@@ -99,6 +99,7 @@ def front_ends(capabilities):
             for each in self.guest:
                 self.stack.callback(os.close, each.kick)
             self.device.accept_features(VERSION_1)
+            self.books.features = VERSION_1
             self.device.model.write_config(32, b"\0")
             self.memory.replace(one_region(), [self.file])
             self.mapped, self.held = True, False
@@ -180,6 +181,7 @@ def front_ends(capabilities):
             self.device.reset()
             self.books.forget()
             self.device.accept_features(VERSION_1)
+            self.books.features = VERSION_1
             for each in self.guest:
                 each.started = each.enabled = each.decided = False
                 each.clear()

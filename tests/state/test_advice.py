@@ -94,6 +94,9 @@ def follow(advice, source, destination, error, work):
     """Do what the advice says, by the book; whether the guest's requests are to be done after it."""
     if advice in (Advice.AGAIN, Advice.AS_BEFORE, Advice.DONE):
         return advice is not Advice.AS_BEFORE
+    if advice is Advice.OTHER_DESTINATION:
+        destination.reset()
+        return True
     if advice is Advice.ANOTHER:
         # whoever has the image has the source, stopped
         source.resume()

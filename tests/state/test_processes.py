@@ -171,7 +171,7 @@ def was_kicked(error):
 
 def check_failed_start(those, fault, error):
     if error.running == those.source.name:
-        assert error.advice is Advice.AGAIN
+        assert error.advice in (Advice.AGAIN, Advice.OTHER_DESTINATION)
         if fault != "killed":
             assert not was_kicked(error), "before its first kick nothing runs, and never will"
             those.destination_process.go_on()

@@ -6,9 +6,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
-__all__ = ["harmless", "uninterrupted"]
+__all__ = ["Deferral", "harmless", "uninterrupted"]
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -23,10 +24,7 @@ def harmless(handler: Handler) -> Handler:
 def uninterrupted() -> Iterator[None]:
     """Have what SIGINT and SIGTERM bring about happen when the body is done; in the main thread, the only one that it
     interrupts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    deferral = _Deferral()
+    deferral = Deferral()
     try:
         deferral.install()
         yield
@@ -34,30 +32,45 @@ def uninterrupted() -> Iterator[None]:
         deferral.end()
 
 
-class _Deferral:
-    """Stands in for handlers. Where it is left behind, by a signal between two instructions, it does as they do."""
+class Deferral:
+    """Has signals wait while one of the functions ``within`` is at work, or something that it calls; always, if there
+    are none. So a context manager can protect all of its ``__exit__``, which is not possible from inside of it.
 
-    def __init__(self) -> None:
+    Stands in for handlers. Where it is left behind, by a signal between two instructions, it does as they do.
+    """
+
+    def __init__(self, *within: Callable[..., object]) -> None:
+        self._codes = frozenset(function.__code__ for function in within)
         self._handlers: dict[int, Any] = {}
         self._came: list[int] = []
         self._active = True
 
     def install(self) -> None:
+        """Begin, in the main thread; in another one nothing happens."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         # not by a mask: the kernel would give the signal to another thread, and Python its handler to this one
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
+            while isinstance(handler, Deferral) and not handler._active:
+                handler = handler._handlers[number]
             if handler not in (None, signal.SIG_IGN) and not getattr(handler, "harmless", False):
                 self._handlers[number] = handler
                 signal.signal(number, self)
 
-    def __call__(self, number: int, frame: object) -> None:
-        if self._active:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._active and self._is_to_wait(frame):
             self._came.append(number)
         elif callable(handler := self._handlers[number]):
             handler(number, frame)
         else:
             signal.signal(number, handler)
             signal.raise_signal(number)
+
+    def _is_to_wait(self, frame: FrameType | None) -> bool:
+        while self._codes and frame is not None and frame.f_code not in self._codes:
+            frame = frame.f_back
+        return frame is not None or not self._codes
 
     def end(self) -> None:
         """Put the handlers back, and have what came happen."""

@@ -20,6 +20,7 @@ class Advice(Enum):
     """What to do after a failure. Each is safe whatever else is true: none can have two devices run."""
 
     AGAIN = "nothing was lost; mend the cause, and do it again"
+    OTHER_DESTINATION = "nothing was lost; mend the cause, reset the destination or take another, and do it again"
     DONE = "it was done before that; nothing is to be put right"
     AS_BEFORE = "it is as it was before"
     ANOTHER = "the device has not started; another can be given the image"

@@ -7,8 +7,8 @@ again with the queue positions it had, and with its own state where it can give 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -84,7 +84,7 @@ def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
 def start_over(
     device: Device,
     set_up: Callable[[], None],
-    failed: Callable[[VdpaBridgeError], VdpaBridgeError] | None = None,
+    failed: Callable[[Exception], VdpaBridgeError] | None = None,
     *,
     start: bool = True,
 ) -> None:
@@ -103,7 +103,7 @@ def start_over(
         log, inflight = _kept(stack, device.dirty_log), _kept(stack, device.inflight)
         try:
             # cut in two it would leave a device that is reset, and what it had nobody has
-            with uninterrupted():
+            with uninterrupted(), _explaining(failed):
                 device.reset()
                 if spool is not None:
                     write_state(device, spool, limits, Report())
@@ -117,10 +117,24 @@ def start_over(
                     device.set_config_call(config_call)
                 if start:
                     device.start()
-        except VdpaBridgeError as error:
-            if failed is None:
-                raise
-            raise failed(error) from error
+        except Exception:
+            raise
+        except BaseException as interruption:
+            # what went wrong before it has the snapshot, which nobody else has any more
+            if (lost := interruption.__context__) is not None and hasattr(lost, "snapshot"):
+                interruption.add_note(str(lost))
+                interruption.__dict__["snapshot"] = lost.snapshot
+            raise
+
+
+@contextmanager
+def _explaining(failed: Callable[[Exception], VdpaBridgeError] | None) -> Iterator[None]:
+    try:
+        yield
+    except (VdpaBridgeError, OSError) as error:
+        if failed is None:
+            raise
+        raise failed(error) from error
 
 
 def _has_state(device: Device) -> bool:

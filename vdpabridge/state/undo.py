@@ -13,7 +13,7 @@ from typing import Self
 
 from ..deadline import Deadline
 from ..device import Capability, Device, RunState
-from .interruptions import uninterrupted
+from .interruptions import Deferral, uninterrupted
 from .outcome import NOTHING, UNKNOWN, Advice, Outcome, ProcedureFailed, described
 from .replay import resume
 from .report import Report
@@ -31,7 +31,7 @@ class Undo:
 
     ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. An error
     comes out as `ProcedureFailed`; an interruption (KeyboardInterrupt, SystemExit) as it is, with a note that says what
-    a `ProcedureFailed` would.
+    a `ProcedureFailed` would, and its attributes. Signals that come while things are put right wait until that is done.
     """
 
     def __init__(self, what: str, source: Device | None, destination: Device | None) -> None:
@@ -51,30 +51,43 @@ class Undo:
         """How it has ended, once that is known."""
 
     def __enter__(self) -> Self:
+        # also a signal that comes as `__exit__` begins must not keep it from being done
+        self._deferral = Deferral(Undo.__exit__)
+        self._deferral.install()
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
+        failed: ProcedureFailed | None = None
         try:
             if error is not None and not isinstance(error, ProcedureFailed):
-                self._conclude(error)
+                failed = self._conclude(error)
         finally:
-            if self._witness is not None:
-                self._witness.close()
+            try:
+                if self._witness is not None:
+                    self._witness.close()
+                self._deferral.end()
+            except BaseException as interruption:
+                # what came meanwhile says nothing of how it ended
+                self._tell(interruption, self._outcome or self._after_the_end())
+                raise
+        if failed is not None:
+            raise failed from error
 
-    def _conclude(self, error: BaseException) -> None:
-        try:
-            with uninterrupted():
-                outcome = self._outcome = self._after_the_end() if self._done else self._go_back(error)
-        except BaseException as interruption:
-            # it came while things were put right, and says nothing of that
-            if self._outcome is not None:
-                interruption.add_note(f"{self._what}: {described(self._outcome)}")
-            raise
+    def _conclude(self, error: BaseException) -> ProcedureFailed | None:
+        """Go back. The error that is to be raised; None where ``error`` itself is."""
+        outcome = self._outcome = self._after_the_end() if self._done else self._go_back(error)
         if isinstance(error, Exception):
-            raise self._failed(error, outcome) from error
-        error.add_note(f"{self._what}: {described(outcome)}")
+            return self._failed(error, outcome)
+        self._tell(error, outcome)
+        return None
+
+    def _tell(self, interruption: BaseException, outcome: Outcome) -> None:
+        """Have ``interruption`` say what a `ProcedureFailed` would."""
+        interruption.add_note(f"{self._what}: {described(outcome)}")
+        told = {"running": outcome.running, "advice": outcome.advice, "snapshot": self.snapshot, "report": self.report}
+        interruption.__dict__.update(told)
 
     def expect_work(self, device: Device, snapshot: DeviceSnapshot) -> None:
         """``device`` is about to be told to work on from ``snapshot``: from now on the guest's rings are watched."""
@@ -223,9 +236,9 @@ class Undo:
         # with a state of its own, its queues alone are not enough
         return Outcome(running, Advice.RESET if Capability.DEVICE_STATE in source.capabilities else Advice.RESTORE)
 
-    @staticmethod
-    def _runs(source: Device) -> Outcome:
-        return Outcome(source.name, Advice.AGAIN)
+    def _runs(self, source: Device) -> Outcome:
+        failed = self._destination is not None and self._destination.state is RunState.FAILED
+        return Outcome(source.name, Advice.OTHER_DESTINATION if failed else Advice.AGAIN)
 
 
 @contextmanager

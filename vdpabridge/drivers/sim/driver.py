@@ -224,9 +224,9 @@ class Sim(Device):
     def _reset(self) -> None:
         self._state_transfer.drop()
         self._wait_for(self._engine.close_rings, "reset")
-        for eventfd in self._eventfds.values():
-            os.close(eventfd)
-        self._eventfds.clear()
+        while self._eventfds:
+            # out of the books first: a number that is closed twice may be somebody else's by then
+            os.close(self._eventfds.popitem()[1])
         self._bases.clear()
         self._guest.set_log(None)
         self._drop_inflight()

@@ -45,7 +45,7 @@ from ...device import (
     RunState,
     decode_base,
 )
-from ...errors import DeadlineExceeded, FeatureError, KernelError
+from ...errors import DeadlineExceeded, FeatureError, KernelError, VdpaBridgeError
 from ...eventfds import signal
 from ...memory import SharedMapping
 from .groups import Groups
@@ -107,8 +107,7 @@ class VhostVdpa(Device):
         self._node = node
         self._ask = Requests(node)
         self._bound: set[tuple[Operation, int]] = set()
-        """Eventfds that the kernel was asked to take since the last reset, whatever it answered."""
-        self._config_call_bound = False
+        """Eventfds that the kernel may have been given since the last reset."""
         super().__init__(node.path, node.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -252,8 +251,8 @@ class VhostVdpa(Device):
         self._ask.write_config(offset, data)
 
     def _set_config_call(self, eventfd: int | None) -> None:
-        self._config_call_bound = True
-        self._ask.set(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, VHOST_FILE_UNBIND if eventfd is None else eventfd)
+        with self._binding(Operation.SET_CONFIG_CALL, 0):
+            self._ask.set(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, VHOST_FILE_UNBIND if eventfd is None else eventfd)
 
     # --- memory ---
 
@@ -299,8 +298,21 @@ class VhostVdpa(Device):
         return decode_base(word, packed=bool(self.accepted_features >> VIRTIO_F_RING_PACKED & 1))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        self._bound.add((operation, index))
-        self._ask.set_eventfd(_EVENTFD_REQUESTS[operation], index, eventfd)
+        with self._binding(operation, index):
+            self._ask.set_eventfd(_EVENTFD_REQUESTS[operation], index, eventfd)
+
+    @contextlib.contextmanager
+    def _binding(self, operation: Operation, index: int) -> Iterator[None]:
+        """The body gives the kernel an eventfd, or may have where it raises."""
+        key = operation, index
+        is_new = key not in self._bound
+        self._bound.add(key)
+        try:
+            yield
+        except VdpaBridgeError as error:
+            if is_new and error.nothing_done:
+                self._bound.discard(key)
+            raise
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
         # a queue takes its addresses and base when it is enabled, so before start() that can wait until all is known;
@@ -381,11 +393,11 @@ class VhostVdpa(Device):
     def _set_up_after_reset(self) -> None:
         # vhost keeps listening to eventfds through a reset; the device forgets its half of them
         for operation, index in sorted(self._bound, key=str):
-            self._bind_eventfd(operation, index, None)
+            if operation is Operation.SET_CONFIG_CALL:
+                self._set_config_call(None)
+            else:
+                self._bind_eventfd(operation, index, None)
         self._bound.clear()
-        if self._config_call_bound:
-            self._set_config_call(None)
-            self._config_call_bound = False
         with self._in_order():
             if self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
                 self._regions.map_missing()

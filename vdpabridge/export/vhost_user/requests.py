@@ -75,7 +75,6 @@ class Requests:
         self._offered = features_of(device)
         self.channel: Connection | None = None
         """For our own requests to the front-end."""
-        self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._log = LogSwitch(device)
         self._transfer = StateTransfer(device)
         self._features_set = False
@@ -84,6 +83,10 @@ class Requests:
         if device.state is RunState.FAILED:
             # what became of it with the last front-end is no concern of this one
             device.reset()
+        # and if it could not be taken away when that one left
+        self.memory.clear()
+        self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Signalled when the device's configuration has changed."""
 
     def has(self, feature: ProtocolFeature) -> bool:
         """Whether the front-end has negotiated ``feature``."""
@@ -113,6 +116,7 @@ class Requests:
         # with the bit, the rings' own enable states stand
         if not payload.value & _PROTOCOL_FEATURES:
             self.rings.enable_all()
+        self.rings.go_on()
 
     def _accept_features(self, wanted: int) -> None:
         device = self.device
@@ -122,9 +126,9 @@ class Requests:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
             self._accept_others(wanted)
-            self.rings.go_on()
         if device.state is RunState.RESET:
             device.accept_features(wanted)
+        self.rings.features = wanted
 
     def _accept_others(self, wanted: int) -> None:
         """Other features take a reset. All else stays: the device's own state, which may be what was loaded into it,

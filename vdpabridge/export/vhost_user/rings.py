@@ -35,6 +35,8 @@ class Rings:
         self._device = device
         self._memory = memory
         self._rings: dict[int, Ring] = {}
+        self.features: int | None = None
+        """What the front-end has accepted; the device forgets it when it is reset."""
         self._held = False
         self._due = False
         """Whether it is held only because letting it go on did not succeed."""
@@ -150,6 +152,16 @@ class Rings:
         )
 
     @property
+    def lost(self) -> bool:
+        """Whether the device has failed, and what it was at is not known: neither where its rings stand, which at an
+        earlier position would do requests twice, nor a state of its own."""
+        if self._device.state is not RunState.FAILED:
+            return False
+        return Capability.DEVICE_STATE in self._device.capabilities or any(
+            ring.in_device for ring in self._rings.values()
+        )
+
+    @property
     def held(self) -> bool:
         """Whether the device is to stay suspended, whatever the front-end does."""
         return self._held
@@ -170,8 +182,8 @@ class Rings:
         try:
             self.go_on()
         except BaseException:
-            # one that failed cannot run, whatever happens
-            self._held = self._due = self._device.state is not RunState.FAILED
+            # one that is lost cannot run, whatever happens
+            self._held = self._due = not self.lost
             raise
         self._due = False
 
@@ -201,6 +213,7 @@ class Rings:
         """RESET_DEVICE was done: every ring is stopped and disabled, and at its beginning."""
         if self._due:
             self._held = self._due = False
+        self.features = None
         self._ending = self._waiting = False
         for ring in self._rings.values():
             ring.forget()
@@ -227,7 +240,7 @@ class Rings:
             if any(ring.enabled and not ring.in_device for ring in started):
                 self._join()
         elif self._can_join or self._enables_all or all(ring.enable_known for ring in started):
-            if device.state is RunState.RESET:
+            if self.features is None:
                 raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
             self._go()
         else:
@@ -263,8 +276,7 @@ class Rings:
 
     def _go(self) -> None:
         device = self._device
-        if device.state is RunState.FAILED:
-            # nobody knows where its rings stand; at an earlier position requests would be done twice
+        if self.lost:
             device.check_health()
         # all of them, before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
@@ -283,7 +295,10 @@ class Rings:
 
     def _set_going(self, setups: dict[int, QueueSetup]) -> None:
         device = self._device
-        if device.state is RunState.CONFIGURED:
+        if device.state in (RunState.RESET, RunState.FAILED):
+            # a replay that failed half-way
+            self._replay(setups)
+        elif device.state is RunState.CONFIGURED:
             self._install_all(setups)
             device.start()
         elif Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
@@ -330,8 +345,7 @@ class Rings:
 
     def _replay(self, setups: dict[int, QueueSetup]) -> None:
         """Reset and set up anew, as the only way for what this device is not able to change otherwise."""
-        device = self._device
-        features = device.accepted_features
+        device, features = self._device, self.features or 0
 
         def set_up() -> None:
             device.accept_features(features)
@@ -375,7 +389,7 @@ class Rings:
 
     @property
     def _packed(self) -> bool:
-        return bool(self._device.accepted_features >> VIRTIO_F_RING_PACKED & 1)
+        return bool((self.features or 0) >> VIRTIO_F_RING_PACKED & 1)
 
     def _ring(self, index: int) -> Ring:
         if index >= self._device.identity.queue_count:

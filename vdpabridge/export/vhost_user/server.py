@@ -115,6 +115,8 @@ class Server:
         self.session: Session | None = None
         """The front-end of the moment."""
         self._holders: set[object] = set()
+        self._gone_for_good = False
+        """Whether the device failed in a way that its front-end of the moment cannot survive."""
         self.front_ends = 0
         """How many were served, this one included."""
         self.messages = 0
@@ -153,7 +155,11 @@ class Server:
         """``holder`` does not need it any more. Raises what letting the device go on raises."""
         self._holders.discard(holder)
         if not self._holders and self.session is not None:
-            self.session.release()
+            try:
+                self.session.release()
+            finally:
+                # its front-end, which has asked for nothing, would wait for ever
+                self._gone_for_good = self.session.lost
 
     def serve(self, listener: socket.socket, *, once: bool = False) -> None:
         """Serve whoever connects to ``listener`` (borrowed), one at a time, until `stop`; with ``once``, only one.
@@ -178,9 +184,11 @@ class Server:
         """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
         try:
             session = Session(self._device, connection, report=self._report, trace=self._trace)
-        except OSError as error:
-            # out of descriptors, for instance
-            self._report(f"a front-end cannot be served: {error.strerror}")
+        except DeviceFailed:
+            raise
+        except (VdpaBridgeError, OSError) as error:
+            # out of descriptors, for instance, or a device that does not answer
+            self._report(f"a front-end cannot be served: {error}")
             time.sleep(_PATIENCE_S)
             return True
         try:
@@ -194,6 +202,7 @@ class Server:
             self._report(str(error))
         finally:
             self.session = None
+            self._gone_for_good = False
         if self._device.state is RunState.FAILED:
             why, hint = self._device.failure, "a reset did not help"
             raise DeviceFailed("the device failed", device=self._device.name, why=why, hint=hint)
@@ -252,6 +261,8 @@ class Server:
             for fd in ready.intersection(companions):
                 if self.companion is not None:
                     self.companion.serve(fd)
+            if self._gone_for_good:
+                self._device.check_health()
             if ready := ready.difference(companions):
                 return ready
 

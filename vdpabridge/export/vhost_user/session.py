@@ -71,6 +71,11 @@ class Session:
         return self._connection.received
 
     @property
+    def lost(self) -> bool:
+        """Whether the device has failed, and cannot go on for this front-end."""
+        return self._requests.rings.lost
+
+    @property
     def held(self) -> bool:
         """Whether the device is to stay suspended."""
         return self._requests.rings.held
