@@ -110,14 +110,33 @@ def test_a_connection_in_whose_queue_one_lies_is_closed_at_once():
 
 @pytest.mark.parametrize(
     ("type_name", "kind"),
-    [("ext4", Kind.FILE), ("fuse.sshfs", Kind.SERVED_FILE), ("nfs4", Kind.SERVED_FILE), ("", Kind.SERVED_FILE)],
+    [("ext4", Kind.FILE), ("fuse.sshfs", Kind.SERVED_FILE), ("nfs4", Kind.SERVED_FILE), ("", Kind.FILE)],
 )
 def test_a_file_that_somebody_else_serves(type_name, kind, tmp_path, monkeypatch):
-    """Also one of which that cannot be told, because it is on a file system that is mounted for others only."""
+    """One that is mounted elsewhere for others is known by its device."""
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(descriptors, "_file_system", lambda _fd: type_name)
     with open(tmp_path / "file", "rb") as file:
         assert kind_of(file.fileno()) is kind
+
+
+@pytest.mark.parametrize(
+    ("device", "mounts", "kind"),
+    [
+        (os.makedev(253, 1), [], Kind.FILE),
+        (os.makedev(0, 77), [], Kind.SERVED_FILE),
+        (os.makedev(0, 77), [("9", "0:77", "overlay")], Kind.FILE),
+        (os.makedev(0, 77), [("9", "0:77", "fuse.sshfs")], Kind.SERVED_FILE),
+    ],
+    ids=["a disk", "nobody knows", "mounted here too", "served here too"],
+)
+def test_a_file_that_is_mounted_for_others_only(device, mounts, kind, monkeypatch):
+    monkeypatch.setattr(descriptors, "_file_system", lambda _fd: "")
+    monkeypatch.setattr(descriptors, "_mounts", lambda: mounts)
+    monkeypatch.setattr(descriptors, "_asked", lambda _fd: os.stat_result((0o100644, 0, device, *[0] * 7)))
+    fd = os.open(__file__, os.O_RDONLY)
+    assert kind_of(fd) is kind
+    os.close(fd)
 
 
 def test_who_serves_a_file_is_not_asked_for_longer_than_a_moment(tmp_path, monkeypatch):
@@ -126,11 +145,38 @@ def test_who_serves_a_file_is_not_asked_for_longer_than_a_moment(tmp_path, monke
     monkeypatch.setattr(descriptors, "_file_system", lambda _fd: "")
     monkeypatch.setattr(descriptors, "_ASK_S", 0.01)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
+    threads = threading.active_count()
     with monkeypatch.context() as patched:
         patched.setattr(descriptors.os, "fstat", lambda _fd: go_on.wait(10))
-        assert kind_of(fd) is Kind.SERVED_FILE
+        for _ in range(20):
+            assert kind_of(fd) is Kind.SERVED_FILE
+    assert threading.active_count() <= threads + descriptors._UNANSWERED_MAX
     go_on.set()
+    wait_until(lambda: not descriptors._UNANSWERED)
     os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["datagrams", "sequence of packets", "listens"])
+def test_other_sockets_in_whose_queue_one_lies(kind):
+    """Behind an empty message, or in the queue of somebody who waits to be let in."""
+    fd, peer = lingering()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+    if kind == "listens":
+        theirs = socket.socket(socket.AF_UNIX)
+        theirs.bind(f"\0vdpabridge-test-{os.getpid()}")
+        theirs.listen()
+        ours = socket.socket(socket.AF_UNIX)
+        ours.connect(theirs.getsockname())
+    else:
+        types = {"datagrams": socket.SOCK_DGRAM, "sequence of packets": socket.SOCK_SEQPACKET}
+        ours, theirs = socket.socketpair(socket.AF_UNIX, types[kind])
+        ours.send(b"")
+    ours.sendmsg([b"x"], rights)
+    os.close(fd)
+    ours.close()
+    discard([theirs.detach()])
+    wait_until(lambda: not descriptors._CLOSERS._threads)
+    peer.close()
 
 
 def test_file_systems_are_known_by_their_mounts():

@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 
 from .deadline import StillRunning, call_within
@@ -29,6 +29,11 @@ _INT_BYTES = array.array("i").itemsize
 _SERVED = ("fuse", "nfs", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs", "coda", "orangefs", "autofs")
 #: How long to ask after a file of which it cannot be told who serves it.
 _ASK_S = 1.0
+#: How many such questions may be open. Each has a thread.
+_UNANSWERED_MAX = 4
+_UNANSWERED: list[int] = []
+#: Messages that a queue is searched for; datagrams have a queue of ten (net.unix.max_dgram_qlen).
+_MESSAGES_MAX = 4096
 
 
 class Kind(Enum):
@@ -64,15 +69,49 @@ def _kind_of_file(fd: int) -> Kind:
     type_name = _file_system(fd)
     if type_name.startswith(_SERVED):
         return Kind.SERVED_FILE
-    try:
-        mode = os.fstat(fd).st_mode if type_name else call_within(_ASK_S, lambda: os.fstat(fd)).st_mode
-    except StillRunning:
+    status = os.fstat(fd) if type_name else _asked(fd)
+    if status is None:
         return Kind.SERVED_FILE
-    if stat.S_ISREG(mode):
-        return Kind.FILE if type_name else Kind.SERVED_FILE
-    if stat.S_ISFIFO(mode):
+    if stat.S_ISREG(status.st_mode):
+        return Kind.FILE if type_name or _is_local(status.st_dev) else Kind.SERVED_FILE
+    if stat.S_ISFIFO(status.st_mode):
         return Kind.PIPE
-    return Kind.DEVICE if stat.S_ISCHR(mode) else Kind.OTHER
+    return Kind.DEVICE if stat.S_ISCHR(status.st_mode) else Kind.OTHER
+
+
+def _asked(fd: int) -> os.stat_result | None:
+    """fstat(2) of a file of which nobody knows who serves it; None where that does not answer soon."""
+    if len(_UNANSWERED) >= _UNANSWERED_MAX:
+        return None
+    _UNANSWERED.append(fd)
+
+    def ask() -> os.stat_result:
+        try:
+            return os.fstat(fd)
+        finally:
+            _UNANSWERED.remove(fd)
+
+    try:
+        return call_within(_ASK_S, ask)
+    except StillRunning:
+        return None
+
+
+def _is_local(device: int) -> bool:
+    """Whether files on ``device`` are on a disk, or on a file system that is mounted for us too, at another place."""
+    if os.major(device):
+        return True
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    types = [type_name for _, where, type_name in _mounts() if where == wanted]
+    return any(not type_name.startswith(_SERVED) for type_name in types)
+
+
+def _mounts() -> Iterator[tuple[str, str, str]]:
+    """(number, device, type of file system) of all that is mounted for us. Source: proc_pid_mountinfo(5)."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            fields = line.split()
+            yield fields[0], fields[2], fields[fields.index("-") + 1]
 
 
 def _is_memory(fd: int) -> bool:
@@ -87,13 +126,8 @@ def _is_memory(fd: int) -> bool:
 def _file_system(fd: int) -> str:
     """The type of the file system that ``fd`` is on; "" where that is mounted for others only, not for us."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
-        mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[0] == mount:
-                return fields[fields.index("-") + 1]
-    return ""
+        wanted = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+    return next((type_name for number, _, type_name in _mounts() if number == wanted), "")
 
 
 def _family(fd: int) -> int:
@@ -131,11 +165,15 @@ def stop_receiving(fd: int) -> None:
             borrowed.shutdown(socket.SHUT_RD)
         room = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * _INT_BYTES)
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(_MESSAGES_MAX):
                 data, ancillary, _, _ = borrowed.recvmsg(1 << 16, room, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
                 discard(fds_in(ancillary))
-                if not data:
+                if not data and borrowed.type == socket.SOCK_STREAM:
                     return
+        with contextlib.suppress(OSError):
+            # of one that listens, whoever waits
+            for _ in range(_MESSAGES_MAX):
+                discard([borrowed.accept()[0].detach()])
     finally:
         borrowed.detach()
 

@@ -363,6 +363,44 @@ def test_a_report_that_does_not_fit_says_that_the_state_was_moved_all_the_same(t
         assert "the state was moved all the same: start the destination" in error["hint"]
 
 
+INTERRUPTED = """
+import signal, sys
+from vdpabridge.cli import remote
+from vdpabridge.cli.main import main
+from vdpabridge.control import client
+
+if sys.argv[1] == "draw":
+    def draw(*_words):
+        raise KeyboardInterrupt
+    remote.draw = draw
+else:
+    ask = client.ControlClient.ask
+    def interrupted(self, method, *words, **options):
+        answer = ask(self, method, *words, **options)
+        if method == "moved":
+            raise KeyboardInterrupt
+        return answer
+    client.ControlClient.ask = interrupted
+sys.exit(main(["migrate", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ("draw", "the state was moved all the same: start the destination"),
+        ("moved", "not known whether it stays suspended"),
+    ],
+)
+def test_an_interruption_after_the_state_has_gone_says_so(when, said, tmp_path):
+    with mounted(tmp_path) as (_, control), controlled(tmp_path, "b") as (_, other, _):
+        words = [sys.executable, "-c", INTERRUPTED, when, control, other, "--report", str(tmp_path / "picture")]
+        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 130
+        assert done.stderr.startswith("vdpabridge: interrupted: ")
+        assert said in done.stderr
+
+
 def test_a_migration_that_fails_says_whose_fault_it_was_and_what_runs(tmp_path):
     with mounted(tmp_path) as (_, control), controlled(tmp_path, "b", device="sim:blk") as (_, other, _):
         said = run("migrate", control, other).stderr

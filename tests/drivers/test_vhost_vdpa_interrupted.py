@@ -7,7 +7,6 @@ to the end is of no use until it is.
 import errno
 import os
 import signal
-import threading
 from contextlib import contextmanager
 
 import pytest
@@ -26,49 +25,12 @@ from vdpabridge.virtqueue import SplitQueue
 from ..support.disk_lab import limits
 from ..support.fake_kernel import FakeKernel, Parent
 from ..support.transitions import shared_file
+from ..support.unlucky import ACCIDENTS, Unlucky, interrupted, late, refused
 from ..support.waiting import wait_until
 
 NODE = "/dev/vhost-vdpa-0"
 VERSION_1 = 1 << 32
 STATUS, RESUME, SET_FEATURES = "VHOST_VDPA_SET_STATUS", "VHOST_VDPA_RESUME", "VHOST_SET_FEATURES"
-
-
-class Unlucky(FakeKernel):
-    """Does what it is asked, and then something else happens: to each request that is in ``accidents``."""
-
-    def __init__(self, parent=None):
-        super().__init__(parent)
-        self.accidents = []
-        """(name, argument or None for any, what happens)"""
-
-    def ioctl(self, fd, request, argument):
-        super().ioctl(fd, request, argument)
-        name = self.log[-1]
-        for accident in self.accidents:
-            wanted, value, happens = accident
-            if name == wanted and (value is None or argument[0] == value):
-                self.accidents.remove(accident)
-                happens()
-                return
-
-
-def interrupted():
-    raise KeyboardInterrupt
-
-
-def refused():
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-#: For as long as nobody waits for it any more.
-LATE = threading.Event()
-
-
-def late():
-    LATE.wait(0.3)
-
-
-ACCIDENTS = {"interrupted": interrupted, "refused": refused, "late": late}
 
 
 @contextmanager

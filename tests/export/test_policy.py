@@ -32,6 +32,7 @@ from vdpabridge.errors import DeviceFailed, MissingCapability
 from vdpabridge.export.vhost_user import Server, Session
 from vdpabridge.vhost_user.connection import Connection
 
+from ..support.errands import Errands
 from ..support.front_end import ALL, MEMORY_BYTES, PROTOCOL, USER, VERSION_1, F, FrontEnd, P, one_region, ring
 from ..support.pair import bridged, served
 from ..support.transitions import eventfd, shared_file
@@ -379,6 +380,69 @@ def test_a_ring_that_was_waited_for_and_is_stopped():
         ring(front, 0)
         base_of(front, 1)
         assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
+
+
+def test_rings_that_came_while_the_device_was_held_start_after_that():
+    with (
+        able(VDPA_6_1).blk(1 << 20, timeout_s=2) as sim,
+        shared_file(MEMORY_BYTES) as file,
+        Server(sim, report=print, timeout_s=5) as server,
+    ):
+        server.companion = Errands()
+        ours, theirs = socket.socketpair()
+        thread = threading.Thread(target=server.serve_connection, args=[Connection(theirs, "the front-end")])
+        thread.start()
+        front = FrontEnd(ours, sim)
+        front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
+        assert front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file]) == 0
+        server.companion.run(lambda: server.hold(1))
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+        server.companion.run(lambda: server.release(1))
+        wait_until(lambda: sim.state is RunState.RUNNING)
+        server.stop()
+        thread.join()
+        ours.close()
+        server.companion.close()
+
+
+def test_what_a_front_end_says_of_other_things_does_not_make_its_rings_wait():
+    with serving(VDPA_6_1) as front:
+        ring(front, 0, enable=False)
+        ring(front, 1, enable=False)
+        enable(front, 0, 1)
+
+        def starts_while_asked():
+            assert front.is_alive()
+            return front.sim.state is RunState.RUNNING
+
+        wait_until(starts_while_asked)
+
+
+def test_a_log_is_kept_also_after_a_ring_that_could_not_be_set_up():
+    """It took a reset for the one that failed, and the others resume without one."""
+    log_bytes = 1 << 14
+    with serving(set(VDPA_6_1) | {C.DIRTY_LOG, C.INFLIGHT}) as front, shared_file(log_bytes) as log:
+        front.send(F.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64).pack())
+        _, _, payload, fds = front.receive()
+        assert front.tell(F.SET_INFLIGHT_FD, payload, fds) == 0
+        os.close(fds[0])
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL | 1 << 26).pack()) == 0
+        assert front.ask(F.SET_LOG_BASE, struct.pack("=QQ", log_bytes, 0), [log])
+        ring(front, 0)
+        front.send(F.SET_VRING_NUM, VringState(1, 48).pack())
+        front.send(F.SET_VRING_ADDR, VringAddr(1, 0, USER + 0x10000, USER + 0x12000, USER + 0x11000, 0).pack())
+        with eventfd() as kick:
+            assert front.tell(F.SET_VRING_KICK, U64(1).pack(), [kick]) == 0
+        assert front.tell(F.SET_VRING_ENABLE, VringState(1, 1).pack()) == 1
+        base_of(front, 1)
+        enable(front, 0, 1)
+        assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
+        assert front.sim._engine.workers[0].ring.tracked
+        submit_one(front)
+        wait_until(lambda: used(front, 0) == 1)
+        assert any(os.pread(log, log_bytes, 0))
 
 
 def test_a_front_end_that_is_not_silent_is_waited_for():

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _open_standard_descriptors()
         return _run(_parse(sys.argv[1:] if argv is None else list(argv)))
-    except KeyboardInterrupt:
-        print("vdpabridge: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(": ".join(("vdpabridge: interrupted", *getattr(interruption, "__notes__", ()))), file=sys.stderr)
         return INTERRUPTED
 
 

@@ -109,10 +109,13 @@ def migrate(words: argparse.Namespace) -> None:
             if report is not None:
                 _draw(report, words, saved, loaded)
         _tell(words, saved | {"running": "nothing: start the destination by its front-end"})
-    except (VdpaBridgeError, OSError) as error:
+    except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
         if not saved:
             raise
         hint = "the state was moved all the same: start the destination by its front-end"
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(hint)
+            raise
         if isinstance(error, VdpaBridgeError):
             error.hint = hint
             raise

@@ -67,14 +67,17 @@ def move(
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
         causes = (there or here) if broken else (here or there)
         raise MoveFailed(source if causes is here else destination, causes[0], _give_back(source)) from causes[0]
+    hint = (
+        f"it is not known whether it stays suspended: 'vdpabridge status {source.path}' says \"moved\", or end its "
+        "process; only then start the destination"
+    )
     try:
         source.ask("moved")
     except VdpaBridgeError as error:
-        hint = (
-            f"it is not known whether it stays suspended: 'vdpabridge status {source.path}' says \"moved\", or end its "
-            "process; only then start the destination"
-        )
         raise MoveFailed(source, error, hint) from error
+    except BaseException as interruption:
+        interruption.add_note(hint)
+        raise
     return saved, loaded
 
 

@@ -40,7 +40,7 @@ class Deferral:
     """
 
     def __init__(self, *within: Callable[..., object]) -> None:
-        self._codes = frozenset(function.__code__ for function in within)
+        self._codes = frozenset(function.__code__ for function in (*within, Deferral.end)) if within else frozenset()
         self._handlers: dict[int, Any] = {}
         self._came: list[int] = []
         self._active = True
@@ -74,10 +74,10 @@ class Deferral:
 
     def end(self) -> None:
         """Put the handlers back, and have what came happen."""
-        self._active = False
         try:
             self._restore(list(self._handlers.items()))
         finally:
+            self._active = False
             self._deliver()
 
     def _restore(self, handlers: list[tuple[int, Any]]) -> None:

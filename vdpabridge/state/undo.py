@@ -61,19 +61,25 @@ class Undo:
     ) -> None:
         failed: ProcedureFailed | None = None
         try:
-            if error is not None and not isinstance(error, ProcedureFailed):
-                failed = self._conclude(error)
-        finally:
             try:
-                if self._witness is not None:
-                    self._witness.close()
-                self._deferral.end()
-            except BaseException as interruption:
-                # what came meanwhile says nothing of how it ended
+                if error is not None and not isinstance(error, ProcedureFailed):
+                    failed = self._conclude(error)
+            finally:
+                self._let_go()
+            if failed is not None:
+                raise failed from error
+        except BaseException as interruption:
+            if interruption is not failed:
+                # it came meanwhile, and says nothing of how this has ended
                 self._tell(interruption, self._outcome or self._after_the_end())
-                raise
-        if failed is not None:
-            raise failed from error
+            raise
+
+    def _let_go(self) -> None:
+        try:
+            if self._witness is not None:
+                self._witness.close()
+        finally:
+            self._deferral.end()
 
     def _conclude(self, error: BaseException) -> ProcedureFailed | None:
         """Go back. The error that is to be raised; None where ``error`` itself is."""

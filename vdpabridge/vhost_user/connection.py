@@ -132,7 +132,8 @@ class Connection:
                 raise OSError(errno.EPROTOTYPE, "it is no UNIX stream socket")
             connection.getpeername()
         except OSError:
-            connection.close()
+            # somebody else's, of any kind
+            discard([connection.detach()])
             raise
         return cls(connection, f"descriptor {fd}", timeout_s=timeout_s)
 
@@ -337,5 +338,5 @@ def _socket_of(fd: int) -> socket.socket:
     try:
         return socket.socket(fileno=fd)
     except OSError:
-        os.close(fd)
+        discard([fd])
         raise

@@ -36,11 +36,11 @@ from ...eventfds import clear
 from ...state.replay import start_over
 from ...vhost_user.connection import Connection
 from .admission import admit
-from .dirty_log import LogSwitch
 from .memory import FrontendMemory
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
 from .rings import Rings
 from .state import StateTransfer
+from .switches import InflightSwitch, LogSwitch
 
 __all__ = ["Answer", "Requests"]
 
@@ -76,6 +76,8 @@ class Requests:
         self.channel: Connection | None = None
         """For our own requests to the front-end."""
         self._log = LogSwitch(device)
+        self._inflight = InflightSwitch(device)
+        self.rings.prepare = self._prepare
         self._transfer = StateTransfer(device)
         self._features_set = False
         self._inflight_set = False
@@ -168,7 +170,8 @@ class Requests:
         self._forget()
 
     def _forget(self) -> None:
-        self._features_set = self._inflight_set = False
+        self._features_set = False
+        self._inflight.forget()
         self._transfer.forget()
         self.rings.forget()
 
@@ -196,8 +199,8 @@ class Requests:
 
     def set_backend_req_fd(self, _payload: Any, fds: list[int]) -> None:
         """The channel for our own requests, none of which asks for an answer."""
-        stop_receiving(fds[0])
         channel = Connection.from_fd(fds.pop(), timeout_s=_ANNOUNCEMENT_S)
+        stop_receiving(channel.fileno())
         if self.channel is not None:
             self.channel.close()
         self.channel = channel
@@ -322,8 +325,12 @@ class Requests:
     def set_inflight_fd(self, payload: Inflight, fds: list[int]) -> None:
         """A region that holds requests in flight, or will."""
         region = InflightRegion(fds[0], payload.size_bytes, payload.offset, payload.queue_count, payload.queue_size)
-        self.device.set_inflight(region)
-        self._inflight_set = True
+        self._inflight.set_region(region)
+
+    def _prepare(self) -> None:
+        """Rings are about to be set up: the device has what it is to have besides."""
+        self._log.apply()
+        self._inflight.apply()
 
     # --- device state ---
 
@@ -379,5 +386,4 @@ class Requests:
     def _let_go(self) -> None:
         if self.device.config_call is not None:
             self.device.set_config_call(None)
-        if self._inflight_set:
-            self.device.set_inflight(None)
+        self._inflight.close()

@@ -12,7 +12,7 @@ reset, in the middle of an ordinary stop.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
@@ -28,6 +28,10 @@ __all__ = ["Rings"]
 _BINDERS = {Operation.SET_KICK: Device.set_kick, Operation.SET_CALL: Device.set_call, Operation.SET_ERR: Device.set_err}
 
 
+def _nothing() -> None:
+    return
+
+
 class Rings:
     """The rings of ``device``, with ``memory`` to find them in; both are borrowed. Owns the front-end's eventfds."""
 
@@ -35,6 +39,8 @@ class Rings:
         self._device = device
         self._memory = memory
         self._rings: dict[int, Ring] = {}
+        self.prepare: Callable[[], None] = _nothing
+        """Called before rings are set up in a device that is stopped."""
         self.features: int | None = None
         """What the front-end has accepted; the device forgets it when it is reset."""
         self._held = False
@@ -354,6 +360,7 @@ class Rings:
         start_over(device, set_up)
 
     def _install_all(self, setups: dict[int, QueueSetup]) -> None:
+        self.prepare()
         for index, setup in setups.items():
             self._install(index, self._rings[index], setup)
 

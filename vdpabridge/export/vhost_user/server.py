@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
-from ...deadline import Deadline
 from ...descriptors import hang_up
 from ...device import Device, RunState
 from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
@@ -87,6 +86,10 @@ class Companion(Protocol):
 
     def serve(self, fd: int) -> None:
         """``fd`` is readable."""
+
+
+def _for_ever() -> float | None:
+    return None
 
 
 class Server:
@@ -211,7 +214,7 @@ class Server:
     def _attend(self, session: Session, listener: socket.socket | None) -> bool:
         fds = [session.fileno(), session.config_changed, *([listener.fileno()] if listener else [])]
         while True:
-            ready = self._wait(fds, session.left_s())
+            ready = self._wait(fds, session.left_s)
             if ready is None:
                 return False
             if self._device.fileno() in ready:
@@ -239,11 +242,11 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait(self, fds: list[int], timeout_s: float | None = None) -> set[int] | None:
+    def _wait(self, fds: list[int], time_left_s: Callable[[], float | None] = _for_ever) -> set[int] | None:
         """Those of ``fds`` that are ready, and the device where it hung up; None where it is time to stop."""
-        deadline = Deadline(timeout_s)
         while True:
-            left_s = deadline.left_s()
+            # whoever is served meanwhile may bring it about that there is less
+            left_s = time_left_s()
             companions = [] if self.companion is None else self.companion.fds()
             poll = select.poll()
             poll.register(self._device.fileno(), 0)

@@ -30,6 +30,7 @@ _FAILED = 1
 _REPLY_S = 1.0
 #: How long a front-end may be silent between two SET_VRING_ENABLE. Much longer than any is, and no pause to a guest.
 _ENABLE_S = 0.1
+_RING_REQUESTS = frozenset({FrontendRequest.SET_VRING_ENABLE, FrontendRequest.SET_VRING_KICK})
 
 
 class Session:
@@ -87,6 +88,7 @@ class Session:
     def release(self) -> None:
         """Let the device do again what the front-end wants."""
         self._requests.rings.release()
+        self._be_patient(begin_again=True)
         self._announce(self._requests.announce_kept_change)
 
     def fileno(self) -> int:
@@ -100,21 +102,27 @@ class Session:
         message does not come: the connection is of no use then.
         """
         message = self._connection.take_in()
-        if message is None:
-            if self._patience.passed and not self._connection.ended:
-                self._wait_no_longer()
-            return not self._connection.ended
-        with message:
-            self._serve(message)
-        self._patience = Deadline(_ENABLE_S if self._requests.rings.waiting else None)
-        self._announce(self._requests.announce_kept_change)
-        return True
+        if message is not None:
+            with message:
+                self._serve(message)
+            self._be_patient(begin_again=message.request in _RING_REQUESTS)
+            self._announce(self._requests.announce_kept_change)
+        if self._patience.passed:
+            self._wait_no_longer()
+        return not self._connection.ended
 
     def left_s(self) -> float | None:
         """How long to wait for a message, or the rest of one, before `serve_one` is called again; None: as long as it
         takes."""
         limits_s = [each for each in (self._connection.left_s(), self._patience.left_s()) if each is not None]
         return min(limits_s, default=None)
+
+    def _be_patient(self, *, begin_again: bool) -> None:
+        """Have rings that are enabled wait for what is said of others, for a while."""
+        if not self._requests.rings.waiting:
+            self._patience = Deadline(None)
+        elif begin_again or self._patience.timeout_s is None:
+            self._patience = Deadline(_ENABLE_S)
 
     def _wait_no_longer(self) -> None:
         """Start with the rings that are enabled, whatever there may be to come."""
