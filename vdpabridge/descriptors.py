@@ -83,9 +83,9 @@ def _asked(fd: int) -> os.stat_result | None:
     """fstat(2) of a file of which nobody knows who serves it; None where that does not answer soon."""
     if len(_UNANSWERED) >= _UNANSWERED_MAX:
         return None
-    _UNANSWERED.append(fd)
 
     def ask() -> os.stat_result:
+        _UNANSWERED.append(fd)
         try:
             return os.fstat(fd)
         finally:
@@ -93,7 +93,8 @@ def _asked(fd: int) -> os.stat_result | None:
 
     try:
         return call_within(_ASK_S, ask)
-    except StillRunning:
+    except (StillRunning, RuntimeError):
+        # too late, or no thread is to be had
         return None
 
 

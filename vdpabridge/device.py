@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from .abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base
 from .device_core import DeviceCore
-from .errors import VdpaBridgeError
+from .errors import DeviceFailed, VdpaBridgeError
 from .transitions import Capability, Operation, RunState, permit
 from .values import (
     DirtyLog,
@@ -275,6 +275,13 @@ class Device(DeviceCore):
         if self._state is RunState.FAILED:
             raise self._fail(self.failure)
         self._check_health()
+
+    def condemn(self, why: str) -> DeviceFailed:
+        """Note that the device is of no use until it is reset: for somebody who knows what the device itself does not.
+
+        Returns the error for the caller to raise.
+        """
+        return self._fail(why)
 
     # --- device state ---
 

@@ -151,8 +151,9 @@ def test_a_device_that_was_reset_behind_our_back_has_no_snapshot():
             capture(device)
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("what", ["resume", "save"])
-def test_an_interruption_keeps_where_the_queues_stood(what):
+def test_an_interruption_keeps_where_the_queues_stood(what, times):
     """Nobody else knows it: the replay has reset the device, and failed."""
     kernel = Unlucky(Parent(resume="no"))
     with at_work(kernel) as (device, _), shared_file(0) as file:
@@ -160,7 +161,8 @@ def test_an_interruption_keeps_where_the_queues_stood(what):
             device.suspend()
 
         def interrupt_and_refuse():
-            signal.raise_signal(signal.SIGINT)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
             kernel.accidents = [("VHOST_SET_VRING_BASE", None, refused)]
 
         kernel.accidents = [(STATUS, 0, interrupt_and_refuse)]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from vdpabridge.abi.vhost_user_payloads import U64
 from vdpabridge.device import RunState
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
@@ -99,6 +100,87 @@ def test_a_replay_that_fails_once_can_be_asked_for_again(at):
         assert server.companion.run(lambda: server.release(1)) is None
         assert (kernel._running, kernel.bases[0]) == (True, 7)
         assert kernel.device_maps == {0: {0x1000_0000: 1 << 20}}
+
+
+@pytest.mark.parametrize("resume", ["yes", "no"])
+def test_a_hold_that_could_not_ask_where_the_rings_stand(resume):
+    """That is asked again before they go on."""
+    kernel, reports = Unlucky(Parent(resume=resume)), []
+    with serving(kernel, reports) as (_, server), guest(server):
+        wait_until(lambda: kernel._running)
+        kernel.bases[0] = 20
+        kernel.accidents = [("VHOST_GET_VRING_BASE", None, refused)]
+        server.companion.run(lambda: server.hold(1))
+        server.companion.run(lambda: server.release(1))
+        assert (kernel._running, kernel.bases[0]) == (True, 20)
+
+
+@pytest.mark.parametrize("resume", ["yes", "no"])
+@pytest.mark.parametrize("then", ["stop", "release"])
+def test_a_device_that_goes_on_although_that_failed(then, resume):
+    """What it does meanwhile is not done again."""
+    kernel, reports = Unlucky(Parent(resume=resume)), []
+    with serving(kernel, reports) as (device, server), guest(server) as front:
+        wait_until(lambda: kernel._running)
+        kernel.bases[0] = 7
+        server.companion.run(lambda: server.hold(1))
+        kernel.accidents = [("VHOST_VDPA_RESUME", None, refused)] if resume == "yes" else [(STATUS, 15, refused)]
+        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        assert (device.state, kernel._running) == (RunState.RUNNING, True)
+        kernel.bases[0] = 20
+        if then == "stop":
+            front.suspend()
+            assert front.get_base(0).avail_index == 20
+            assert not kernel._running
+        else:
+            server.companion.run(lambda: server.release(1))
+            assert (kernel._running, kernel.bases[0]) == (True, 20)
+
+
+def test_a_device_that_fails_when_it_has_begun_is_lost():
+    kernel, reports = Unlucky(Parent(resume="no")), []
+    with serving(kernel, reports) as (_, server), guest(server):
+        wait_until(lambda: kernel._running)
+        kernel.bases[0] = 7
+        server.companion.run(lambda: server.hold(1))
+
+        def fail():
+            kernel.bases[0] = 20
+            kernel.status |= 64
+
+        kernel.accidents = [(STATUS, 15, fail)]
+        assert isinstance(server.companion.run(lambda: server.release(1)), DeviceFailed)
+        wait_until(lambda: server.session is None)
+        assert not kernel._running
+
+
+def test_what_a_front_end_says_while_a_failed_device_is_held():
+    """Its rings are where they were: SET_FEATURES is no reset."""
+    kernel, reports = Unlucky(Parent(resume="no")), []
+    with serving(kernel, reports) as (_, server), guest(server):
+        wait_until(lambda: kernel._running)
+        kernel.bases[0] = 7
+        server.companion.run(lambda: server.hold(1))
+        kernel.accidents = [(STATUS, 0, refused)]
+        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        server.companion.run(lambda: server.session._requests.set_features(U64(1 << 32 | 1 << 30), []))
+        server.companion.run(lambda: server.release(1))
+        assert (kernel._running, kernel.bases[0]) == (True, 7)
+
+
+@pytest.mark.parametrize("at", REQUESTS_OF_A_REPLAY, ids=lambda at: f"{at[0]} {at[1]}")
+def test_changes_of_the_configuration_are_heard_of_also_after_a_replay_that_failed_once(at):
+    kernel, reports = Unlucky(Parent(resume="no")), []
+    with serving(kernel, reports) as (device, server), guest(server):
+        wait_until(lambda: kernel._running)
+        assert device.config_call is not None
+        server.companion.run(lambda: server.hold(1))
+        kernel.accidents = [(*at, refused)]
+        server.companion.run(lambda: server.release(1))
+        server.companion.run(lambda: server.release(1))
+        assert kernel._running
+        assert device.config_call is not None
+        assert kernel.eventfds["config"] != -1
 
 
 def test_a_front_end_is_told_of_a_device_that_is_lost_while_somebody_else_held_it():

@@ -28,7 +28,7 @@ from vdpabridge.abi.vhost_user_payloads import (
 from vdpabridge.device import Capability, Operation, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.sim.fs import FsModel
-from vdpabridge.errors import DeviceFailed, MissingCapability
+from vdpabridge.errors import DeviceFailed, MissingCapability, VdpaBridgeError
 from vdpabridge.export.vhost_user import Server, Session
 from vdpabridge.vhost_user.connection import Connection
 
@@ -382,7 +382,9 @@ def test_a_ring_that_was_waited_for_and_is_stopped():
         assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
 
 
-def test_rings_that_came_while_the_device_was_held_start_after_that():
+@contextmanager
+def holdable():
+    """A front-end of a device that somebody else can hold: (front-end, server)."""
     with (
         able(VDPA_6_1).blk(1 << 20, timeout_s=2) as sim,
         shared_file(MEMORY_BYTES) as file,
@@ -392,19 +394,47 @@ def test_rings_that_came_while_the_device_was_held_start_after_that():
         ours, theirs = socket.socketpair()
         thread = threading.Thread(target=server.serve_connection, args=[Connection(theirs, "the front-end")])
         thread.start()
-        front = FrontEnd(ours, sim)
-        front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
-        assert front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file]) == 0
+        try:
+            front = FrontEnd(ours, sim)
+            front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
+            assert front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file]) == 0
+            yield front, server
+        finally:
+            server.stop()
+            thread.join()
+            ours.close()
+            server.companion.close()
+
+
+def test_rings_that_came_while_the_device_was_held_start_after_that():
+    with holdable() as (front, server):
         server.companion.run(lambda: server.hold(1))
         ring(front, 0, enable=False)
         ring(front, 1, enable=False)
         enable(front, 0, 1)
         server.companion.run(lambda: server.release(1))
-        wait_until(lambda: sim.state is RunState.RUNNING)
-        server.stop()
-        thread.join()
-        ours.close()
-        server.companion.close()
+        wait_until(lambda: front.sim.state is RunState.RUNNING)
+
+
+def test_a_ring_that_is_stopped_before_a_start_is_tried_again_stays_stopped():
+    with holdable() as (front, server):
+        for index in (0, 1):
+            ring(front, index, enable=False)
+        for index in (0, 1):
+            enable(front, index, 1)
+        assert working(front.sim) == [0, 1]
+        server.companion.run(lambda: server.hold(1))
+
+        def fail():
+            raise VdpaBridgeError("start", why="a test forbids it")
+
+        front.sim._start = fail
+        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        del front.sim._start
+        assert base_of(front, 1) == 0
+        server.companion.run(lambda: server.release(1))
+        assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
+        assert not front.sim.queues[1].enabled
 
 
 def test_what_a_front_end_says_of_other_things_does_not_make_its_rings_wait():
@@ -460,15 +490,17 @@ def test_a_front_end_that_is_not_silent_is_waited_for():
         assert (sim.state, working(sim), type(sim).resets) == (RunState.RUNNING, [0, 1], 0)
 
 
-def test_what_cannot_be_started_is_reported_and_ends_nothing():
+def test_a_front_end_whose_rings_cannot_be_started_after_a_silence_is_hung_up_on():
+    """There is no reply to say it in, and it would wait for ever."""
     reports = []
     with serving(VDPA_6_1, reports) as front:
         ring(front, 0, enable=False)
         ring(front, 1, enable=False)
         enable(front, 0, 1)
         front.sim._start = lambda: (_ for _ in ()).throw(OSError(5, "a test forbids it"))
-        wait_until(lambda: reports == ["start the rings: [Errno 5] a test forbids it"])
-        assert front.is_alive()
+        assert front.receive() is None
+        wait_until(lambda: reports == ["the front-end: start the rings: [Errno 5] a test forbids it"])
+        del front.sim._start
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -16,11 +16,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from hypothesis.strategies import booleans, integers, lists
+from hypothesis.strategies import booleans, integers, lists, sampled_from
 
 from vdpabridge.abi.vhost_user_payloads import VringAddr
 from vdpabridge.device import Capability, Operation, RunState
 from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.export.vhost_user.memory import FrontendMemory
 from vdpabridge.export.vhost_user.rings import Rings
 
@@ -44,6 +45,49 @@ DEVICES = {
     "everything": frozenset(C),
 }
 INDEXES = integers(0, QUEUES - 1)
+HOOKS = [
+    "_reset",
+    "_accept_features",
+    "_set_queue",
+    "_set_base",
+    "_get_base",
+    "_bind_eventfd",
+    "_enable_queue",
+    "_start",
+    "_resume",
+    "_suspend",
+    "_set_state_fd",
+    "_check_state",
+]
+
+
+def with_accidents(device_class):
+    """Devices to which something happens when ``accident`` says so: (hook, whether it is done all the same)."""
+
+    def hook(name):
+        def wrapped(self, *words, **options):
+            accident, self.accident = (
+                self.accident,
+                None if self.accident and self.accident[0] == name else self.accident,
+            )
+            mine = accident if accident is not None and accident[0] == name else None
+            if mine is not None and not mine[1]:
+                if name == "_set_state_fd":
+                    os.close(words[-1])
+                raise VdpaBridgeError(name, device=self.name, why="a test forbids it")
+            result = getattr(super(Accidental, self), name)(*words, **options)
+            if mine is not None:
+                raise VdpaBridgeError(name, device=self.name, why="a test lets it fail late")
+            return result
+
+        return wrapped
+
+    class Accidental(device_class):
+        accident = None
+
+    for name in HOOKS:
+        setattr(Accidental, name, hook(name))
+    return Accidental
 
 
 class RingOfGuest:
@@ -85,16 +129,17 @@ def front_ends(capabilities):
         pass
 
     Lesser.capabilities = capabilities
+    device_class = with_accidents(Lesser)
 
     class FrontEnds(RuleBasedStateMachine):
         @initialize()
         def arrive(self):
             self.stack = ExitStack()
             self.file = self.stack.enter_context(shared_file(MEMORY_BYTES))
-            self.device = self.stack.enter_context(Lesser.blk(1 << 20, queue_count=QUEUES, timeout_s=5))
+            self.device = self.stack.enter_context(device_class.blk(1 << 20, queue_count=QUEUES, timeout_s=5))
             self.memory = FrontendMemory(self.device)
             self.books = Rings(self.device, self.memory)
-            self.stack.callback(self.books.close)
+            self.stack.callback(lambda: self.books.close())
             self.guest = [RingOfGuest(self.file, index) for index in range(QUEUES)]
             for each in self.guest:
                 self.stack.callback(os.close, each.kick)
@@ -186,6 +231,7 @@ def front_ends(capabilities):
                 each.started = each.enabled = each.decided = False
                 each.clear()
             self.settled = self.ending = False
+            self.held = self.books.held
             self.device.model.write_config(32, b"\0")
 
         @rule()
@@ -200,7 +246,7 @@ def front_ends(capabilities):
 
         # --- what goes on besides ---
 
-        @precondition(lambda self: self.mapped)
+        @precondition(lambda self: self.mapped and self.device.state is not RunState.FAILED)
         @rule()
         def take_memory(self):
             region = one_region()[0]
@@ -228,6 +274,43 @@ def front_ends(capabilities):
             self.books.release()
             self.held = False
 
+        @precondition(lambda self: not self.held)
+        @rule(hook=sampled_from(HOOKS), late=booleans())
+        def hold_with_an_accident(self, hook, late):
+            """As the server does: where it fails, it lets go again."""
+            self.only_wanted_rings_are_at_work()
+            self.device.accident = (hook, late)
+            try:
+                self.books.hold()
+                self.held = True
+            except VdpaBridgeError:
+                self.held = True
+                self.let_go()
+            self.device.accident = None
+
+        @precondition(lambda self: self.held)
+        @rule(hook=sampled_from(HOOKS), late=booleans())
+        def release_with_an_accident(self, hook, late):
+            self.device.accident = (hook, late)
+            self.let_go()
+            self.device.accident = None
+
+        def let_go(self):
+            self.settled = False
+            try:
+                self.books.release()
+            except VdpaBridgeError:
+                self.device.accident = None
+                if self.books.lost:
+                    self.hang_up()
+            self.held = self.books.held
+
+        def hang_up(self):
+            """Another front-end, and a device that was reset."""
+            self.books.close()
+            self.books = Rings(self.device, self.memory)
+            self.reset()
+
         # --- what must be so ---
 
         @invariant()
@@ -235,7 +318,8 @@ def front_ends(capabilities):
             if not hasattr(self, "guest"):
                 return
             at_work = self.at_work()
-            assert not (self.held and self.device.state is RunState.RUNNING)
+            # one that failed late runs until it is asked for again
+            assert not (self.held and self.device.state is RunState.RUNNING and not self.books._due)
             wanted = {index for index, guest in enumerate(self.guest) if guest.wanted}
             assert at_work <= wanted
             if self.mapped and not self.held:

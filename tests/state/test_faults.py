@@ -18,7 +18,7 @@ from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.memory import GuestMemory
 from vdpabridge.state import channel, undo
 from vdpabridge.state.procedures import Advice, ProcedureFailed, load, migrate, save, save_file
-from vdpabridge.state.replay import resume
+from vdpabridge.state.replay import ReplayFailed, resume
 from vdpabridge.state.snapshot import DeviceSnapshot
 from vdpabridge.state.witness import Witness
 
@@ -416,6 +416,29 @@ def test_an_interruption_while_the_source_goes_on_waits(base, hook):
             save(source, file, limits())
         assert source.state is RunState.RUNNING
         work.finish()
+
+
+class Forgetful(Sim):
+    """It cannot resume, and does not take its own state back."""
+
+    capabilities = frozenset(Capability) - {Capability.RESUME}
+    forgets = False
+
+    def _check_state(self):
+        super()._check_state()
+        if self.forgets and self.state is RunState.RESET:
+            self.model.reset()
+            raise VdpaBridgeError("check", device=self.name, why="a test forbids it")
+
+
+def test_a_device_that_does_not_take_its_state_back_is_of_no_use():
+    """It has another by now, and would go on with that."""
+    with lab("sim", Forgetful) as (device, _, _):
+        device.suspend()
+        device.forgets = True
+        with pytest.raises(ReplayFailed, match="its own state could not be given back"):
+            resume(device)
+        assert device.state is RunState.FAILED
 
 
 class NotAtWork(Alarming, Sim):

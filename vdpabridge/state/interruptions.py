@@ -40,7 +40,7 @@ class Deferral:
     """
 
     def __init__(self, *within: Callable[..., object]) -> None:
-        self._codes = frozenset(function.__code__ for function in (*within, Deferral.end)) if within else frozenset()
+        self._codes = frozenset(function.__code__ for function in within)
         self._handlers: dict[int, Any] = {}
         self._came: list[int] = []
         self._active = True
@@ -68,9 +68,13 @@ class Deferral:
             signal.raise_signal(number)
 
     def _is_to_wait(self, frame: FrameType | None) -> bool:
-        while self._codes and frame is not None and frame.f_code not in self._codes:
+        while self._codes and frame is not None and not self._protects(frame):
             frame = frame.f_back
         return frame is not None or not self._codes
+
+    def _protects(self, frame: FrameType) -> bool:
+        own_end = frame.f_code is Deferral.end.__code__ and frame.f_locals.get("self") is self
+        return own_end or frame.f_code in self._codes
 
     def end(self) -> None:
         """Put the handlers back, and have what came happen."""

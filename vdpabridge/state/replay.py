@@ -87,11 +87,13 @@ def start_over(
     failed: Callable[[Exception], VdpaBridgeError] | None = None,
     *,
     start: bool = True,
+    keep: bool = True,
 ) -> None:
     """Reset a stopped device, have ``set_up`` accept features and place the queues anew, and ``start`` it.
 
     A device that can give its own state (DEVICE_STATE) gives it before and has it back after the reset; where it does
-    not give it, nothing is done. The eventfd for configuration changes, the dirty log and the in-flight region stay.
+    not give it, nothing is done; where it does not take it back, it has failed. With ``keep``, the eventfd for
+    configuration changes, the dirty log and the in-flight region stay.
 
     ``failed`` turns what goes wrong from the reset on into another error; the device is reset then, or has failed, or
     runs, as its `Device.state` says.
@@ -99,15 +101,15 @@ def start_over(
     limits = Limits(Deadline(device.timeout_s))
     with ExitStack() as stack, device.limit.within(limits.deadline):
         spool = _keep(stack, keep_state(device, limits) if _has_state(device) else None)
-        config_call = _keep(stack, None if device.config_call is None else os.dup(device.config_call))
-        log, inflight = _kept(stack, device.dirty_log), _kept(stack, device.inflight)
+        config_call = _keep(stack, os.dup(device.config_call) if keep and device.config_call is not None else None)
+        log = _kept(stack, device.dirty_log if keep else None)
+        inflight = _kept(stack, device.inflight if keep else None)
         try:
             # cut in two it would leave a device that is reset, and what it had nobody has
             with uninterrupted(), _explaining(failed):
                 device.reset()
                 if spool is not None:
-                    write_state(device, spool, limits, Report())
-                    device.check_state()
+                    _give_back(device, spool, limits)
                 if inflight is not None:
                     device.set_inflight(inflight)
                 set_up()
@@ -121,7 +123,10 @@ def start_over(
             raise
         except BaseException as interruption:
             # what went wrong before it has the snapshot, which nobody else has any more
-            if (lost := interruption.__context__) is not None and hasattr(lost, "snapshot"):
+            lost = interruption.__context__
+            while lost is not None and not isinstance(lost, ReplayFailed):
+                lost = lost.__context__
+            if lost is not None:
                 interruption.add_note(str(lost))
                 interruption.__dict__["snapshot"] = lost.snapshot
             raise
@@ -135,6 +140,18 @@ def _explaining(failed: Callable[[Exception], VdpaBridgeError] | None) -> Iterat
         if failed is None:
             raise
         raise failed(error) from error
+
+
+def _give_back(device: Device, spool: int, limits: Limits) -> None:
+    try:
+        write_state(device, spool, limits, Report())
+        device.check_state()
+    except BaseException as error:
+        # it has another now, and would go on with that
+        failed = device.condemn(f"its own state could not be given back: {str(error) or type(error).__name__}")
+        if isinstance(error, (VdpaBridgeError, OSError)):
+            raise failed from error
+        raise
 
 
 def _has_state(device: Device) -> bool:

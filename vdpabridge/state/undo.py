@@ -53,7 +53,11 @@ class Undo:
     def __enter__(self) -> Self:
         # also a signal that comes as `__exit__` begins must not keep it from being done
         self._deferral = Deferral(Undo.__exit__)
-        self._deferral.install()
+        try:
+            self._deferral.install()
+        except BaseException:
+            self._deferral.end()
+            raise
         return self
 
     def __exit__(

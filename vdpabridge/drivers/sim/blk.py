@@ -183,16 +183,16 @@ class BlockModel(Model):
         """Go on with disk ``fd`` (taken; -1 for the same as before) and this cache mode."""
         self._writeback = writeback
         if fd >= 0:
-            os.close(self._fd)
-            self._fd = fd
+            old, self._fd = self._fd, fd
+            os.close(old)
 
     def reset(self) -> None:
         self._writeback = True
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def _data_extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:

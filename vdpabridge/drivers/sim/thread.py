@@ -97,8 +97,8 @@ class StepThread:
     def close(self) -> None:
         """Let go of `wake_fd`, after `stop`. Idempotent."""
         if self.wake_fd >= 0:
-            os.close(self.wake_fd)
-            self.wake_fd = -1
+            fd, self.wake_fd = self.wake_fd, -1
+            os.close(fd)
 
     def _loop(self) -> None:
         while not self._ending:

@@ -123,7 +123,12 @@ class Requests:
     def _accept_features(self, wanted: int) -> None:
         device = self.device
         if device.state is RunState.FAILED:
-            self._reset()
+            if self.rings.lost:
+                self._reset()
+            else:
+                device.reset()
+                self._transfer.forget()
+                self.rings.leave_device()
         if device.state is not RunState.RESET and device.accepted_features != wanted:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
@@ -136,7 +141,7 @@ class Requests:
         """Other features take a reset. All else stays: the device's own state, which may be what was loaded into it,
         and what the front-end has said already."""
         loaded = self._transfer.loaded
-        start_over(self.device, lambda: self.device.accept_features(wanted), start=False)
+        start_over(self.device, lambda: self.device.accept_features(wanted), start=False, keep=False)
         self._transfer.forget()
         self._transfer.loaded = loaded
         self.rings.leave_device()
@@ -331,6 +336,12 @@ class Requests:
         """Rings are about to be set up: the device has what it is to have besides."""
         self._log.apply()
         self._inflight.apply()
+        if (
+            self._features_set
+            and self.device.config_call is None
+            and Capability.CONFIG_CALL in self.device.capabilities
+        ):
+            self.device.set_config_call(self.config_changed)
 
     # --- device state ---
 
@@ -362,7 +373,14 @@ class Requests:
         Returns what went wrong; each step is done whatever became of those before.
         """
         problems: list[Exception] = []
-        for step in (self._stop, self._transfer.abandon, self._log.close, self._let_go, self.memory.clear):
+        for step in (
+            self._stop,
+            self._transfer.abandon,
+            self._log.close,
+            self._hear_no_more,
+            self._inflight.close,
+            self.memory.clear,
+        ):
             try:
                 step()
             except (VdpaBridgeError, ValueError, OSError) as error:
@@ -383,7 +401,6 @@ class Requests:
         if self.device.state is RunState.FAILED:
             self.device.reset()
 
-    def _let_go(self) -> None:
+    def _hear_no_more(self) -> None:
         if self.device.config_call is not None:
             self.device.set_config_call(None)
-        self._inflight.close()

@@ -12,12 +12,13 @@ reset, in the middle of an ordinary stop.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...device import Capability, Device, Operation, QueueRecord, QueueSetup, RunState
-from ...errors import DeadlineExceeded, VdpaBridgeError
+from ...errors import VdpaBridgeError
 from ...eventfds import signal
 from ...state.replay import start_over
 from .memory import FrontendMemory
@@ -61,7 +62,7 @@ class Rings:
 
     def set_address(self, index: int, address: VringAddr) -> None:
         """SET_VRING_ADDR. Of a ring at work only the logging may change, which the device does in any case."""
-        ring = self._ring(index)
+        ring = self._settled(index)
         if ring.in_device and ring.setup(self._memory, address) != ring.installed:
             raise VdpaBridgeError(f"queue {index}", why="it is at work and cannot be moved")
         ring.address = address
@@ -77,7 +78,7 @@ class Rings:
         """SET_VRING_KICK, CALL or ERR. Takes ``fd``. A kick descriptor starts the ring."""
         starts = operation is Operation.SET_KICK and fd is not None
         try:
-            ring = self._ring(index)
+            ring = self._settled(index)
             if starts and ring.described and not ring.started:
                 # one that is nowhere is not started: the others would wait for it
                 ring.setup(self._memory)
@@ -96,7 +97,7 @@ class Rings:
 
     def enable(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""
-        ring = self._ring(index)
+        ring = self._settled(index)
         ring.enabled, ring.enable_known = enabled, True
         if enabled:
             self._ending = False
@@ -119,7 +120,7 @@ class Rings:
         ring = self._ring(index)
         device = self._device
         if ring.in_device:
-            if Capability.QUEUE_CONTROL in device.capabilities:
+            if Capability.QUEUE_CONTROL in device.capabilities and device.state is RunState.RUNNING:
                 ring.base_word = device.stop_queue(index, drain=drain).encode()
                 ring.in_device = False
                 if not any(each.in_device for each in self._rings.values()):
@@ -141,7 +142,18 @@ class Rings:
         """Stop everything that is at work: for a front-end that has left, or until `go_on`."""
         if self._device.state is RunState.RUNNING:
             self._device.suspend()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Ask where the rings stand, if the device stands still and that could not be asked when it was stopped."""
+        if self._device.state is RunState.SUSPENDED:
             self._collect_bases()
+
+    def _settled(self, index: int) -> Ring:
+        ring = self._ring(index)
+        if ring.in_device:
+            self._settle()
+        return ring
 
     def lie_in(self, regions: Iterable[Region]) -> bool:
         """Whether a part of a ring that is at work is in one of ``regions``."""
@@ -286,39 +298,42 @@ class Rings:
             device.check_health()
         # all of them, before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
-        try:
-            self._set_going(setups)
-        except DeadlineExceeded:
-            # it may be at work all the same: where its rings stand is asked when it was stopped
-            if device.state is RunState.RUNNING:
-                self._note_live(setups)
-            raise
-        self._note_live(setups)
+        self._settle()
+        with self._going(setups, self._set_up(setups)) as go:
+            go()
 
-    def _note_live(self, setups: dict[int, QueueSetup]) -> None:
+    @contextmanager
+    def _going(self, setups: dict[int, QueueSetup], go: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """The body has the device take the rings to work. Where it raises that may be so all the same: where they stand
+        is asked then, when the device has stopped."""
         for index, setup in setups.items():
             self._rings[index].in_device, self._rings[index].installed = True, setup
+        try:
+            yield go
+        except BaseException:
+            # `Device.start` and `Device.resume`: in any other state it is certain that nothing has begun
+            if self._device.state not in (RunState.RUNNING, RunState.FAILED):
+                for index in setups:
+                    self._rings[index].in_device = False
+            raise
 
-    def _set_going(self, setups: dict[int, QueueSetup]) -> None:
+    def _set_up(self, setups: dict[int, QueueSetup]) -> Callable[[], None]:
+        """Bring the stopped device there that it has only to go: by what is returned."""
         device = self._device
-        if device.state in (RunState.RESET, RunState.FAILED):
-            # a replay that failed half-way
-            self._replay(setups)
-        elif device.state is RunState.CONFIGURED:
+        if device.state is RunState.CONFIGURED:
             self._install_all(setups)
-            device.start()
-        elif Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
-            for index in device.queues:
-                if index not in setups:
-                    device.enable_queue(index, False)
-            self._install_all(setups)
-            device.resume()
-        elif Capability.RESUME in device.capabilities and self._unchanged(setups):
-            for index in setups:
-                self._bind(index, self._rings[index])
-            device.resume()
-        else:
-            self._replay(setups)
+            return device.start
+        if device.state is RunState.SUSPENDED:
+            if Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
+                self._install_all(setups)
+                return device.resume
+            if Capability.RESUME in device.capabilities and self._unchanged(setups):
+                for index in setups:
+                    self._bind(index, self._rings[index])
+                return device.resume
+        # for want of another way, or because an attempt at this has failed half-way
+        self._replay(setups)
+        return device.start
 
     def _join(self) -> None:
         """Rings that were started after the device was."""
@@ -357,10 +372,16 @@ class Rings:
             device.accept_features(features)
             self._install_all(setups)
 
-        start_over(device, set_up)
+        start_over(device, set_up, start=False, keep=False)
 
     def _install_all(self, setups: dict[int, QueueSetup]) -> None:
         self.prepare()
+        for index, record in self._device.queues.items():
+            if index not in setups:
+                # stopped meanwhile
+                self._device.enable_queue(index, False)
+                for operation in list(record.eventfds):
+                    _BINDERS[operation](self._device, index, None)
         for index, setup in setups.items():
             self._install(index, self._rings[index], setup)
 
@@ -405,7 +426,7 @@ class Rings:
         return self._rings.setdefault(index, Ring(index))
 
     def _stopped(self, index: int) -> Ring:
-        ring = self._ring(index)
+        ring = self._settled(index)
         if ring.in_device:
             raise VdpaBridgeError(f"queue {index}", why="it is at work: GET_VRING_BASE stops it")
         return ring

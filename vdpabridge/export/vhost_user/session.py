@@ -130,7 +130,8 @@ class Session:
         try:
             self._requests.rings.wait_no_longer()
         except (VdpaBridgeError, ValueError, OSError) as error:
-            self._report(f"start the rings: {error}")
+            # it has asked for nothing that this could be the answer to, and would wait for ever
+            raise ProtocolError("start the rings", peer=self._connection.peer, why=str(error)) from error
 
     def is_leaving(self) -> bool:
         """Whether the front-end has hung up already, and only its last messages are left."""

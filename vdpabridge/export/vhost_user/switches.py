@@ -65,9 +65,14 @@ class InflightSwitch:
 
     def set_region(self, region: InflightRegion) -> None:
         """SET_INFLIGHT_FD; ``region.fd`` is borrowed."""
-        self._device.set_inflight(region)
+        own = replace(region, fd=os.dup(region.fd))
+        try:
+            self._device.set_inflight(own)
+        except BaseException:
+            os.close(own.fd)
+            raise
         self.forget()
-        self._region = replace(region, fd=os.dup(region.fd))
+        self._region = own
 
     def apply(self) -> None:
         """See to it that the device has the region."""
