@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.errors import DeadlineExceeded, KernelError, MissingCapability, StateError, VdpaBridgeError, errno_name
+from vdpabridge.linux.deadline import Deadline
 
 
 def test_one_line_with_all_parts():

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import errno as errno_names
 import os
+from collections.abc import Sequence
 
 __all__ = [
+    "BusError",
+    "ConnectionLost",
     "DeadlineExceeded",
+    "DeviceBusy",
     "DeviceFailed",
+    "DeviceHeld",
     "FeatureError",
     "KernelError",
     "MissingCapability",
+    "NoSuchDevice",
     "OwnershipError",
+    "PeerRefused",
+    "ProtocolError",
     "StateError",
+    "UsageError",
     "VdpaBridgeError",
     "errno_name",
 ]
@@ -137,3 +146,52 @@ class KernelError(VdpaBridgeError, OSError):
         self.nothing_done = code in _NOT_BEGUN
 
     __str__ = VdpaBridgeError.__str__
+
+
+# --- on the vDPA bus ---
+
+
+class BusError(KernelError):
+    """The kernel refused to change something on the bus."""
+
+
+class NoSuchDevice(VdpaBridgeError):
+    """No device of that name, no such node, or no vDPA at all in this kernel."""
+
+
+class DeviceBusy(VdpaBridgeError):
+    """Somebody uses the device, who would lose it or keep it."""
+
+    nothing_done = True
+
+
+class DeviceHeld(DeviceBusy):
+    """A process has the device's node open; taking the device away would block until it lets go."""
+
+    def __init__(self, device: str, what: str, node: str, holders: Sequence[object]) -> None:
+        why = f"{node} is held by {', '.join(map(str, holders))}"
+        hint = "end it first; forcing this blocks, and with it every vDPA command on the machine, until it lets go"
+        super().__init__(what, device=device, why=why, hint=hint)
+        self.node = node
+        self.holders = holders
+
+
+# --- on a vhost-user socket ---
+
+
+class ProtocolError(VdpaBridgeError):
+    """The peer broke the protocol. ``request`` is the message it was about, ``code`` the peer's own error."""
+
+    def __init__(self, what: str, *, peer: str, why: str, request: int | None = None, code: int | None = None) -> None:
+        super().__init__(what, device=peer, why=why)
+        self.peer = peer
+        self.request = request
+        self.code = code
+
+
+class PeerRefused(ProtocolError):
+    """The peer understood a request and said no; ``code`` is what it said. The connection is as good as before."""
+
+
+class ConnectionLost(ProtocolError, ConnectionError):
+    """The peer is gone."""

@@ -7,10 +7,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.device import Capability, Device, Identity, RunState
-from vdpabridge.state.channel import Limits, copy, enlarge
-from vdpabridge.state.procedures import save
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.procedures.procedures import save
+from vdpabridge.state.transfer.channel import Limits, copy, enlarge
 
 from .table import show
 

@@ -10,12 +10,12 @@ import sys
 import time
 
 from vdpabridge.abi.vhost import VhostIoctl
-from vdpabridge.deadline import Deadline
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.channel import Limits
-from vdpabridge.state.procedures import migrate
-from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.procedures.procedures import migrate
+from vdpabridge.state.transfer.channel import Limits
 
 from ..vm.conftest import VERSION_1, make_device
 

@@ -97,7 +97,7 @@ def test_uevents(message, event):
 
 
 def test_holders_of_a_node():
-    from vdpabridge.holders import holders
+    from vdpabridge.linux.holders import holders
 
     fd = os.open("/dev/full", os.O_RDWR)
     try:
@@ -109,7 +109,7 @@ def test_holders_of_a_node():
 
 
 def test_holders_by_a_mapping_only():
-    from vdpabridge.holders import holders
+    from vdpabridge.linux.holders import holders
 
     with open("/dev/zero", "rb") as zero:
         page = mmap.mmap(zero.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE)

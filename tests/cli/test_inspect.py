@@ -5,15 +5,15 @@ import json
 import pytest
 
 from vdpabridge.cli import main
-from vdpabridge.deadline import Deadline
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.state.channel import Limits
-from vdpabridge.state.image import ImageFacts, ImageWriter
-from vdpabridge.state.inspection import identify
-from vdpabridge.state.procedures import save_file
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.image.description import identify
+from vdpabridge.state.image.writer import ImageFacts, ImageWriter
+from vdpabridge.state.procedures.procedures import save_file
 from vdpabridge.state.snapshot import DeviceSnapshot
+from vdpabridge.state.transfer.channel import Limits
 
-from ..state.test_image import FACTS, GOLDEN, image_of
+from ..state.image.test_image import FACTS, GOLDEN, image_of
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import DeadlineExceeded, KernelError, UsageError, VdpaBridgeError
 from vdpabridge.export.vhost_user.server import Server, listen
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.procedures import verify
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.state.procedures.procedures import verify
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.disk_lab import DISK_BYTES, Lab, limits
 from ..support.scripted import scripted

@@ -22,9 +22,10 @@ from vdpabridge.device import (
 from vdpabridge.drivers.sim import Faults, Sim
 from vdpabridge.drivers.sim.stream import encode
 from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, VdpaBridgeError
-from vdpabridge.memory import GuestMemory, SharedMapping, atomic_set_bit
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, BlockError, KnownDisk
+from vdpabridge.guest.block import BlockDriver, BlockError, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.mappings import SharedMapping, atomic_set_bit
 
 from ..support.state import load, pump, state_of
 from ..support.transitions import PAIRS, Bench, check_pair, eventfd, shared_file

@@ -11,9 +11,8 @@ import pytest
 from vdpabridge.abi.vhost_user import FrontendRequest
 from vdpabridge.device import RunState, StateDirection, StatePhase
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import DeadlineExceeded, DeviceFailed
+from vdpabridge.errors import DeadlineExceeded, DeviceFailed, PeerRefused
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.vhost_user.errors import PeerRefused
 
 from ..support.scripted import VIRTIOFSD, scripted
 

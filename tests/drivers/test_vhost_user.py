@@ -9,9 +9,9 @@ import pytest
 from vdpabridge.device import Capability, DirtyLog, RunState, SplitBase, StateDirection, StatePhase
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import DeviceFailed, FeatureError, VdpaBridgeError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..support.pair import bridged
 from ..support.state import load, state_of

@@ -13,11 +13,10 @@ from vdpabridge.abi.vhost_user_payloads import U64, VringState
 from vdpabridge.device import MemoryRegion, QueueSetup, RunState, SplitBase
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import DeadlineExceeded, DeviceFailed
-from vdpabridge.memory import GuestMemory
+from vdpabridge.errors import DeadlineExceeded, DeviceFailed, PeerRefused
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.vhost_user.errors import PeerRefused
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.pair import bridged
 from ..support.scripted import FULL, VERSION_1, scripted

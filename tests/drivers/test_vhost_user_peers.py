@@ -20,10 +20,17 @@ from vdpabridge.device import (
     StatePhase,
 )
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, MissingCapability, VdpaBridgeError
-from vdpabridge.memory import GuestMemory
+from vdpabridge.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    FeatureError,
+    MissingCapability,
+    PeerRefused,
+    ProtocolError,
+    VdpaBridgeError,
+)
+from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.vhost_user.errors import PeerRefused, ProtocolError
 
 from ..support.scripted import DPDK, FULL, LOG_ALL, PASST, PROTOCOL, VERSION_1, VIRTIOFSD, scripted
 from ..support.transitions import eventfd, shared_file

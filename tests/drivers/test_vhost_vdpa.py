@@ -23,8 +23,8 @@ from vdpabridge.errors import (
     StateError,
     VdpaBridgeError,
 )
-from vdpabridge.memory import GuestMemory
-from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..support.fake_kernel import ACK, DRIVER, FAILED, FEATURES_OK, NEEDS_RESET, FakeKernel, Parent
 from ..support.waiting import signalled, wait_until
@@ -177,7 +177,7 @@ def test_the_kernel_is_told_of_an_eventfd_only_when_it_can_be_remembered(monkeyp
         def no_more(_):
             raise OSError(EMFILE, "Too many open files")
 
-        monkeypatch.setattr("vdpabridge.device.os.dup", no_more)
+        monkeypatch.setattr("vdpabridge.device.records.os.dup", no_more)
         with pytest.raises(OSError, match="Too many"):
             device.set_kick(0, queue.kick_fd)
         monkeypatch.undo()

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge import device_core
 from vdpabridge.device import Operation, RunState
+from vdpabridge.device import records as device_core
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import DeviceFailed, KernelError, StateError, VdpaBridgeError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.outcome import Advice, ProcedureFailed
-from vdpabridge.state.procedures import migrate, save
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.state.procedures.outcome import Advice, ProcedureFailed
+from vdpabridge.state.procedures.procedures import migrate, save
 from vdpabridge.state.replay import ReplayFailed, resume
 from vdpabridge.state.snapshot import capture
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.disk_lab import limits
 from ..support.fake_kernel import FakeKernel, Parent

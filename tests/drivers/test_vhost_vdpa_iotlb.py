@@ -15,15 +15,8 @@ import pytest
 from vdpabridge.abi.vhost_user_payloads import MemoryTable, SingleRegion
 from vdpabridge.device import MemoryRegion, RunState
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.errors import (
-    DeadlineExceeded,
-    DeviceFailed,
-    FeatureError,
-    KernelError,
-    StateError,
-    VdpaBridgeError,
-)
-from vdpabridge.memory import GuestMemory
+from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, KernelError, StateError, VdpaBridgeError
+from vdpabridge.guest.memory import GuestMemory
 
 from ..support.fake_kernel import FakeKernel, Parent
 from ..support.front_end import MEMORY_BYTES, F, FrontEnd, one_region

@@ -12,9 +12,9 @@ import pytest
 from vdpabridge.device import Capability, Operation, PackedBase, QueueSetup, RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import FeatureError, KernelError, MissingCapability, StateError
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.replay import ReplayFailed, resume
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.fake_kernel import FakeKernel, Parent
 from ..support.transitions import PAIRS, Bench, check_pair

@@ -13,9 +13,9 @@ from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import DeviceFailed, VdpaBridgeError
 from vdpabridge.export.vhost_user import Server
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.errands import Errands
 from ..support.fake_kernel import Parent

@@ -7,18 +7,17 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.device import Capability, DirtyLog, RunState
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.errors import DeviceFailed, VdpaBridgeError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.channel import Limits
-from vdpabridge.state.procedures import ProcedureFailed, migrate, save, save_file
-from vdpabridge.state.procedures import load as load_image
+from vdpabridge.errors import DeviceFailed, PeerRefused, VdpaBridgeError
+from vdpabridge.guest.fuse import FuseDriver, FuseError
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.procedures.procedures import ProcedureFailed, migrate, save, save_file
+from vdpabridge.state.procedures.procedures import load as load_image
 from vdpabridge.state.snapshot import QueueEventfds
-from vdpabridge.vhost_user.errors import PeerRefused
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.fuse import FuseDriver, FuseError
+from vdpabridge.state.transfer.channel import Limits
 
 from ..support.machine import end
 from ..support.state import load, state_of

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 import pytest
 
 from vdpabridge.device import RunState, SplitBase
+from vdpabridge.device.rules import Capability, Operation
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import FeatureError, KernelError, StateError
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import QueueEventfds, SnapshotError, capture, place, prepare, restore
-from vdpabridge.transitions import Capability, Operation
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.fake_kernel import FakeKernel, Parent
 from ..support.transitions import eventfd

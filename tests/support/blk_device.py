@@ -2,7 +2,7 @@
 
 import struct
 
-from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.guest.virtqueue import SplitQueue
 
 CAPACITY_BYTES = 1 << 20
 

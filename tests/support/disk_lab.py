@@ -2,13 +2,13 @@
 
 from contextlib import ExitStack, contextmanager
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.channel import Limits
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
 from vdpabridge.state.snapshot import QueueEventfds
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.state.transfer.channel import Limits
 
 from .pair import bridged
 

@@ -1,9 +1,9 @@
 """A guest with a file open on a file server."""
 
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.fuse import FuseDriver
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.snapshot import QueueEventfds
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.fuse import FuseDriver
 
 ROOT = 1
 

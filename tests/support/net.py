@@ -9,8 +9,8 @@ from vdpabridge.abi.virtio_net import (
     VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_HDR_V1,
 )
-from vdpabridge.deadline import Deadline
-from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
 
 RECEIVE, SEND, CONTROL = 0, 1, 2
 FRAME_BYTES = 1500

@@ -8,10 +8,9 @@ from contextlib import suppress
 from vdpabridge.abi.vhost_user import FrontendRequest
 from vdpabridge.device import RunState
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.errors import DeadlineExceeded
+from vdpabridge.errors import DeadlineExceeded, ProtocolError
 from vdpabridge.export.vhost_user import Session
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.vhost_user.errors import ProtocolError
 
 REQUESTS = list(FrontendRequest)
 MEMORY_BYTES = 1 << 16

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from vdpabridge.abi.vhost_user import FrontendRequest, ProtocolFeature
 from vdpabridge.abi.vhost_user_payloads import U64, Inflight, VringState
 from vdpabridge.abi.vhost_user_table import FRONTEND_REQUESTS
+from vdpabridge.errors import ProtocolError
 from vdpabridge.vhost_user.connection import Connection
-from vdpabridge.vhost_user.errors import ProtocolError
 
 F, P = FrontendRequest, ProtocolFeature
 VERSION_1, PROTOCOL, LOG_ALL = 1 << 32, 1 << 30, 1 << 26

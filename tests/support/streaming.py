@@ -7,10 +7,10 @@ was used before and after.
 import json
 import sys
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.drivers.vhost_user import VhostUser
-from vdpabridge.state.channel import Limits
-from vdpabridge.state.procedures import load, save
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.procedures.procedures import load, save
+from vdpabridge.state.transfer.channel import Limits
 from vdpabridge.vhost_user.connection import Connection
 
 

@@ -21,10 +21,10 @@ from vdpabridge.device import (
     StateDirection,
     StatePhase,
 )
+from vdpabridge.device.rules import RULES
 from vdpabridge.errors import DeviceFailed, MissingCapability, StateError
-from vdpabridge.memory import GuestMemory
-from vdpabridge.transitions import RULES
-from vdpabridge.virtqueue import SplitQueue
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 
 #: Everything but FAILED, which a device reaches by its own doing.
 PAIRS = [(operation, state) for operation in Operation for state in RunState if state is not RunState.FAILED]

@@ -7,11 +7,11 @@ import sys
 import time
 
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import QueueEventfds, capture, restore
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
 
 STEPS = (
     "opened",

@@ -16,8 +16,8 @@ from hypothesis.stateful import (
 from hypothesis.strategies import sampled_from
 
 from vdpabridge.device import Operation, RunState
+from vdpabridge.guest.block import BlockDriver
 from vdpabridge.state.replay import resume
-from vdpabridge.workload.block import BlockDriver
 
 from .transitions import expected
 

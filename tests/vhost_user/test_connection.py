@@ -9,9 +9,8 @@ import time
 import pytest
 
 from vdpabridge.abi.vhost_user import HEADER
-from vdpabridge.errors import DeadlineExceeded
+from vdpabridge.errors import ConnectionLost, DeadlineExceeded, ProtocolError
 from vdpabridge.vhost_user.connection import FDS_MAX, Connection, is_listening
-from vdpabridge.vhost_user.errors import ConnectionLost, ProtocolError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from vdpabridge.bus import Bus
 from vdpabridge.bus.netlink import VdpaNetlink
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.memory import GuestMemory
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..support.transitions import Bench
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from vdpabridge.device import Capability, RunState, SplitBase
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.memory import GuestMemory
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..support.pair import bridged
 from ..support.release import since

@@ -15,7 +15,7 @@ import pytest
 from vdpabridge.abi.vhost import VHOST_MSG_V2_LAYOUT
 from vdpabridge.abi.vhost import VhostIoctl as Ioctl
 from vdpabridge.errors import ENOTSUPP
-from vdpabridge.memory import SharedMapping
+from vdpabridge.linux.mappings import SharedMapping
 
 from ..support.release import since
 from .conftest import PINS
@@ -95,7 +95,7 @@ def with_memory(action):
 def private_update(raw):
     """Private anonymous memory."""
     memory = mmap.mmap(-1, 1 << 16, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    from vdpabridge._libc import ffi
+    from vdpabridge.linux._libc import ffi
 
     return raw.own().iotlb(UPDATE, address=int(ffi.cast("uintptr_t", ffi.from_buffer(memory))))
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import pytest
 
 from vdpabridge.abi.virtio_blk import VIRTIO_BLK_OUTHDR, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
-from vdpabridge.deadline import Deadline
 from vdpabridge.device import MemoryRegion, RunState
 from vdpabridge.drivers.vhost_vdpa import MappingError, VhostVdpa
 from vdpabridge.errors import KernelError
-from vdpabridge.memory import GuestMemory, SharedMapping
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.linux.mappings import SharedMapping
 
 from .conftest import PINS
 
@@ -29,7 +30,7 @@ def device(block_node):
 
 
 def test_private_memory_is_refused_before_the_kernel_takes_it_and_maps_nothing(device):
-    from vdpabridge._libc import ffi
+    from vdpabridge.linux._libc import ffi
 
     memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with pytest.raises(MappingError, match=r"private, read-only or unmapped memory: only shared"):

@@ -15,10 +15,10 @@ from vdpabridge.abi.virtio_net import (
 from vdpabridge.device import MemoryRegion, SplitBase
 from vdpabridge.drivers.vhost_vdpa import MappingError, VhostVdpa
 from vdpabridge.errors import KernelError
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.losses import Loss
 from vdpabridge.state.replay import replay, resume
-from vdpabridge.virtqueue import SplitQueue
 
 from ..support.net import CONTROL, RECEIVE, SEND, NetDriver
 from .conftest import MEMORY_BYTES, VERSION_1

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from vdpabridge.deadline import Deadline
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.memory import GuestMemory
-from vdpabridge.state.channel import Limits
-from vdpabridge.state.procedures import load, migrate, save
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.linux.deadline import Deadline
+from vdpabridge.state.procedures.procedures import load, migrate, save
 from vdpabridge.state.snapshot import QueueEventfds
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
+from vdpabridge.state.transfer.channel import Limits
 
 from ..support.pair import bridged
 from ..support.transitions import shared_file

@@ -12,9 +12,9 @@ import pytest
 from vdpabridge.abi.vhost import VhostIoctl
 from vdpabridge.device import Capability, RunState, SplitBase
 from vdpabridge.errors import MissingCapability
+from vdpabridge.guest.block import BlockDriver, KnownDisk
 from vdpabridge.state.replay import replay, resume
 from vdpabridge.state.snapshot import QueueEventfds, capture, restore
-from vdpabridge.workload.block import BlockDriver, KnownDisk
 
 from ..support.release import since
 from .conftest import block_bench, running_disk

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vdpabridge import udev_files
-from vdpabridge.bus import Bus
+from vdpabridge.bus import Bus, udev_files
 from vdpabridge.bus.netlink import VdpaNetlink
 
 UDEVD = "/usr/lib/systemd/systemd-udevd"

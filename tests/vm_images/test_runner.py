@@ -35,7 +35,7 @@ def boot(bootable, script, **options):
 
 
 def test_output_and_exit_code(bootable):
-    script = "echo out; echo err >&2; uname -r; echo $GREETING; test -e vdpabridge/device.py && id -u; exit 7"
+    script = "echo out; echo err >&2; uname -r; echo $GREETING; test -e vdpabridge/device/interface.py && id -u; exit 7"
     result, output = boot(bootable, script, environment={"GREETING": "it's $HOME"})
     assert (result.outcome, result.exit_code) == (Outcome.FINISHED, 7)
     words = output.splitlines()

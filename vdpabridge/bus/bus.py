@@ -11,9 +11,8 @@ import os
 import stat
 import time
 
-from ..errors import VdpaBridgeError
-from ..holders import holders
-from .errors import BusError, DeviceBusy, DeviceHeld, NoSuchDevice
+from ..errors import BusError, DeviceBusy, DeviceHeld, NoSuchDevice, VdpaBridgeError
+from ..linux.holders import holders
 from .users import users
 
 __all__ = ["DRIVERS", "Bus", "BusDevice"]

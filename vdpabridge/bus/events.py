@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from typing import Self
 
-from ..deadline import Deadline
+from ..linux.deadline import Deadline
 
 __all__ = ["BusEvent", "BusEvents", "parse_uevent"]
 

@@ -15,8 +15,7 @@ from typing import Any, Self
 from ..abi.vdpa_netlink import VDPA_GENL_NAME, VDPA_GENL_VERSION
 from ..abi.vdpa_netlink import VdpaAttribute as Attribute
 from ..abi.vdpa_netlink import VdpaCommand as Command
-from ..errors import VdpaBridgeError
-from .errors import BusError, NoSuchDevice
+from ..errors import BusError, NoSuchDevice, VdpaBridgeError
 
 __all__ = ["ManagementDevice", "NetlinkDevice", "VdpaNetlink"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..holders import holders
+from ..linux.holders import holders
 
 __all__ = ["users"]
 

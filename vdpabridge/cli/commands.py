@@ -69,7 +69,7 @@ def bind(words: argparse.Namespace) -> None:
 
 def udev_rules(words: argparse.Namespace) -> None:
     """``vdpabridge udev-rules``."""
-    from ..udev_files import helper, rules
+    from ..bus.udev_files import helper, rules
 
     text = helper() if words.helper else rules()
     if words.json:
@@ -94,7 +94,7 @@ def _print_place(device: BusDevice, words: argparse.Namespace) -> None:
 def _devices(wanted: str | None) -> dict[str, dict[str, object]]:
     from ..abi.virtio import device_name
     from ..bus.netlink import VdpaNetlink
-    from ..holders import holders
+    from ..linux.holders import holders
 
     bus = Bus()
     places = [bus.device(wanted)] if wanted else bus.devices()

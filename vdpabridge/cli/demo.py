@@ -20,10 +20,10 @@ from ..abi.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_FS
 from ..device import Device, StateDirection, StatePhase
 from ..drivers.vhost_user import VhostUser
 from ..errors import VdpaBridgeError
-from ..memory import GuestMemory
+from ..guest.fuse import FuseDriver
+from ..guest.memory import GuestMemory
+from ..guest.virtqueue import SplitQueue
 from ..vhost_user.connection import Connection
-from ..virtqueue import SplitQueue
-from ..workload.fuse import FuseDriver
 from .timeline import Broken, Timeline, require
 
 __all__ = ["demo"]

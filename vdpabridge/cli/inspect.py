@@ -7,12 +7,12 @@ import json
 import os
 from typing import Any
 
-from ..deadline import Deadline
 from ..errors import UsageError, VdpaBridgeError
-from ..state.channel import Limits
-from ..state.image_reader import ImageReader
-from ..state.inspection import Description, describe, differences
-from ..state.stream import reading
+from ..linux.deadline import Deadline
+from ..state.image.description import Description, describe, differences
+from ..state.image.reader import ImageReader
+from ..state.transfer.channel import Limits
+from ..state.transfer.stream import reading
 from .output import print_table
 
 __all__ = ["inspect"]

@@ -132,7 +132,7 @@ def _udev_rules(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    from ..device_names import DEVICE_HELP
+    from ..drivers.names import DEVICE_HELP
 
     parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
     where = parser.add_mutually_exclusive_group()

@@ -12,11 +12,12 @@ from typing import Any
 from ..control.client import ControlClient, ControlError
 from ..control.moving import move
 from ..errors import UsageError, VdpaBridgeError
-from ..state.files import open_image, replacing
+from ..linux.files import replacing
+from ..state.image.opening import open_image
 from ..state.report import Step
-from ..state.timeline import draw
 from .output import forget_output, print_records
 from .progress import ProgressLine
+from .timeline_picture import draw
 
 __all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
 

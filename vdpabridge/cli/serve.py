@@ -19,17 +19,17 @@ from typing import Any, Self
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ..control.methods import methods_of
 from ..control.server import ControlServer
-from ..deadline import Deadline
 from ..device import Device
-from ..device_names import DeviceName
+from ..drivers.names import DeviceName
+from ..drivers.opening import device_id_of, open_device
 from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
-from ..opening import device_id_of, open_device
-from ..state.channel import Limits
-from ..state.files import open_image
-from ..state.interruptions import harmless
+from ..linux.deadline import Deadline
+from ..linux.signals import harmless
+from ..state.image.opening import open_image
 from ..state.losses import Loss
-from ..state.procedures import load_state
+from ..state.procedures.procedures import load_state
+from ..state.transfer.channel import Limits
 from ..vhost_user.connection import Connection, is_listening
 from .progress import ProgressLine
 from .reports import Reports

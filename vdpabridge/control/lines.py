@@ -12,8 +12,8 @@ import select
 import socket
 from typing import Any
 
-from ..descriptors import discard, fds_in, hang_up
 from ..errors import DeadlineExceeded, VdpaBridgeError
+from ..linux.descriptors import discard, fds_in, hang_up
 
 __all__ = [
     "ANSWER_BYTES_MAX",

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..abi.features import feature_names
-from ..deadline import Deadline
 from ..device import Device, RunState
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
-from ..state.channel import Limits
-from ..state.files import replacing
+from ..linux.deadline import Deadline
+from ..linux.files import replacing
 from ..state.losses import Loss
-from ..state.procedures import ProcedureFailed, load_state, save
+from ..state.procedures.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
+from ..state.transfer.channel import Limits
 from .server import Caller, Method
 
 __all__ = ["methods_of"]

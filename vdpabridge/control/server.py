@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from ..credentials import credentials_of
 from ..errors import DeadlineExceeded, MissingCapability, VdpaBridgeError
+from ..linux.credentials import credentials_of
 from .lines import (
     ANSWER_BYTES_MAX,
     INVALID_PARAMS,

@@ -12,15 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from ..deadline import Deadline
 from ..device import Capability, Device, DirtyLog, InflightRegion, RunState
 from ..errors import StateError, VdpaBridgeError
-from .carry import keep_state, write_state
-from .channel import Limits
-from .interruptions import uninterrupted
+from ..linux.deadline import Deadline
+from ..linux.signals import uninterrupted
 from .losses import Loss, require_accepted, resumes_by_itself, unsavable
 from .report import Report
 from .snapshot import DeviceSnapshot, QueueEventfds, capture, eventfds_of, restore
+from .transfer.carry import keep_state, write_state
+from .transfer.channel import Limits
 
 __all__ = ["ReplayFailed", "replay", "resume", "start_over"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ..abi.virtio import VIRTIO_ID_BLOCK
 from ..abi.virtio_blk import VIRTIO_BLK_CONFIG, VIRTIO_BLK_F_CONFIG_WCE
 from ..device import Device, QueueBase, QueueSetup
+from ..device.rules import Operation, RunState
 from ..errors import FeatureError, StateError, VdpaBridgeError
-from ..transitions import Operation, RunState
 
 __all__ = [
     "DeviceSnapshot",

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import Self
 
 from ..abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, HEADER, PAYLOAD_SIZE_MAX, VERSION, VERSION_MASK
-from ..deadline import Deadline
-from ..descriptors import FDS_PER_MESSAGE_MAX, discard, fds_in, hang_up
-from ..errors import DeadlineExceeded
-from .errors import ConnectionLost, ProtocolError
+from ..errors import ConnectionLost, DeadlineExceeded, ProtocolError
+from ..linux.deadline import Deadline
+from ..linux.descriptors import FDS_PER_MESSAGE_MAX, discard, fds_in, hang_up
 
 __all__ = ["FDS_MAX", "Connection", "Message", "is_listening"]
 

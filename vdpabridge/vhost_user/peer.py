@@ -6,8 +6,8 @@ import os
 import select
 import socket
 
-from ..credentials import credentials_of
-from ..deadline import Deadline
+from ..linux.credentials import credentials_of
+from ..linux.deadline import Deadline
 
 __all__ = ["PeerProcess"]
 

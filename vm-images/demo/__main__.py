@@ -16,11 +16,11 @@ from vdpabridge.bus.netlink import VdpaNetlink
 from vdpabridge.cli.timeline import Broken, Timeline, require
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.memory import GuestMemory
+from vdpabridge.guest.block import BlockDriver, KnownDisk
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.replay import resume
 from vdpabridge.state.snapshot import QueueEventfds, capture, restore
-from vdpabridge.virtqueue import SplitQueue
-from vdpabridge.workload.block import BlockDriver, KnownDisk
 
 MEMORY_BYTES = 8 << 20
 QUEUE_SIZE = 256

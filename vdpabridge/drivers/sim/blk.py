@@ -31,7 +31,7 @@ from ...abi.virtio_blk import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
-from ...memory import memory_file
+from ...linux.mappings import memory_file
 from .model import Loaded, Model, StateRefused, facts_of
 from .ring import Chain
 from .stream import CHUNK_BYTES_MAX

@@ -9,8 +9,6 @@ from typing import Self, TypeVar
 from ...abi.inflight import queue_region_bytes
 from ...abi.virtio import VIRTIO_F_VERSION_1
 from ...abi.virtio_ring import VIRTIO_RING_F_INDIRECT_DESC
-from ...deadline import StillRunning, TimeLimit
-from ...descriptors import Kind, kind_of
 from ...device import (
     Capability,
     Device,
@@ -27,8 +25,10 @@ from ...device import (
     StatePhase,
 )
 from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
-from ...eventfds import signal
-from ...memory import SharedMapping, check_inside, memory_file
+from ...linux.deadline import StillRunning, TimeLimit
+from ...linux.descriptors import Kind, kind_of
+from ...linux.eventfds import signal
+from ...linux.mappings import SharedMapping, check_inside, memory_file
 from .blk import BlockModel
 from .engine import Engine
 from .fs import FsModel

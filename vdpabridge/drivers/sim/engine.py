@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ...deadline import TimeLimit
-from ...eventfds import clear, signal
+from ...linux.deadline import TimeLimit
+from ...linux.eventfds import clear, signal
 from .guest_view import BadAddress
 from .model import Died, Faults, Model
 from .ring import Chain, RingBroken

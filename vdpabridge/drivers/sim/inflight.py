@@ -7,7 +7,7 @@ between two writes, whoever reads the region finds out what became of every requ
 from __future__ import annotations
 
 from ...abi.inflight import DESC_STATE_SPLIT, QUEUE_REGION_SPLIT, VERSION
-from ...memory import store_barrier
+from ...linux.mappings import store_barrier
 
 __all__ = ["InflightTable"]
 

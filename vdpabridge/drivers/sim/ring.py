@@ -9,15 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from ...abi.virtio_ring import (
-    VRING_DESC,
-    VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT,
-    VRING_DESC_F_WRITE,
-    VRING_USED_ELEM,
-)
-from ...memory import store_barrier
-from ...values import QueueSetup
+from ...abi.virtio_ring import VRING_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_ELEM
+from ...device.values import QueueSetup
+from ...linux.mappings import store_barrier
 from .guest_view import BadAddress, GuestView
 from .inflight import InflightTable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ...values import StateDirection, StatePhase
+from ...device.values import StateDirection, StatePhase
 from .model import Died, Faults, Loaded, Model, StateRefused
 from .stream import STREAM_VERSION, decode, encode
 from .transfer import Transfer

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ...descriptors import discard
+from ...linux.descriptors import discard
 from .model import Loaded, StateRefused
 
 __all__ = ["Transfer"]

@@ -8,10 +8,9 @@ import threading
 
 from ...abi.vhost_user import FLAG_NEED_REPLY, REPLY_FLAGS, BackendRequest
 from ...abi.vhost_user_payloads import U64
-from ...errors import DeadlineExceeded
-from ...eventfds import signal
+from ...errors import DeadlineExceeded, ProtocolError
+from ...linux.eventfds import signal
 from ...vhost_user.connection import Connection
-from ...vhost_user.errors import ProtocolError
 
 __all__ = ["BackendChannel"]
 

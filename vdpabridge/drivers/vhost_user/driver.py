@@ -9,18 +9,8 @@ from contextlib import contextmanager
 from typing import Self
 
 from ...abi.vhost import VHOST_F_LOG_ALL
-from ...abi.vhost_user import (
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    ConfigFlags,
-    FrontendRequest,
-    ProtocolFeature,
-)
-from ...abi.vhost_user_payloads import (
-    U64,
-    Config,
-    Inflight,
-    Log,
-)
+from ...abi.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES, ConfigFlags, FrontendRequest, ProtocolFeature
+from ...abi.vhost_user_payloads import U64, Config, Inflight, Log
 from ...abi.virtio import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
     VIRTIO_CONFIG_S_DRIVER,
@@ -28,7 +18,6 @@ from ...abi.virtio import (
     VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_F_ACCESS_PLATFORM,
 )
-from ...descriptors import discard
 from ...device import (
     Capability,
     Device,
@@ -43,9 +32,9 @@ from ...device import (
     StateDirection,
     StatePhase,
 )
-from ...errors import DeadlineExceeded, FeatureError, VdpaBridgeError
+from ...errors import ConnectionLost, DeadlineExceeded, FeatureError, PeerRefused, ProtocolError, VdpaBridgeError
+from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection
-from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
 from ...vhost_user.peer import PeerProcess
 from .channel import BackendChannel
 from .memory import BackendMemory, slots_of

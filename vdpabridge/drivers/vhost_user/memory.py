@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import MemoryTable, Region, SingleRegion
-from ...values import MemoryRegion
-from ...vhost_user.errors import ProtocolError
+from ...device.values import MemoryRegion
+from ...errors import ProtocolError
 from .requests import Requests
 
 __all__ = ["BackendMemory"]

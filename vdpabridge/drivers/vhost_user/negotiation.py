@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Set
 
 from ...abi.vhost import VHOST_F_LOG_ALL
-from ...abi.vhost_user import (
-    CONFIG_SIZE_MAX,
-    VHOST_USER_F_PROTOCOL_FEATURES,
-    FrontendRequest,
-    ProtocolFeature,
-)
+from ...abi.vhost_user import CONFIG_SIZE_MAX, VHOST_USER_F_PROTOCOL_FEATURES, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64
 from ...abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ...abi.virtio_blk import VIRTIO_BLK_CONFIG
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
-from ...transitions import Capability
+from ...device.rules import Capability
 from .requests import Requests
 
 __all__ = ["QUEUE_SIZE_MAX", "capabilities_of", "config_size_of", "negotiate", "queue_count_of"]

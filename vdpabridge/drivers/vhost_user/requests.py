@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 from ...abi.vhost_user import FLAG_NEED_REPLY, REPLY_FLAGS, VERSION, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS
-from ...deadline import TimeLimit
-from ...descriptors import discard
-from ...errors import DeadlineExceeded
+from ...errors import ConnectionLost, DeadlineExceeded, PeerRefused, ProtocolError
+from ...linux.deadline import TimeLimit
+from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
-from ...vhost_user.errors import ConnectionLost, PeerRefused, ProtocolError
 
 __all__ = ["Requests", "Told"]
 

@@ -14,10 +14,10 @@ from ...abi.vhost_user import VHOST_USER_F_PROTOCOL_FEATURES, VRING_NO_FD, Front
 from ...abi.vhost_user_payloads import U64, VringAddr, VringState
 from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...abi.vring_base import QueueBase, decode_base
-from ...eventfds import signal
-from ...transitions import Operation
-from ...values import QueueRecord, QueueSetup
-from ...vhost_user.errors import PeerRefused
+from ...device.rules import Operation
+from ...device.values import QueueRecord, QueueSetup
+from ...errors import PeerRefused
+from ...linux.eventfds import signal
 from .requests import Requests, Told
 
 __all__ = ["Rings"]

@@ -9,9 +9,9 @@ import contextlib
 
 from ...abi.vhost_user import DEVICE_STATE_NO_FD, FrontendRequest
 from ...abi.vhost_user_payloads import DeviceStateTransfer
-from ...descriptors import discard
-from ...values import StateDirection, StatePhase
-from ...vhost_user.errors import PeerRefused
+from ...device.values import StateDirection, StatePhase
+from ...errors import PeerRefused
+from ...linux.descriptors import discard
 from .requests import Requests
 
 __all__ = ["StateTransfer"]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from ...deadline import Deadline, StillRunning
+from ...linux.deadline import Deadline, StillRunning
 
 __all__ = ["CallThread"]
 

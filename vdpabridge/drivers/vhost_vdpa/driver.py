@@ -19,9 +19,7 @@ from ...abi.vhost import (
     VHOST_BACKEND_F_SUSPEND,
     VHOST_FILE_UNBIND,
 )
-from ...abi.vhost import (
-    VhostIoctl as Ioctl,
-)
+from ...abi.vhost import VhostIoctl as Ioctl
 from ...abi.virtio import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
     VIRTIO_CONFIG_S_DRIVER,
@@ -33,7 +31,6 @@ from ...abi.virtio import (
     VIRTIO_F_RING_PACKED,
     status_names,
 )
-from ...deadline import Deadline
 from ...device import (
     Capability,
     Device,
@@ -46,8 +43,9 @@ from ...device import (
     decode_base,
 )
 from ...errors import DeadlineExceeded, FeatureError, KernelError, VdpaBridgeError
-from ...eventfds import signal
-from ...memory import SharedMapping
+from ...linux.deadline import Deadline
+from ...linux.eventfds import signal
+from ...linux.mappings import SharedMapping
 from .groups import Groups
 from .iotlb import Iotlb, IotlbBroken
 from .node import Node

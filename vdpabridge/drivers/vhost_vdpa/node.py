@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ...abi.vhost import VhostIoctl as Ioctl
-from ...deadline import StillRunning, TimeLimit, call_within
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
-from ...holders import holders
+from ...linux.deadline import StillRunning, TimeLimit, call_within
+from ...linux.holders import holders
 from .call_thread import CallThread
 from .explain import explain
 from .system import LINUX, System

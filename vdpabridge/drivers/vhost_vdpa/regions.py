@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ...device import MemoryRegion
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
-from ...memory import SharedMapping, check_inside
+from ...linux.mappings import SharedMapping, check_inside
 from .iotlb import Iotlb, IotlbBroken, MappingError
 
 __all__ = ["Regions"]

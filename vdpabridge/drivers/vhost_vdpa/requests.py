@@ -13,9 +13,7 @@ from ...abi.vhost import (
     VHOST_VRING_FILE,
     VHOST_VRING_STATE,
 )
-from ...abi.vhost import (
-    VhostIoctl as Ioctl,
-)
+from ...abi.vhost import VhostIoctl as Ioctl
 from ...device import QueueSetup
 from .node import Node
 

@@ -13,8 +13,8 @@ import os
 from collections.abc import Sequence
 
 from ...abi.vhost_user import FrontendRequest
-from ...descriptors import Kind, kind_of
 from ...errors import VdpaBridgeError
+from ...linux.descriptors import Kind, kind_of
 
 __all__ = ["admit", "is_channel"]
 

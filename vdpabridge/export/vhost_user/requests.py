@@ -22,17 +22,10 @@ from ...abi.vhost_user import (
     ProtocolFeature,
 )
 from ...abi.vhost_user_payloads import U64, Config, DeviceStateTransfer, Inflight, VringState
-from ...descriptors import stop_receiving
-from ...device import (
-    Capability,
-    Device,
-    DirtyLog,
-    InflightRegion,
-    Operation,
-    RunState,
-)
+from ...device import Capability, Device, DirtyLog, InflightRegion, Operation, RunState
 from ...errors import VdpaBridgeError
-from ...eventfds import clear
+from ...linux.descriptors import stop_receiving
+from ...linux.eventfds import clear
 from ...state.replay import start_over
 from ...vhost_user.connection import Connection
 from .admission import admit

@@ -19,7 +19,7 @@ from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
 from ...device import Capability, Device, Operation, QueueRecord, QueueSetup, RunState
 from ...errors import VdpaBridgeError
-from ...eventfds import signal
+from ...linux.eventfds import signal
 from ...state.replay import start_over
 from .memory import FrontendMemory
 from .ring import Ring

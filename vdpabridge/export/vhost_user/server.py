@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
-from ...descriptors import hang_up
 from ...device import Device, RunState
-from ...errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
+from ...errors import DeadlineExceeded, DeviceFailed, ProtocolError, VdpaBridgeError
+from ...linux.descriptors import hang_up
 from ...vhost_user.connection import Connection
-from ...vhost_user.errors import ProtocolError
 from .session import Session, require_servable
 
 __all__ = ["Server", "listen"]

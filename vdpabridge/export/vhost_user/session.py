@@ -14,13 +14,12 @@ from typing import Any, Self
 from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import U64, Config, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
-from ...deadline import Deadline
-from ...descriptors import discard
 from ...device import Capability, Device
-from ...errors import MissingCapability, VdpaBridgeError
-from ...transitions import ALTERNATIVES
+from ...device.rules import ALTERNATIVES
+from ...errors import MissingCapability, ProtocolError, VdpaBridgeError
+from ...linux.deadline import Deadline
+from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
-from ...vhost_user.errors import ProtocolError
 from .requests import Answer, Requests
 
 __all__ = ["Session", "require_servable"]

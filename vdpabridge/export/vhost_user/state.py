@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
-from ...descriptors import discard
 from ...device import Capability, Device, RunState, StateDirection, StatePhase
+from ...linux.descriptors import discard
 from .admission import is_channel
 
 __all__ = ["StateTransfer"]

@@ -1,0 +1,386 @@
+"""The waist: the one interface to a virtio device that somebody else's guest is using.
+
+Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it and know no driver. Addresses are
+the guest's own (what a transport calls IOVA or user address is the driver's affair).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Sequence, Set
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+from ..abi.vring_base import QueueBase
+from ..errors import DeviceFailed, VdpaBridgeError
+from .records import DeviceCore
+from .rules import Capability, Operation, RunState, permit
+from .values import (
+    DirtyLog,
+    Identity,
+    InflightRegion,
+    MemoryRegion,
+    QueueSetup,
+    StateDirection,
+    StatePhase,
+)
+
+__all__ = ["Device"]
+
+
+Words = ParamSpec("Words")
+Value = TypeVar("Value")
+
+
+def _bounded(method: Callable[Concatenate[Device, Words], Value]) -> Callable[Concatenate[Device, Words], Value]:
+    """Have everything that ``method`` waits for end by one deadline."""
+
+    @functools.wraps(method)
+    def operation(self: Device, /, *words: Words.args, **options: Words.kwargs) -> Value:
+        if not self.limit.begin():
+            return method(self, *words, **options)
+        try:
+            return method(self, *words, **options)
+        finally:
+            self.limit.end()
+
+    return operation
+
+
+class Device(DeviceCore):
+    """A virtio device under control.
+
+    Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
+    operation that fails leaves the run state as it was, unless the device itself failed. But a start or resume that
+    fails may have been done all the same: unless the opposite is certain the device is taken for one that runs.
+    Suspend or reset it to be certain.
+
+    ``timeout_s`` bounds each operation as a whole; None waits for ever. An instance belongs to one thread at a time.
+    The device is held until `close`, which resets it; use it as a context manager.
+    """
+
+    # --- what it is ---
+
+    @property
+    def state(self) -> RunState:
+        """The run state."""
+        return self._state
+
+    @property
+    @abstractmethod
+    def identity(self) -> Identity:
+        """Device id, queue count and sizes."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Set[Capability]:
+        """What the device can do, from its feature bits."""
+
+    @property
+    @abstractmethod
+    def offered_features(self) -> int:
+        """Virtio features the device offers a guest; bits that only the transport needs are taken out."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """The descriptor that stands for the device; borrowed."""
+
+    # --- negotiation and configuration space ---
+
+    @_bounded
+    def accept_features(self, features: int) -> None:
+        """Accept ``features``. Raises `FeatureError` for bits that are not offered or that the device refuses."""
+        after = self._permit(Operation.ACCEPT_FEATURES)
+        self._accept_features(features)
+        self.accepted_features = features
+        self._state = after
+
+    @_bounded
+    def read_config(self, offset: int = 0, size_bytes: int | None = None) -> bytes:
+        """Bytes of the configuration space; to its end by default. Raises ValueError outside of it."""
+        self._permit(Operation.READ_CONFIG)
+        whole = self.identity.config_size_bytes
+        size = whole - offset if size_bytes is None else size_bytes
+        self._check_config_range(offset, size)
+        return self._read_config(offset, size)
+
+    @_bounded
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write into the configuration space. A device ignores what is read-only without saying so."""
+        self._permit(Operation.WRITE_CONFIG)
+        self._check_config_range(offset, len(data))
+        self._write_config(offset, data)
+
+    @_bounded
+    def set_config_call(self, eventfd: int | None) -> None:
+        """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
+        self._permit(Operation.SET_CONFIG_CALL)
+        with self._adopting_config_call(eventfd):
+            self._set_config_call(eventfd)
+
+    # --- memory ---
+
+    @_bounded
+    def map(self, regions: Sequence[MemoryRegion]) -> None:
+        """Show ``regions`` (fds are borrowed) to the device, all or none."""
+        self._permit(Operation.MAP)
+        with self._adopting(regions) as own:
+            self._map(own)
+
+    @_bounded
+    def unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
+        self._permit(Operation.UNMAP)
+        keys = [_region_key(region) for region in regions]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{self.name}: a region is named twice")
+        mapped = {_region_key(region): region for region in self.regions}
+        for key in keys:
+            if key not in mapped:
+                raise ValueError(
+                    f"{self.name}: nothing of {key[1]} bytes is mapped at {key[0]:#x} in address space {key[2]}"
+                )
+        gone = [mapped[key] for key in keys]
+        try:
+            self._unmap(gone)
+        except BaseException:
+            kept = self._still_mapped(gone)
+            self._drop([region for region in gone if region not in kept])
+            raise
+        self._drop(gone)
+
+    # --- queues ---
+
+    @_bounded
+    def set_queue(self, index: int, setup: QueueSetup) -> None:
+        """Give queue ``index`` its size and addresses."""
+        self._permit_queue(Operation.SET_QUEUE, index)
+        self._set_queue(index, setup)
+        self._record(index).setup = setup
+
+    @_bounded
+    def set_base(self, index: int, base: QueueBase) -> None:
+        """Have queue ``index`` go on at ``base``."""
+        self._permit_queue(Operation.SET_BASE, index)
+        self._set_base(index, base)
+        self._record(index).base = base
+
+    @_bounded
+    def get_base(self, index: int) -> QueueBase:
+        """Where queue ``index`` stands. Defined only for a device that is not running."""
+        self._permit_queue(Operation.GET_BASE, index)
+        return self._get_base(index)
+
+    def set_kick(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` listen to ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_KICK, index, eventfd)
+
+    def set_call(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` signal used buffers on ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_CALL, index, eventfd)
+
+    def set_err(self, index: int, eventfd: int | None) -> None:
+        """Have queue ``index`` signal errors on ``eventfd`` (borrowed); None takes it away."""
+        self._set_eventfd(Operation.SET_ERR, index, eventfd)
+
+    @_bounded
+    def enable_queue(self, index: int, enabled: bool = True) -> None:
+        """Let queue ``index`` be processed while the device runs, or not. One that was not set up never is."""
+        self._permit_queue(Operation.ENABLE_QUEUE, index)
+        self._enable_queue(index, enabled)
+        self._record(index).enabled = enabled
+
+    @_bounded
+    def stop_queue(self, index: int, *, drain: bool = True) -> QueueBase:
+        """Stop queue ``index`` alone and return where it stands. Set its base and enable it to have it go on.
+
+        ``drain`` is as for `suspend`.
+        """
+        self._permit_queue(Operation.STOP_QUEUE, index)
+        self._check_drain(Operation.STOP_QUEUE, drain)
+        self.undrained = self.undrained or not drain
+        base = self._stop_queue(index, drain=drain)
+        self._record(index).enabled = False
+        return base
+
+    # --- run control ---
+
+    @_bounded
+    def start(self) -> None:
+        """Process enabled queues. Buffers that were made available before are found without another kick."""
+        after = self._permit(Operation.START)
+        with self._perhaps(after):
+            self._require_time("start")
+            self._start()
+        self.undrained = False
+
+    @_bounded
+    def suspend(self, *, drain: bool = True) -> None:
+        """Stop, and remember everything; on return nothing more happens. Idempotent.
+
+        Requests that the device has taken are finished first. With ``drain`` off they are left where they are, recorded
+        in the in-flight region (`set_inflight`), which takes a device that can (SKIP_DRAIN).
+        """
+        after = self._permit(Operation.SUSPEND)
+        self._check_drain(Operation.SUSPEND, drain)
+        self._require_time("suspend")
+        self.undrained = self.undrained or not drain
+        self._suspend(drain=drain)
+        self._state = after
+
+    @_bounded
+    def resume(self) -> None:
+        """Go on after `suspend`, kicks of the meantime included."""
+        after = self._permit(Operation.RESUME)
+        with self._perhaps(after):
+            self._require_time("resume")
+            self._resume()
+        self.undrained = False
+
+    @_bounded
+    def reset(self) -> None:
+        """Forget features, queues and eventfds. Mapped memory stays mapped.
+
+        The device's own state is forgotten too where the device can do that (STATE_RESET). Where this raises the device
+        has failed, until another reset succeeds: nobody knows what of this one was done.
+        """
+        after = self._permit(Operation.RESET)
+        with self._resetting():
+            self._reset()
+            self._forget()
+        self._state = after
+
+    @_bounded
+    def check_health(self) -> None:
+        """Ask whether the device has failed by itself. Raises `DeviceFailed` where it has; legal at any time."""
+        if self._state is RunState.FAILED:
+            raise self._fail(self.failure)
+        self._check_health()
+
+    def condemn(self, why: str) -> DeviceFailed:
+        """Note that the device is of no use until it is reset: for somebody who knows what the device itself does not.
+
+        Returns the error for the caller to raise.
+        """
+        return self._fail(why)
+
+    # --- device state ---
+
+    @_bounded
+    def set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        """Begin a transfer of the device's internal state through ``fd``, a pipe or anything that reads like one.
+
+        Takes ``fd``, also where it raises. Returns None where the transfer goes through ``fd``, or a descriptor of
+        the device's own choice, owned by the caller, to be used instead of the caller's end. The writer closes its
+        end when all is written; then call `check_state`. Starting, resuming or resetting the device, and beginning
+        another transfer, end one that was not checked as `abandon_state` does.
+        """
+        try:
+            self._permit(Operation.SET_STATE_FD)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._set_state_fd(direction, phase, fd)
+
+    @_bounded
+    def check_state(self) -> None:
+        """Wait for the end of a transfer. Raises where it failed: only success here means that state arrived whole."""
+        self._permit(Operation.CHECK_STATE)
+        self._check_state()
+
+    @_bounded
+    def abandon_state(self) -> None:
+        """End a transfer that nobody will check; nothing happens where there is none.
+
+        The device is as it was before. A back-end that cannot be told so and has all of a load already keeps it.
+        """
+        self._permit(Operation.ABANDON_STATE)
+        self._abandon_state()
+
+    # --- dirty log and in-flight requests ---
+
+    @_bounded
+    def set_dirty_log(self, log: DirtyLog | None) -> None:
+        """Record the pages that the device writes from now on in ``log``; None ends that."""
+        self._permit(Operation.SET_DIRTY_LOG)
+        with self._adopting_dirty_log(log):
+            self._set_dirty_log(log)
+
+    @_bounded
+    def get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
+        """A region of the device's for ``queue_count`` queues of ``queue_size``; the caller owns its descriptor."""
+        self._permit(Operation.GET_INFLIGHT)
+        return self._get_inflight(queue_count, queue_size)
+
+    @_bounded
+    def set_inflight(self, region: InflightRegion | None) -> None:
+        """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed.
+
+        None: requests are not recorded any more. A back-end that cannot be told so keeps the region it has.
+        """
+        self._permit(Operation.SET_INFLIGHT)
+        with self._adopting_inflight(region):
+            self._set_inflight(region)
+
+    # --- life cycle ---
+
+    @_bounded
+    def close(self) -> None:
+        """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
+        with self._letting_go():
+            self._close()
+
+    @_bounded
+    def give_up(self) -> bool:
+        """Let go of a device that does not answer, as `close` does; whether nothing of it is at work any more.
+
+        True only where that is certain: the kernel has taken the device back, or every queue was stopped, or the
+        process that had them has ended, which is waited for.
+        """
+        with self._letting_go():
+            return self._give_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {'closed' if self._closed else self._state.value}>"
+
+    # --- for drivers ---
+
+    def _permit(self, operation: Operation) -> RunState:
+        if self._closed:
+            raise VdpaBridgeError(operation.value, device=self.name, why="the device was closed", hint="open it anew")
+        return permit(self.name, operation, self._state, self.capabilities)
+
+    def _permit_queue(self, operation: Operation, index: int) -> None:
+        self._permit(operation)
+        if not 0 <= index < self.identity.queue_count:
+            raise ValueError(
+                f"{self.name}: no queue {index}: the device has {self.identity.queue_count}, numbered from 0"
+            )
+
+    @_bounded
+    def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        self._permit_queue(operation, index)
+        with self._adopting_eventfd(operation, index, eventfd):
+            self._bind_eventfd(operation, index, eventfd)
+
+    def _check_drain(self, operation: Operation, drain: bool) -> None:
+        if not drain and Capability.SKIP_DRAIN not in self.capabilities:
+            raise self._lacks(operation, Capability.SKIP_DRAIN)
+
+    def _check_config_range(self, offset: int, size: int) -> None:
+        whole = self.identity.config_size_bytes
+        if offset < 0 or size <= 0 or offset + size > whole:
+            raise ValueError(
+                f"{self.name}: {size} bytes at {offset} are outside the configuration space of {whole} bytes"
+            )
+
+
+def _region_key(region: MemoryRegion) -> tuple[int, int, int]:
+    return region.guest_address, region.size_bytes, region.address_space

@@ -1,0 +1,221 @@
+"""What a device was told, and the descriptors that it owns because of it: the same for every driver."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from ..errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
+from ..linux.deadline import TimeLimit
+from .hooks import DriverHooks
+from .rules import Operation, RunState
+from .values import DirtyLog, InflightRegion, MemoryRegion, QueueRecord
+
+__all__ = ["DeviceCore"]
+
+
+class DeviceCore(DriverHooks):
+    """The records of a device; `vdpabridge.device.Device` is the interface."""
+
+    def __init__(self, name: str, limit: TimeLimit) -> None:
+        self.name = name
+        self.limit = limit
+        """Bounds each operation; shared with what the driver waits by."""
+        self.accepted_features = 0
+        self.queues: dict[int, QueueRecord] = {}
+        self.regions: list[MemoryRegion] = []
+        """What is mapped, with duplicates of the descriptors, owned by the device."""
+        self.config_call: int | None = None
+        """A duplicate of the eventfd for configuration changes, owned by the device."""
+        self.dirty_log: DirtyLog | None = None
+        """With a duplicate of the descriptor, owned by the device; so is that of `inflight`."""
+        self.inflight: InflightRegion | None = None
+        self.failure = ""
+        self.observer: Callable[[str, float, float], None] | None = None
+        """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
+        self.undrained = False
+        """Whether it was stopped with requests that it has taken and not answered (``drain=False``)."""
+        self._state = RunState.RESET
+        self._closed = False
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Bounds each operation as a whole; None waits for ever."""
+        return self.limit.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float | None) -> None:
+        self.limit.timeout_s = timeout_s
+
+    def _require_time(self, what: str) -> None:
+        """Raise `DeadlineExceeded` where no time is left to begin with: the device is not asked at all then."""
+        if self.limit.passed:
+            timeout_s, why = self.limit.deadline().timeout_s or 0, "no time is left"
+            raise DeadlineExceeded(what, timeout_s, device=self.name, why=why, nothing_done=True)
+
+    def _fail(self, why: str) -> DeviceFailed:
+        """Note that the device gave up; returns the error for the driver to raise."""
+        self._state = RunState.FAILED
+        self.failure = why
+        return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
+
+    @contextmanager
+    def _perhaps(self, after: RunState) -> Iterator[None]:
+        """The body leads to ``after``, at which the device is at work. So it may where the body raises, whatever it
+        raises: the error of a request does not tell whether it took effect. Only proof of the opposite does."""
+        before = self._state
+        try:
+            yield
+            self._state = after
+        except BaseException as error:
+            if self._state is before and not getattr(error, "nothing_done", False):
+                # first this: whatever interrupts the question below leaves what is safe to believe
+                self._state = after
+                if self.is_idle():
+                    self._state = before
+            raise
+
+    @contextmanager
+    def _resetting(self) -> Iterator[None]:
+        """The body resets the device. Where it raises, nobody knows what of that was done: the device has failed, and
+        another reset, seen to its end, makes it whole."""
+        try:
+            yield
+        except BaseException as error:
+            if self._state is not RunState.FAILED and not getattr(error, "nothing_done", False):
+                self._fail(f"a reset was not seen to its end: {str(error) or type(error).__name__}")
+            raise
+
+    def is_idle(self) -> bool:
+        """Whether it is certain that nothing of the device is at work, whatever it was told; legal at any time.
+
+        False where that is not known. Raises nothing: a device that does not answer is not known to be idle.
+        """
+        try:
+            return self._is_idle()
+        except (VdpaBridgeError, OSError):
+            return False
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Have the observer know what the body takes, where it ends well."""
+        begin_s = time.monotonic()
+        yield
+        if self.observer is not None:
+            self.observer(name, begin_s, time.monotonic())
+
+    def _record(self, index: int) -> QueueRecord:
+        return self.queues.setdefault(index, QueueRecord())
+
+    # --- descriptors: duplicates, made before the device hears of them and closed where it refuses ---
+
+    @contextmanager
+    def _adopting(self, regions: Sequence[MemoryRegion]) -> Iterator[list[MemoryRegion]]:
+        """``regions`` with duplicates of their own, which are mapped when the body has ended well."""
+        with ExitStack() as duplicates:
+            own = [replace(region, fd=_kept(duplicates, region.fd)) for region in regions]
+            yield own
+            duplicates.pop_all()
+        self.regions.extend(own)
+
+    def _drop(self, regions: Sequence[MemoryRegion]) -> None:
+        """``regions``, of those that are mapped, are not any more."""
+        self.regions = [region for region in self.regions if region not in regions]
+        for region in regions:
+            os.close(region.fd)
+
+    @contextmanager
+    def _adopting_config_call(self, eventfd: int | None) -> Iterator[None]:
+        """``eventfd`` (borrowed) is the one for configuration changes when the body has ended well."""
+        with _duplicate(eventfd) as duplicate:
+            yield
+        before, self.config_call = self.config_call, duplicate
+        if before is not None:
+            os.close(before)
+
+    @contextmanager
+    def _adopting_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> Iterator[None]:
+        """``eventfd`` (borrowed) is that of queue ``index`` when the body has ended well."""
+        with _duplicate(eventfd) as duplicate:
+            yield
+        eventfds = self._record(index).eventfds
+        if (old := eventfds.pop(operation, None)) is not None:
+            os.close(old)
+        if duplicate is not None:
+            eventfds[operation] = duplicate
+
+    @contextmanager
+    def _adopting_dirty_log(self, log: DirtyLog | None) -> Iterator[None]:
+        """``log`` (borrowed) is the device's when the body has ended well."""
+        with _duplicate(None if log is None else log.fd) as duplicate:
+            yield
+        before, self.dirty_log = (
+            self.dirty_log,
+            None if log is None or duplicate is None else replace(log, fd=duplicate),
+        )
+        _close(before)
+
+    @contextmanager
+    def _adopting_inflight(self, region: InflightRegion | None) -> Iterator[None]:
+        """``region`` (borrowed) is the device's when the body has ended well."""
+        with _duplicate(None if region is None else region.fd) as duplicate:
+            yield
+        before = self.inflight
+        self.inflight = None if region is None or duplicate is None else replace(region, fd=duplicate)
+        _close(before)
+
+    def _forget(self) -> None:
+        """What a reset forgets. Out of the books first, then closed: a number that is closed twice, because something
+        interrupted, may be somebody else's by then."""
+        log, self.dirty_log = self.dirty_log, None
+        _close(log)
+        inflight, self.inflight = self.inflight, None
+        _close(inflight)
+        for record in self.queues.values():
+            while record.eventfds:
+                os.close(record.eventfds.popitem()[1])
+        config_call, self.config_call = self.config_call, None
+        if config_call is not None:
+            os.close(config_call)
+        self.queues = {}
+        self.accepted_features = 0
+        self.failure = ""
+        self.undrained = False
+
+    @contextmanager
+    def _letting_go(self) -> Iterator[None]:
+        """The device is closed by the body; nothing of it is owned afterwards."""
+        self._closed = True
+        try:
+            yield
+        finally:
+            try:
+                self._forget()
+            finally:
+                while self.regions:
+                    os.close(self.regions.pop().fd)
+
+
+def _close(shared: DirtyLog | InflightRegion | None) -> None:
+    if shared is not None:
+        os.close(shared.fd)
+
+
+def _kept(stack: ExitStack, fd: int) -> int:
+    duplicate = os.dup(fd)
+    stack.callback(os.close, duplicate)
+    return duplicate
+
+
+@contextmanager
+def _duplicate(eventfd: int | None) -> Iterator[int | None]:
+    duplicate = None if eventfd is None else os.dup(eventfd)
+    try:
+        yield duplicate
+    except BaseException:
+        if duplicate is not None:
+            os.close(duplicate)
+        raise

@@ -1,0 +1,1 @@
+"""The state image: written, read, verified, compared with a device, described."""

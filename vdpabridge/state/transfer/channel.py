@@ -1,0 +1,208 @@
+"""Bytes from one descriptor to another: through the kernel where it can, with a limit, a deadline and a way out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...errors import DeadlineExceeded, VdpaBridgeError
+from ...linux.deadline import Deadline
+
+__all__ = [
+    "READ_AND_WRITE",
+    "STEP_BYTES",
+    "Cancelled",
+    "ChannelError",
+    "Copied",
+    "Limits",
+    "copy",
+    "enlarge",
+    "read_some",
+    "wait",
+    "write_all",
+]
+
+READ_AND_WRITE = "read and write"
+
+#: What an unprivileged process may make of a pipe; the default is 64 KiB.
+PIPE_BYTES = 1 << 20
+#: What is moved at a time.
+STEP_BYTES = 1 << 20
+#: No RWF_NOWAIT for this descriptor: pipes have it from Linux 6.4 on, FIFOs with a name have not.
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL)
+#: The kernel does not do it for this pair of descriptors: the next way is tried.
+_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EBADF)
+
+
+class ChannelError(VdpaBridgeError):
+    """Bytes that did not get through: too many of them, or one of the two ends has failed."""
+
+
+class Cancelled(ChannelError):
+    """Somebody wanted it to end."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """What bounds a transfer. ``cancel_fd`` (borrowed) becomes readable where it is to end."""
+
+    deadline: Deadline
+    size_bytes: int | None = None
+    """The most bytes that may come; None for any number."""
+    cancel_fd: int | None = None
+    progress: Callable[[int], None] | None = None
+    """Called with the number of bytes so far."""
+
+    def check(self, done: int) -> None:
+        """Note that ``done`` bytes have come. Raises `ChannelError` for too many."""
+        if self.size_bytes is not None and done > self.size_bytes:
+            raise ChannelError("transfer", why=f"more than {self.size_bytes} bytes came", hint="allow for more")
+        if self.progress:
+            self.progress(done)
+
+
+def enlarge(fd: int) -> None:
+    """Make pipe ``fd`` (borrowed) as large as anybody may; what is no pipe is left alone."""
+    try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_BYTES:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except PermissionError:
+        # this user has used up what all its pipes together may have: slower, and no reason to stop
+        return
+
+
+def read_some(fd: int, buffer: memoryview, limits: Limits) -> int:
+    """Read into ``buffer`` what ``fd`` (borrowed) has; 0 at its end. Raises as `copy` does."""
+    while True:
+        wait(fd, select.POLLIN, limits)
+        try:
+            return os.readv(fd, [buffer])
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise ChannelError("read", why=os.strerror(error.errno or 0)) from error
+
+
+def write_all(fd: int, data: bytes | memoryview, limits: Limits) -> None:
+    """Write all of ``data`` to ``fd`` (borrowed). Raises as `copy` does."""
+    rest = memoryview(data)
+    write = os.write if _never_blocks(fd) else _write_what_fits
+    while rest:
+        wait(fd, select.POLLOUT, limits)
+        try:
+            rest = rest[write(fd, rest) :]
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise ChannelError("write", why=os.strerror(error.errno or 0)) from error
+
+
+class Copied(NamedTuple):
+    """What a copy was."""
+
+    size_bytes: int
+    way: str
+    """The system call that moved the bytes; `READ_AND_WRITE` where they went through this process."""
+
+
+def copy(source: int, sink: int, limits: Limits) -> Copied:
+    """Copy ``source`` to its end into ``sink`` (both borrowed).
+
+    The bytes do not pass through this process, unless the kernel has no way between these two kinds of descriptor.
+    Raises `ChannelError`, `DeadlineExceeded`, `Cancelled`.
+    """
+    ways = _ways(source, sink)
+    done = 0
+    while True:
+        wait(source, select.POLLIN, limits)
+        wait(sink, select.POLLOUT, limits)
+        try:
+            count = ways[0](source, sink) if ways else _by_buffer(source, sink, limits)
+        except BlockingIOError:
+            continue
+        except DeadlineExceeded:  # an OSError by birth, and none of the descriptors'
+            raise
+        except OSError as error:
+            if error.errno not in _UNABLE or not ways:
+                raise ChannelError("transfer", why=os.strerror(error.errno or 0)) from error
+            ways.pop(0)
+            continue
+        if not count:
+            return Copied(done, ways[0].__name__.strip("_") if ways else READ_AND_WRITE)
+        done += count
+        limits.check(done)
+
+
+Way = Callable[[int, int], int]
+
+
+def _ways(source: int, sink: int) -> list[Way]:
+    """The ways in which the kernel may do it alone, best first."""
+    kinds = [os.fstat(fd).st_mode for fd in (source, sink)]
+    if stat.S_ISSOCK(kinds[1]) and os.get_blocking(sink):
+        # the kernel would wait for room without us, and know of no deadline
+        return []
+    if any(stat.S_ISFIFO(kind) for kind in kinds):
+        return [_splice]
+    if all(stat.S_ISREG(kind) for kind in kinds):
+        return [_copy_file_range, _sendfile]
+    return [_sendfile] if stat.S_ISREG(kinds[0]) else []
+
+
+def _splice(source: int, sink: int) -> int:
+    return os.splice(source, sink, STEP_BYTES, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+
+
+def _copy_file_range(source: int, sink: int) -> int:
+    return os.copy_file_range(source, sink, STEP_BYTES)
+
+
+def _sendfile(source: int, sink: int) -> int:
+    position = os.lseek(source, 0, os.SEEK_CUR)
+    count = os.sendfile(sink, source, position, STEP_BYTES)
+    os.lseek(source, position + count, os.SEEK_SET)
+    return count
+
+
+def _by_buffer(source: int, sink: int, limits: Limits) -> int:
+    buffer = memoryview(bytearray(STEP_BYTES))
+    count = read_some(source, buffer, limits)
+    write_all(sink, buffer[:count], limits)
+    return count
+
+
+def _write_what_fits(fd: int, data: memoryview) -> int:
+    """Write as much as ``fd``, which would make us wait for the rest, takes at once."""
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in _NO_NOWAIT:
+            raise
+    # so much is written at once or not at all: see pipe(7)
+    return os.write(fd, data[: select.PIPE_BUF])
+
+
+def _never_blocks(fd: int) -> bool:
+    return not os.get_blocking(fd) or stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def wait(fd: int, events: int, limits: Limits) -> None:
+    """Until ``fd`` (borrowed) is ready, as regular files always are. Raises `DeadlineExceeded`, `Cancelled`."""
+    poll = select.poll()
+    poll.register(fd, events)
+    if limits.cancel_fd is not None:
+        poll.register(limits.cancel_fd, select.POLLIN)
+    left_s = limits.deadline.left_s()
+    ready = poll.poll(None if left_s is None else left_s * 1000)
+    if limits.cancel_fd is not None and any(each == limits.cancel_fd for each, _ in ready):
+        raise Cancelled("transfer", why="it was cancelled")
+    # also where the descriptor is always ready
+    if not ready or limits.deadline.passed:
+        why = f"not done within {limits.deadline.timeout_s:g} s"
+        raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, why=why, hint="the device is stuck or slow")
