@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vdpabridge.device import Capability, Device, Identity, RunState
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures.procedures import save
+from vdpabridge.state.procedures import save
 from vdpabridge.state.transfer.channel import Limits, copy, enlarge
 
 from .table import show

@@ -14,7 +14,7 @@ from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures.procedures import migrate
+from vdpabridge.state.procedures import migrate
 from vdpabridge.state.transfer.channel import Limits
 
 from ..vm.conftest import VERSION_1, make_device

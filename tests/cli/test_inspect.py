@@ -9,7 +9,7 @@ from vdpabridge.drivers.sim import Sim
 from vdpabridge.linux.deadline import Deadline
 from vdpabridge.state.image.description import identify
 from vdpabridge.state.image.writer import ImageFacts, ImageWriter
-from vdpabridge.state.procedures.procedures import save_file
+from vdpabridge.state.procedures import save_file
 from vdpabridge.state.snapshot import DeviceSnapshot
 from vdpabridge.state.transfer.channel import Limits
 

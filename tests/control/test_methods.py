@@ -29,7 +29,7 @@ from vdpabridge.errors import DeadlineExceeded, KernelError, UsageError, VdpaBri
 from vdpabridge.export.vhost_user.server import Server, listen
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
-from vdpabridge.state.procedures.procedures import verify
+from vdpabridge.state.procedures import verify
 from vdpabridge.vhost_user.connection import Connection
 
 from ..support.disk_lab import DISK_BYTES, Lab, limits

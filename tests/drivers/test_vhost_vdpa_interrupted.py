@@ -17,8 +17,8 @@ from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import DeviceFailed, KernelError, StateError, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.state.procedures import migrate, save
 from vdpabridge.state.procedures.outcome import Advice, ProcedureFailed
-from vdpabridge.state.procedures.procedures import migrate, save
 from vdpabridge.state.replay import ReplayFailed, resume
 from vdpabridge.state.snapshot import capture
 

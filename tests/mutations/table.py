@@ -18,7 +18,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "no SUSPEND/RESUME check",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/steps.py",
         "            if capability not in device.capabilities:\n                raise",
         "            if False:\n                raise",
         ("tests/state/procedures/test_procedures.py",),
@@ -32,28 +32,28 @@ MUTATIONS = [
     ),
     Mutation(
         "save ignores CHECK",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/save.py",
         '                read_state(device, writer, limits, report)\n            with report.step("check"):\n                device.check_state()',
         '                read_state(device, writer, limits, report)\n            with report.step("check"):\n                pass',
         ("tests/state/procedures/test_procedures.py", "tests/state/procedures/test_faults.py"),
     ),
     Mutation(
         "migrate ignores source CHECK",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/migrate.py",
         "            source.check_state()\n",
         "            pass\n",
         ("tests/state/procedures/test_procedures.py", "tests/state/procedures/test_faults.py"),
     ),
     Mutation(
         "migrate ignores destination CHECK",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/migrate.py",
         "            destination.check_state()\n",
         "            pass\n",
         ("tests/state/procedures/test_procedures.py", "tests/state/procedures/test_faults.py"),
     ),
     Mutation(
         "load ignores CHECK",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/load.py",
         '                    write_state(device, spool, limits, report)\n                with report.step("check"):\n                    device.check_state()',
         '                    write_state(device, spool, limits, report)\n                with report.step("check"):\n                    pass',
         ("tests/state/procedures/test_procedures.py", "tests/state/procedures/test_faults.py"),
@@ -283,7 +283,7 @@ MUTATIONS = [
     ),
     Mutation(
         "destination starts always",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/migrate.py",
         "        if snapshot.started:\n",
         "        if True:\n",
         ("tests/state/procedures/test_procedures.py",),
@@ -493,7 +493,7 @@ MUTATIONS = [
     ),
     Mutation(
         "undrained requests are saved",
-        "vdpabridge/state/procedures/procedures.py",
+        "vdpabridge/state/procedures/steps.py",
         "    if device.undrained:\n",
         "    if False:\n",
         ("tests/state/procedures/test_procedures.py", "tests/state/image/test_fit.py"),

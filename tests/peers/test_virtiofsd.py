@@ -14,8 +14,8 @@ from vdpabridge.guest.fuse import FuseDriver, FuseError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures.procedures import ProcedureFailed, migrate, save, save_file
-from vdpabridge.state.procedures.procedures import load as load_image
+from vdpabridge.state.procedures import ProcedureFailed, migrate, save, save_file
+from vdpabridge.state.procedures import load as load_image
 from vdpabridge.state.snapshot import QueueEventfds
 from vdpabridge.state.transfer.channel import Limits
 

@@ -9,7 +9,7 @@ import sys
 
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures.procedures import load, save
+from vdpabridge.state.procedures import load, save
 from vdpabridge.state.transfer.channel import Limits
 from vdpabridge.vhost_user.connection import Connection
 

@@ -14,7 +14,7 @@ from vdpabridge.guest.block import BlockDriver, KnownDisk
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures.procedures import load, migrate, save
+from vdpabridge.state.procedures import load, migrate, save
 from vdpabridge.state.snapshot import QueueEventfds
 from vdpabridge.state.transfer.channel import Limits
 

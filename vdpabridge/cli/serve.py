@@ -28,7 +28,7 @@ from ..linux.deadline import Deadline
 from ..linux.signals import harmless
 from ..state.image.opening import open_image
 from ..state.losses import Loss
-from ..state.procedures.procedures import load_state
+from ..state.procedures import load_state
 from ..state.transfer.channel import Limits
 from ..vhost_user.connection import Connection, is_listening
 from .progress import ProgressLine

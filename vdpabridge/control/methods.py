@@ -16,7 +16,7 @@ from ..export.vhost_user.server import Server
 from ..linux.deadline import Deadline
 from ..linux.files import replacing
 from ..state.losses import Loss
-from ..state.procedures.procedures import ProcedureFailed, load_state, save
+from ..state.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .server import Caller, Method

@@ -16,7 +16,7 @@ from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.image.fit import check_fits, facts_of
 from vdpabridge.state.losses import Loss, StateWouldBeLost
-from vdpabridge.state.procedures.procedures import load, migrate, save
+from vdpabridge.state.procedures import load, migrate, save
 from vdpabridge.state.replay import replay, resume
 from vdpabridge.state.snapshot import SnapshotError, capture
 

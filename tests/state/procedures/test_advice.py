@@ -14,8 +14,8 @@ import pytest
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import DeadlineExceeded, KernelError, VdpaBridgeError
+from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save
 from vdpabridge.state.procedures.outcome import Advice
-from vdpabridge.state.procedures.procedures import ProcedureFailed, load, migrate, save
 from vdpabridge.state.snapshot import restore
 
 from ...support.disk_lab import lab, limits, made

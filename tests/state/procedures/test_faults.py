@@ -16,8 +16,7 @@ from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
-from vdpabridge.state.procedures import undo
-from vdpabridge.state.procedures.procedures import Advice, ProcedureFailed, load, migrate, save, save_file
+from vdpabridge.state.procedures import Advice, ProcedureFailed, load, migrate, save, save_file, undo
 from vdpabridge.state.procedures.witness import Witness
 from vdpabridge.state.replay import ReplayFailed, resume
 from vdpabridge.state.snapshot import DeviceSnapshot

@@ -17,7 +17,7 @@ from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import FeatureError, MissingCapability, StateError, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.state.image.reader import ImageError
-from vdpabridge.state.procedures.procedures import ProcedureFailed, load, migrate, save, save_file, verify
+from vdpabridge.state.procedures import ProcedureFailed, load, migrate, save, save_file, verify
 from vdpabridge.state.snapshot import SnapshotError
 from vdpabridge.state.transfer.channel import ChannelError
 

@@ -14,7 +14,7 @@ import pytest
 from vdpabridge.device import RunState
 from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.state.image.reader import ImageError
-from vdpabridge.state.procedures.procedures import Advice, ProcedureFailed, load, migrate, save, verify
+from vdpabridge.state.procedures import Advice, ProcedureFailed, load, migrate, save, verify
 from vdpabridge.state.snapshot import restore
 
 from ...support.disk_lab import DISK_BYTES, Lab, limits

@@ -13,18 +13,18 @@ from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
-from vdpabridge.state.procedures.procedures import migrate, save
+from vdpabridge.state.procedures import migrate, save
 from vdpabridge.state.procedures.undo import Undo
 
 from ...support.disk_lab import limits
 from ...support.fake_kernel import FakeKernel, Parent
 from ...support.transitions import shared_file
 
-HERE = str(Path(vdpabridge.__file__).parent / "state")
+HERE = tuple(str(Path(vdpabridge.__file__).parent / name) for name in ("state", "linux/signals.py"))
 
 
 class Alarm:
-    """Raises SIGINT before line number ``at`` that is run in vdpabridge/state, once it is armed."""
+    """Raises SIGINT before line number ``at`` that is run in vdpabridge/state and linux/signals.py, once it is armed."""
 
     def __init__(self, at):
         self.at = at
@@ -35,7 +35,7 @@ class Alarm:
         name = frame.f_code.co_filename
         # Python looks for signals as a function begins, and when one that was called is done: not at a with statement
         # before its __exit__, nor at a raise, which are lines all the same
-        if not name.startswith(HERE) or name.endswith("procedures.py"):
+        if not name.startswith(HERE) or name.endswith(("save.py", "migrate.py")):
             return None
         if event == "line" and frame.f_code is Undo.__exit__.__code__:
             return self.trace

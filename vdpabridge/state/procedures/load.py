@@ -1,0 +1,106 @@
+"""Load: a device brought to where an image was taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Set
+
+from ...device import Device, RunState
+from ...errors import StateError
+from ...linux.signals import uninterrupted
+from ..image.fit import check_fits, check_memory
+from ..image.reader import ImageReader
+from ..image.writer import ImageFacts
+from ..losses import Loss
+from ..report import Report
+from ..snapshot import QueueEventfds, restore
+from ..transfer.carry import spool_state, write_state
+from ..transfer.channel import Limits
+from ..transfer.stream import reading
+from .steps import start_from
+from .undo import Undo
+
+__all__ = ["load", "load_state", "verify"]
+
+
+def verify(source: int, limits: Limits, device: Device | None = None, *, accept: Set[Loss] = frozenset()) -> ImageFacts:
+    """Read the image in ``source`` (borrowed) to its end; with ``device``, see whether it would take it.
+
+    Raises `ImageError` for one that is damaged, `SnapshotError` or `FeatureError` for one that does not fit.
+    """
+    reader = ImageReader(reading(source, limits))
+    for _ in reader.state():
+        continue
+    if device is not None:
+        check_fits(reader.facts, device, accept)
+    return reader.facts
+
+
+def load(
+    device: Device,
+    source: int,
+    limits: Limits,
+    eventfds: Mapping[int, QueueEventfds],
+    *,
+    start: bool | None = None,
+    accept: Set[Loss] = frozenset(),
+) -> Report:
+    """Bring reset ``device`` to where the image in ``source`` (borrowed) was taken.
+
+    ``start``: whether it is started there; None for a device that was at work when it was saved. ``accept``: what of
+    its state it may lack.
+
+    The image is read and verified to its end before the device sees anything of it. The guest's memory is the
+    caller's to map before, the eventfds are those of this process. Raises `ImageError`, `SnapshotError`,
+    `FeatureError`, `StateError`, `StateWouldBeLost` before the device was touched; `ProcedureFailed` after that, and
+    the device is reset.
+    """
+    return _load(device, source, limits, eventfds, start=start, accept=accept)
+
+
+def load_state(device: Device, source: int, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
+    """Give reset ``device`` its own state out of the image in ``source`` (borrowed), and nothing else of it.
+
+    For a device whose features and queues somebody else sets up, as a front-end does. Raises as `load` does.
+    """
+    return _load(device, source, limits, None, start=False, accept=accept)
+
+
+def _load(
+    device: Device,
+    source: int,
+    limits: Limits,
+    eventfds: Mapping[int, QueueEventfds] | None,
+    *,
+    start: bool | None,
+    accept: Set[Loss],
+) -> Report:
+    if device.state is not RunState.RESET:
+        raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
+    undo = Undo("load", None, device)
+    report = undo.report
+    with report.step("read the image"), device.limit.within(limits.deadline):
+        reader = ImageReader(reading(source, limits))
+        check_fits(reader.facts, device, accept)
+        if eventfds is not None:
+            check_memory(reader.facts, device)
+        spool = spool_state(reader, limits, report)
+    report.digest = reader.digest
+    try:
+        with undo, device.limit.within(limits.deadline):
+            if reader.facts.has_state:
+                with report.step("device state"):
+                    write_state(device, spool, limits, report)
+                with report.step("check"):
+                    device.check_state()
+            if eventfds is not None:
+                with report.step("restore"):
+                    restore(device, reader.facts.snapshot, eventfds)
+            snapshot = reader.facts.snapshot
+            with uninterrupted():
+                if start or (start is None and snapshot.started is not False):
+                    start_from(device, snapshot, undo)
+                undo.finish()
+    finally:
+        os.close(spool)
+    return report

@@ -1,0 +1,79 @@
+"""Migrate: one device goes on where another stops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from ...device import Capability, Device
+from ...linux.signals import uninterrupted
+from ..image.fit import check_fits, check_memory, facts_of
+from ..image.writer import ImageFacts
+from ..losses import Loss
+from ..report import Report
+from ..snapshot import DeviceSnapshot, QueueEventfds, eventfds_of, place, prepare
+from ..transfer.carry import carry_state
+from ..transfer.channel import Limits
+from .steps import begin, start_from, suspend
+from .undo import Undo
+
+__all__ = ["migrate"]
+
+
+def migrate(source: Device, destination: Device, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
+    """Have ``destination``, which is reset and has the guest's memory mapped, work on where ``source`` stops.
+
+    A source that was never started leaves a destination that is not either. ``accept``: what of its state may be lost.
+
+    What can be done before the source is suspended is done before: a destination without a state of its own is set up,
+    short of its queues' positions. The source's eventfds become the destination's. Where a step fails the destination
+    is reset and the source resumes.
+
+    Raises `StateError`, `MissingCapability`, `SnapshotError`, `FeatureError` or `StateWouldBeLost` before anything was
+    done; `ProcedureFailed` after that, which says which of the two runs.
+    """
+    with source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
+        undo = begin(source, "migrate", accept, destination)
+        facts = facts_of(source, None)
+        check_fits(facts, destination, accept)
+        check_memory(facts, destination, source.regions)
+    with undo, source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
+        _move(source, destination, facts, limits, undo)
+    return undo.report
+
+
+def _move(
+    source: Device,
+    destination: Device,
+    facts: ImageFacts,
+    limits: Limits,
+    undo: Undo,
+) -> None:
+    report = undo.report
+    eventfds = eventfds_of(source)
+    if not facts.has_state:
+        with report.step("prepare"):
+            _set_up(destination, source, facts.snapshot, eventfds)
+    undo.snapshot = snapshot = suspend(source, undo)
+    if facts.has_state:
+        with report.step("device state"):
+            carry_state(source, destination, limits, report)
+        with report.step("check"):
+            source.check_state()
+            destination.check_state()
+        with report.step("prepare"):
+            _set_up(destination, source, snapshot, eventfds)
+    with report.step("place"):
+        place(destination, snapshot, eventfds)
+    # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
+    with uninterrupted():
+        if snapshot.started:
+            start_from(destination, snapshot, undo)
+        undo.finish()
+
+
+def _set_up(
+    destination: Device, source: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]
+) -> None:
+    prepare(destination, snapshot, eventfds)
+    if source.config_call is not None and Capability.CONFIG_CALL in destination.capabilities:
+        destination.set_config_call(source.config_call)

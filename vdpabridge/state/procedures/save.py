@@ -1,0 +1,65 @@
+"""Save: the image of a device, which resumes afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from ...device import Device
+from ...linux.files import replacing
+from ..image.fit import facts_of
+from ..image.writer import ImageWriter
+from ..losses import Loss
+from ..report import Report
+from ..transfer.carry import read_state
+from ..transfer.channel import Limits, enlarge, write_all
+from .steps import begin, suspend
+from .undo import Undo
+
+__all__ = ["save", "save_file"]
+
+
+def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()) -> Report:
+    """Write the image of ``device`` to ``sink`` (borrowed).
+
+    A running device is suspended for it, and resumes afterwards (with ``go_on``), and where saving fails in any case.
+    ``accept``: what of its state may be missing in the image. Raises `StateError`, `MissingCapability` or
+    `StateWouldBeLost` before anything was done, `ProcedureFailed` after that.
+    """
+    undo = begin(device, "save", accept)
+    with undo:
+        with device.limit.within(limits.deadline):
+            _write_image(device, sink, limits, undo)
+        if go_on:
+            undo.resume_source("resume")
+    return undo.report
+
+
+def save_file(
+    device: Device, path: str, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()
+) -> Report:
+    """Save to file ``path``, which is there whole or, where this raises, as it was before; raises as `save` does.
+
+    Only when the file is safe does the device resume: where only that fails, the error says so, and the file is there.
+    """
+    undo = begin(device, "save", accept)
+    with undo:
+        with device.limit.within(limits.deadline), replacing(path) as fd:
+            _write_image(device, fd, limits, undo)
+        if go_on:
+            undo.resume_source("resume")
+    return undo.report
+
+
+def _write_image(device: Device, sink: int, limits: Limits, undo: Undo) -> None:
+    report = undo.report
+    undo.snapshot = snapshot = suspend(device, undo)
+    facts = facts_of(device, snapshot)
+    enlarge(sink)
+    with ImageWriter(lambda data: write_all(sink, data, limits), facts) as writer:
+        if facts.has_state:
+            with report.step("device state"):
+                read_state(device, writer, limits, report)
+            with report.step("check"):
+                device.check_state()
+        with report.step("end"):
+            report.digest = writer.end()

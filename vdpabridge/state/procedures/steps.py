@@ -1,0 +1,51 @@
+"""What save, load and migrate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from ...device import Capability, Device, RunState
+from ...device.rules import ALTERNATIVES
+from ...errors import MissingCapability, StateError, VdpaBridgeError
+from ..losses import Loss, require_accepted, unsavable
+from ..snapshot import DeviceSnapshot, capture
+from .undo import Undo
+
+__all__ = ["begin", "start_from", "suspend"]
+
+
+def begin(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Undo:
+    """What puts things right if ``what`` fails; raises where ``device`` is in no state to be saved."""
+    if device.state not in (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED):
+        legal = (RunState.CONFIGURED.value, RunState.RUNNING.value, RunState.SUSPENDED.value)
+        raise StateError(device.name, what, device.state.value, legal)
+    if device.undrained:
+        why = "it was stopped with requests in flight, which would never be answered"
+        raise VdpaBridgeError(what, device=device.name, why=why, hint="resume it, and let it drain")
+    require_accepted(what, device, unsavable(device), accept, "the device cannot give it")
+    if device.state is not RunState.CONFIGURED:
+        needed = [Capability.SUSPEND] if device.state is RunState.RUNNING else []
+        if Capability.DEVICE_STATE in device.capabilities:
+            # to go back by reset and replay, it would have to give and take its state at the worst of times
+            needed.append(Capability.RESUME)
+        for capability in needed:
+            if capability not in device.capabilities:
+                raise MissingCapability(device.name, what, capability.value, ALTERNATIVES[capability])
+    return Undo(what, device, destination)
+
+
+def start_from(device: Device, snapshot: DeviceSnapshot, undo: Undo) -> None:
+    """Start ``device``, which stands where ``snapshot`` was taken."""
+    with undo.report.step("start"):
+        undo.expect_start(snapshot)
+        device.start()
+
+
+def suspend(device: Device, undo: Undo) -> DeviceSnapshot:
+    """Where ``device`` stands, stopped."""
+    if device.state is RunState.RUNNING:
+        with undo.report.step("suspend"), undo.report.watching(device):
+            undo.suspending = True
+            device.suspend()
+    with undo.report.step("capture"):
+        return capture(device)
