@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdpabridge.drivers.sim.fs import FsModel
-from vdpabridge.drivers.sim.fuse_session import KNOWN_MAX, Handle, Inode, Session, pack_session, unpack_session
+from vdpabridge.drivers.sim.fuse_session import KNOWN_MAX, FuseSession, Handle, Inode, pack_session, unpack_session
 from vdpabridge.drivers.sim.model import StateRefused
 from vdpabridge.drivers.sim.stream import CHUNK_BYTES_MAX
 
@@ -28,7 +28,9 @@ def sessions(draw):
     )
     for handle in handles.values():
         inodes[handle.nodeid].opens += 1
-    return Session(31, draw(st.integers(0, 2**32 - 1)), inodes, handles, max(inodes) + 1, max(handles, default=0) + 1)
+    return FuseSession(
+        31, draw(st.integers(0, 2**32 - 1)), inodes, handles, max(inodes) + 1, max(handles, default=0) + 1
+    )
 
 
 @given(sessions())
@@ -39,13 +41,13 @@ def test_what_goes_in_comes_out(session):
 @pytest.mark.parametrize("path", ["nowhere", "many//00001", "/README", "many/", "/" * 60000])
 def test_files_that_are_not_there(path):
     """As soon as one is read: what comes after it is not kept."""
-    chunks = pack_session(Session(inodes={1: Inode("", 1), 2: Inode(path, 1)}, next_nodeid=3))
+    chunks = pack_session(FuseSession(inodes={1: Inode("", 1), 2: Inode(path, 1)}, next_nodeid=3))
     with pytest.raises(StateRefused, match=f"inode 2 is '{path[:200]}', which is not shared here"):
         FsModel().load(chunks)
 
 
 def test_a_large_session_takes_few_bytes_in_chunks_of_whole_records():
-    session = Session(
+    session = FuseSession(
         inodes={1: Inode("", 1)} | {number: Inode("lines", 1) for number in range(2, 70_000)},
         next_nodeid=70_000,
         handles={number: Handle(1, True) for number in range(1, KNOWN_MAX + 1)},

@@ -163,7 +163,7 @@ def test_what_a_front_end_says_while_a_failed_device_is_held():
         server.companion.run(lambda: server.hold(1))
         kernel.accidents = [(STATUS, 0, refused)]
         assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
-        server.companion.run(lambda: server.session._requests.set_features(U64(1 << 32 | 1 << 30), []))
+        server.companion.run(lambda: server.session._handlers.set_features(U64(1 << 32 | 1 << 30), []))
         server.companion.run(lambda: server.release(1))
         assert (kernel._running, kernel.bases[0]) == (True, 7)
 
@@ -190,7 +190,7 @@ def test_a_front_end_is_told_of_a_device_that_is_lost_while_somebody_else_held_i
         wait_until(lambda: kernel._running)
         server.companion.run(lambda: server.hold(1))
         kernel.status |= 64
-        ring = server.session._requests.rings._rings[0]
+        ring = server.session._handlers.rings._rings[0]
         ring.in_device = True
         assert isinstance(server.companion.run(lambda: server.release(1)), DeviceFailed)
 

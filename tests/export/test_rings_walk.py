@@ -22,8 +22,8 @@ from vdpabridge.abi.vhost_user_payloads import VringAddr
 from vdpabridge.device import Capability, Operation, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import VdpaBridgeError
-from vdpabridge.export.vhost_user.memory import FrontendMemory
-from vdpabridge.export.vhost_user.rings import Rings
+from vdpabridge.export.vhost_user.frontend_memory import FrontendMemory
+from vdpabridge.export.vhost_user.frontend_rings import FrontendRings
 
 from ..support.front_end import MEMORY_BYTES, USER, VERSION_1, one_region
 from ..support.transitions import shared_file
@@ -138,7 +138,7 @@ def front_ends(capabilities):
             self.file = self.stack.enter_context(shared_file(MEMORY_BYTES))
             self.device = self.stack.enter_context(device_class.blk(1 << 20, queue_count=QUEUES, timeout_s=5))
             self.memory = FrontendMemory(self.device)
-            self.books = Rings(self.device, self.memory)
+            self.books = FrontendRings(self.device, self.memory)
             self.stack.callback(lambda: self.books.close())
             self.guest = [RingOfGuest(self.file, index) for index in range(QUEUES)]
             for each in self.guest:
@@ -308,7 +308,7 @@ def front_ends(capabilities):
         def hang_up(self):
             """Another front-end, and a device that was reset."""
             self.books.close()
-            self.books = Rings(self.device, self.memory)
+            self.books = FrontendRings(self.device, self.memory)
             self.reset()
 
         # --- what must be so ---

@@ -35,8 +35,8 @@ from .fs import FsModel
 from .guest_view import GuestView
 from .inflight import InflightTable
 from .model import Died, Faults, Model, StateRefused
+from .model_state import ModelState
 from .ring import DeviceRing, RingBroken
-from .state import StateTransfer
 from .tree import Directory
 from .worker import Worker
 
@@ -65,7 +65,7 @@ class Sim(Device):
         self._eventfds: dict[tuple[int, Operation], int] = {}
         self._bases: dict[int, int] = {}
         self._inflight: tuple[SharedMapping, InflightRegion, int] | None = None
-        self._state_transfer = StateTransfer(model, self._faults)
+        self._state_transfer = ModelState(model, self._faults)
 
     @classmethod
     def blk(cls, size_bytes: int = 64 << 20, *, queue_count: int = 2, timeout_s: float | None = None) -> Self:

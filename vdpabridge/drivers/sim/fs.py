@@ -12,7 +12,7 @@ from ...abi.fuse import FUSE_IN_HEADER
 from ...abi.virtio import VIRTIO_ID_FS
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from .fuse_server import FuseServer
-from .fuse_session import Session, pack_session, unpack_session
+from .fuse_session import FuseSession, pack_session, unpack_session
 from .model import Loaded, Model
 from .ring import Chain
 from .tree import Directory, default_tree, find
@@ -37,7 +37,7 @@ class FsModel(Model):
         self._server = FuseServer(self._tree)
 
     @property
-    def session(self) -> Session:
+    def session(self) -> FuseSession:
         """What the guest has looked up and opened."""
         return self._server.session
 
@@ -68,4 +68,4 @@ class FsModel(Model):
         return path == "/".join(filter(None, path.split("/"))) and find(self._tree, path) is not None
 
     def reset(self) -> None:
-        self._server.session = Session()
+        self._server.session = FuseSession()

@@ -34,7 +34,7 @@ from ...abi.fuse import (
     FUSE_ROOT_ID,
     FuseOpcode,
 )
-from .fuse_session import KNOWN_MAX, Handle, Inode, Session
+from .fuse_session import KNOWN_MAX, FuseSession, Handle, Inode
 from .tree import Directory, File, Node, find
 
 __all__ = ["FuseServer"]
@@ -59,9 +59,9 @@ class FuseServer:
 
     def __init__(self, tree: Directory) -> None:
         self._tree = tree
-        self.session = Session()
+        self.session = FuseSession()
         self._numbers: dict[str, int] = {}
-        self._of_session: Session | None = None
+        self._of_session: FuseSession | None = None
         ask: dict[FuseOpcode, Callable[[int, bytes], bytes]] = {
             FuseOpcode.FUSE_INIT: self._init,
             FuseOpcode.FUSE_DESTROY: self._destroy,
@@ -117,13 +117,13 @@ class FuseServer:
             # the first Linux with virtiofs has 7.31
             raise _Refused(errno.EPROTO)
         accepted = flags & (FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS)
-        self.session = Session(minor=_MINOR, flags=accepted)
+        self.session = FuseSession(minor=_MINOR, flags=accepted)
         return FUSE_INIT_OUT.pack(
             FUSE_KERNEL_VERSION, _MINOR, readahead, accepted, 16, 12, _WRITE_BYTES_MAX, 1, 0, 0, 0
         )
 
     def _destroy(self, _nodeid: int, _body: bytes) -> bytes:
-        self.session = Session()
+        self.session = FuseSession()
         return b""
 
     # --- inodes ---

@@ -15,7 +15,7 @@ from ...abi.fuse import FUSE_ROOT_ID
 from .model import StateRefused
 from .stream import CHUNK_BYTES_MAX
 
-__all__ = ["KNOWN_MAX", "Handle", "Inode", "Session", "pack_session", "unpack_session"]
+__all__ = ["KNOWN_MAX", "FuseSession", "Handle", "Inode", "pack_session", "unpack_session"]
 
 #: Inodes that a guest may know, and handles that it may have.
 KNOWN_MAX = 1 << 17
@@ -48,7 +48,7 @@ class Handle:
 
 
 @dataclass(slots=True)
-class Session:
+class FuseSession:
     """All that the server remembers: the device's internal state."""
 
     minor: int = 0
@@ -60,7 +60,7 @@ class Session:
     next_handle: int = 1
 
 
-def pack_session(session: Session) -> Iterator[bytes]:
+def pack_session(session: FuseSession) -> Iterator[bytes]:
     """``session`` in chunks."""
     counts = len(session.inodes), len(session.handles)
     yield _HEAD.pack(session.minor, session.flags, session.next_nodeid, session.next_handle, *counts)
@@ -85,7 +85,7 @@ def _chunks(records: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(chunk)
 
 
-def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) -> Session:
+def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) -> FuseSession:
     """The session in ``chunks``, all of which are read. Raises `StateRefused`, and as ``chunks`` does.
 
     It has files only of which ``is_shared`` says that they are there, so that it is no bigger than the tree allows.
@@ -95,7 +95,7 @@ def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) ->
         minor, flags, next_nodeid, next_handle, inode_count, handle_count = _HEAD.unpack(next(content, b""))
         if max(inode_count, handle_count) > KNOWN_MAX:
             raise StateRefused(f"it has {max(inode_count, handle_count)} inodes or handles, more than {KNOWN_MAX}")
-        session = Session(minor, flags, {}, {}, next_nodeid, next_handle)
+        session = FuseSession(minor, flags, {}, {}, next_nodeid, next_handle)
         for chunk in content:
             at = 0
             while at < len(chunk):
@@ -113,7 +113,7 @@ def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) ->
     return session
 
 
-def _take_inode(session: Session, chunk: bytes, at: int, is_shared: Callable[[str], bool]) -> int:
+def _take_inode(session: FuseSession, chunk: bytes, at: int, is_shared: Callable[[str], bool]) -> int:
     number, lookups, path_bytes = _INODE.unpack_from(chunk, at)
     begin = at + _INODE.size
     end: int = begin + path_bytes
@@ -127,7 +127,7 @@ def _take_inode(session: Session, chunk: bytes, at: int, is_shared: Callable[[st
     return end
 
 
-def _take_handle(session: Session, chunk: bytes, at: int) -> int:
+def _take_handle(session: FuseSession, chunk: bytes, at: int) -> int:
     number, nodeid, directory = _HANDLE.unpack_from(chunk, at)
     if number in session.handles:
         raise StateRefused(f"handle {number} comes twice")
@@ -139,7 +139,7 @@ def _take_handle(session: Session, chunk: bytes, at: int) -> int:
     return at + _HANDLE.size
 
 
-def _check_numbers(session: Session) -> None:
+def _check_numbers(session: FuseSession) -> None:
     if FUSE_ROOT_ID not in session.inodes or session.next_nodeid <= max(session.inodes):
         raise StateRefused("its inode numbers do not fit together")
     if session.next_handle <= max(session.handles, default=0):

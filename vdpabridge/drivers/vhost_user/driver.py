@@ -36,12 +36,12 @@ from ...errors import ConnectionLost, DeadlineExceeded, FeatureError, PeerRefuse
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection
 from ...vhost_user.peer import PeerProcess
+from .backend_memory import BackendMemory, slots_of
+from .backend_requests import BackendRequests
+from .backend_rings import BackendRings
+from .backend_state import BackendState
 from .channel import BackendChannel
-from .memory import BackendMemory, slots_of
 from .negotiation import QUEUE_SIZE_MAX, capabilities_of, config_size_of, negotiate, queue_count_of
-from .requests import Requests
-from .rings import Rings
-from .state import StateTransfer
 
 __all__ = ["VhostUser"]
 
@@ -75,7 +75,7 @@ class VhostUser(Device):
         The protocol tells neither what a device is nor how large its configuration space is, nor, without MQ, how
         many queues it has: ``device_id``, ``config_size_bytes`` and ``queue_count`` say so where it matters.
         """
-        self._requests = Requests(connection)
+        self._requests = BackendRequests(connection)
         super().__init__(connection.peer, self._requests.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -91,10 +91,10 @@ class VhostUser(Device):
             raise
         self._identity = Identity(device_id, count, QUEUE_SIZE_MAX, size)
         self._capabilities = capabilities_of(self._requests, self._features, size)
-        self._rings = Rings(self._requests, self._features)
+        self._rings = BackendRings(self._requests, self._features)
         self._channel: BackendChannel | None = None
         self._logging = False
-        self._transfer = StateTransfer(self._requests)
+        self._transfer = BackendState(self._requests)
 
     @classmethod
     def open(

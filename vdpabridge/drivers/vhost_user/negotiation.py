@@ -15,7 +15,7 @@ from ...abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ...abi.virtio_blk import VIRTIO_BLK_CONFIG
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from ...device.rules import Capability
-from .requests import Requests
+from .backend_requests import BackendRequests
 
 __all__ = ["QUEUE_SIZE_MAX", "capabilities_of", "config_size_of", "negotiate", "queue_count_of"]
 
@@ -50,7 +50,7 @@ _CONFIG_BYTES = {
 }
 
 
-def negotiate(requests: Requests) -> int:
+def negotiate(requests: BackendRequests) -> int:
     """Negotiate protocol features; returns the virtio features that the back-end offers."""
     features = requests.number(FrontendRequest.GET_FEATURES)
     if features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
@@ -61,7 +61,7 @@ def negotiate(requests: Requests) -> int:
     return features
 
 
-def queue_count_of(requests: Requests, device_id: int | None, told: int | None) -> int:
+def queue_count_of(requests: BackendRequests, device_id: int | None, told: int | None) -> int:
     """How many queues the device has: what the caller says, else what the back-end says."""
     if told is not None:
         return min(told, QUEUES_MAX)
@@ -70,7 +70,7 @@ def queue_count_of(requests: Requests, device_id: int | None, told: int | None) 
     return _QUEUES.get(device_id or 0, 1)
 
 
-def config_size_of(requests: Requests, device_id: int | None, told: int | None) -> int:
+def config_size_of(requests: BackendRequests, device_id: int | None, told: int | None) -> int:
     """How large the configuration space is: what the caller says, else what its kind of device has."""
     if not requests.has(ProtocolFeature.CONFIG):
         return 0
@@ -78,7 +78,7 @@ def config_size_of(requests: Requests, device_id: int | None, told: int | None) 
     return min(size, CONFIG_SIZE_MAX)
 
 
-def capabilities_of(requests: Requests, features: int, config_size_bytes: int) -> Set[Capability]:
+def capabilities_of(requests: BackendRequests, features: int, config_size_bytes: int) -> Set[Capability]:
     """What the waist calls the features that were negotiated."""
     has = requests.has
     found = {

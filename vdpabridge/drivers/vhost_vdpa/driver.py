@@ -48,9 +48,9 @@ from ...linux.eventfds import signal
 from ...linux.mappings import SharedMapping
 from .groups import Groups
 from .iotlb import Iotlb, IotlbBroken
+from .kernel_requests import KernelRequests
 from .node import Node
 from .regions import Regions
-from .requests import Requests
 from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
@@ -103,7 +103,7 @@ class VhostVdpa(Device):
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
         """
         self._node = node
-        self._ask = Requests(node)
+        self._ask = KernelRequests(node)
         self._bound: set[tuple[Operation, int]] = set()
         """Eventfds that the kernel may have been given since the last reset."""
         super().__init__(node.path, node.limit)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...abi.vhost import VhostIoctl as Ioctl
 from ...device import QueueSetup
-from .requests import Requests
+from .kernel_requests import KernelRequests
 
 __all__ = ["Groups"]
 
@@ -17,7 +17,7 @@ class Groups:
     ``rings_apart``: the device may tell the group of a queue's rings from that of its buffers (DESC_ASID).
     """
 
-    def __init__(self, device: str, ask: Requests, *, rings_apart: bool) -> None:
+    def __init__(self, device: str, ask: KernelRequests, *, rings_apart: bool) -> None:
         self._device = device
         self._ask = ask
         self._rings_apart = rings_apart

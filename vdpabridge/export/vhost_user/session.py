@@ -20,7 +20,7 @@ from ...errors import MissingCapability, ProtocolError, VdpaBridgeError
 from ...linux.deadline import Deadline
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
-from .requests import Answer, Requests
+from .handlers import Answer, Handlers
 
 __all__ = ["Session", "require_servable"]
 
@@ -49,7 +49,7 @@ class Session:
     ) -> None:
         try:
             require_servable(device)
-            self._requests = Requests(device)
+            self._handlers = Handlers(device)
         except BaseException:
             connection.close()
             raise
@@ -63,7 +63,7 @@ class Session:
     @property
     def config_changed(self) -> int:
         """Readable when the device's configuration has changed: call `announce_config_change` then. Borrowed."""
-        return self._requests.config_changed
+        return self._handlers.config_changed
 
     @property
     def messages(self) -> int:
@@ -73,22 +73,22 @@ class Session:
     @property
     def lost(self) -> bool:
         """Whether the device has failed, and cannot go on for this front-end."""
-        return self._requests.rings.lost
+        return self._handlers.rings.lost
 
     @property
     def held(self) -> bool:
         """Whether the device is to stay suspended."""
-        return self._requests.rings.held
+        return self._handlers.rings.held
 
     def hold(self) -> None:
         """Suspend the device, whatever the front-end asks for meanwhile, until `release`; also where this raises."""
-        self._requests.rings.hold()
+        self._handlers.rings.hold()
 
     def release(self) -> None:
         """Let the device do again what the front-end wants."""
-        self._requests.rings.release()
+        self._handlers.rings.release()
         self._be_patient(begin_again=True)
-        self._announce(self._requests.announce_kept_change)
+        self._announce(self._handlers.announce_kept_change)
 
     def fileno(self) -> int:
         """The front-end's socket: call `serve_one` when it is readable. Borrowed."""
@@ -105,7 +105,7 @@ class Session:
             with message:
                 self._serve(message)
             self._be_patient(begin_again=message.request in _RING_REQUESTS)
-            self._announce(self._requests.announce_kept_change)
+            self._announce(self._handlers.announce_kept_change)
         if self._patience.passed:
             self._wait_no_longer()
         return not self._connection.ended
@@ -118,7 +118,7 @@ class Session:
 
     def _be_patient(self, *, begin_again: bool) -> None:
         """Have rings that are enabled wait for what is said of others, for a while."""
-        if not self._requests.rings.waiting:
+        if not self._handlers.rings.waiting:
             self._patience = Deadline(None)
         elif begin_again or self._patience.timeout_s is None:
             self._patience = Deadline(_ENABLE_S)
@@ -127,7 +127,7 @@ class Session:
         """Start with the rings that are enabled, whatever there may be to come."""
         self._patience = Deadline(None)
         try:
-            self._requests.rings.wait_no_longer()
+            self._handlers.rings.wait_no_longer()
         except (VdpaBridgeError, ValueError, OSError) as error:
             # it has asked for nothing that this could be the answer to, and would wait for ever
             raise ProtocolError("start the rings", peer=self._connection.peer, why=str(error)) from error
@@ -140,8 +140,8 @@ class Session:
 
     def announce_config_change(self) -> None:
         """Tell the front-end, and see whether the device itself is well: vDPA devices say so in the same way."""
-        self._announce(self._requests.announce_config_change)
-        self._requests.device.check_health()
+        self._announce(self._handlers.announce_config_change)
+        self._handlers.device.check_health()
 
     def _announce(self, announce: Callable[[], None]) -> None:
         try:
@@ -157,7 +157,7 @@ class Session:
         if not self._closed:
             self._closed = True
             try:
-                for problem in self._requests.close():
+                for problem in self._handlers.close():
                     self._report(f"when the front-end had left: {problem}")
             finally:
                 self._connection.close()
@@ -169,7 +169,7 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Session of {self._requests.device!r}, {self._connection!r}>"
+        return f"<Session of {self._handlers.device!r}, {self._connection!r}>"
 
     # --- one message ---
 
@@ -202,9 +202,9 @@ class Session:
         spec = FRONTEND_REQUESTS[request]
         if message.flags & FLAG_REPLY:
             raise self._broken(message, "it is a reply, and nothing was asked")
-        if not hasattr(Requests, request.name.lower()):
+        if not hasattr(Handlers, request.name.lower()):
             raise self._broken(message, "the device has no use for it, and did not offer it")
-        if spec.needs is not None and not self._requests.has(spec.needs):
+        if spec.needs is not None and not self._handlers.has(spec.needs):
             raise self._broken(message, f"{spec.needs.name} was not negotiated")
         try:
             payload = spec.payload.unpack(message.payload)
@@ -222,7 +222,7 @@ class Session:
         self, request: FrontendRequest, payload: Any, fds: list[int]
     ) -> tuple[Answer | None, Exception | None]:
         try:
-            answer = self._requests.perform(request, payload, fds)
+            answer = self._handlers.perform(request, payload, fds)
         except Exception as error:  # noqa: BLE001  # whatever a front-end brings about ends no more than its request
             kind = "" if isinstance(error, (VdpaBridgeError, ValueError, OSError)) else f"{type(error).__name__}: "
             self._report(f"{request.name}: {kind}{error}")
@@ -240,7 +240,7 @@ class Session:
                 os.close(fd)
 
     def _acknowledge(self, message: Message, error: Exception | None) -> None:
-        if message.flags & FLAG_NEED_REPLY and self._requests.has(ProtocolFeature.REPLY_ACK):
+        if message.flags & FLAG_NEED_REPLY and self._handlers.has(ProtocolFeature.REPLY_ACK):
             data = U64(_FAILED if error else 0).pack()
             self._connection.send(message.request, data, flags=REPLY_FLAGS, deadline=Deadline(_REPLY_S))
         elif error is not None:

@@ -21,10 +21,10 @@ from ...device import Capability, Device, Operation, QueueRecord, QueueSetup, Ru
 from ...errors import VdpaBridgeError
 from ...linux.eventfds import signal
 from ...state.replay import start_over
-from .memory import FrontendMemory
-from .ring import Ring
+from .frontend_memory import FrontendMemory
+from .frontend_ring import FrontendRing
 
-__all__ = ["Rings"]
+__all__ = ["FrontendRings"]
 
 _BINDERS = {Operation.SET_KICK: Device.set_kick, Operation.SET_CALL: Device.set_call, Operation.SET_ERR: Device.set_err}
 
@@ -33,13 +33,13 @@ def _nothing() -> None:
     return
 
 
-class Rings:
+class FrontendRings:
     """The rings of ``device``, with ``memory`` to find them in; both are borrowed. Owns the front-end's eventfds."""
 
     def __init__(self, device: Device, memory: FrontendMemory) -> None:
         self._device = device
         self._memory = memory
-        self._rings: dict[int, Ring] = {}
+        self._rings: dict[int, FrontendRing] = {}
         self.prepare: Callable[[], None] = _nothing
         """Called before rings are set up in a device that is stopped."""
         self.features: int | None = None
@@ -149,7 +149,7 @@ class Rings:
         if self._device.state is RunState.SUSPENDED:
             self._collect_bases()
 
-    def _settled(self, index: int) -> Ring:
+    def _settled(self, index: int) -> FrontendRing:
         ring = self._ring(index)
         if ring.in_device:
             self._settle()
@@ -279,11 +279,11 @@ class Rings:
         """Whether a ring can be enabled later without much ado."""
         return Capability.ENABLE_WHILE_RUNNING in self._device.capabilities
 
-    def _withholds(self, ring: Ring) -> bool:
+    def _withholds(self, ring: FrontendRing) -> bool:
         """Whether ``ring``'s kick is kept from the device."""
         return not ring.enabled and Capability.ENABLE_WHILE_RUNNING not in self._device.capabilities
 
-    def _enables(self, ring: Ring) -> bool:
+    def _enables(self, ring: FrontendRing) -> bool:
         """Whether ``ring`` is enabled in the device when it is set up: it can only be withheld or not, later, in a
         device that is not to be reset for it."""
         return ring.enabled or self._enables_all
@@ -385,13 +385,13 @@ class Rings:
         for index, setup in setups.items():
             self._install(index, self._rings[index], setup)
 
-    def _install(self, index: int, ring: Ring, setup: QueueSetup) -> None:
+    def _install(self, index: int, ring: FrontendRing, setup: QueueSetup) -> None:
         self._device.set_queue(index, setup)
         self._device.set_base(index, ring.base(packed=self._packed))
         self._bind(index, ring)
         self._device.enable_queue(index, self._enables(ring))
 
-    def _bind(self, index: int, ring: Ring) -> None:
+    def _bind(self, index: int, ring: FrontendRing) -> None:
         for operation, bind in _BINDERS.items():
             withheld = operation is Operation.SET_KICK and self._withholds(ring)
             bind(self._device, index, None if withheld else ring.eventfds.get(operation))
@@ -406,7 +406,7 @@ class Rings:
             for index, setup in setups.items()
         )
 
-    def _is_as_wanted(self, record: QueueRecord, ring: Ring) -> bool:
+    def _is_as_wanted(self, record: QueueRecord, ring: FrontendRing) -> bool:
         return record.enabled == ring.enabled or (record.enabled and self._withholds(ring))
 
     def _collect_bases(self) -> None:
@@ -419,13 +419,13 @@ class Rings:
     def _packed(self) -> bool:
         return bool((self.features or 0) >> VIRTIO_F_RING_PACKED & 1)
 
-    def _ring(self, index: int) -> Ring:
+    def _ring(self, index: int) -> FrontendRing:
         if index >= self._device.identity.queue_count:
             why = f"the device has {self._device.identity.queue_count}, numbered from 0"
             raise VdpaBridgeError(f"queue {index}", why=why)
-        return self._rings.setdefault(index, Ring(index))
+        return self._rings.setdefault(index, FrontendRing(index))
 
-    def _stopped(self, index: int) -> Ring:
+    def _stopped(self, index: int) -> FrontendRing:
         ring = self._settled(index)
         if ring.in_device:
             raise VdpaBridgeError(f"queue {index}", why="it is at work: GET_VRING_BASE stops it")

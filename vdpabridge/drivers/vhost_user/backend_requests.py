@@ -14,7 +14,7 @@ from ...linux.deadline import TimeLimit
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
 
-__all__ = ["Requests", "Told"]
+__all__ = ["BackendRequests", "Told"]
 
 #: What a back-end answers when its work is done, which may last: requests in flight, a transfer.
 _LENGTHY = frozenset(
@@ -45,7 +45,7 @@ class _Asked(NamedTuple):
 Told = tuple[FrontendRequest, Any, Sequence[int]]
 
 
-class Requests:
+class BackendRequests:
     """Asks over ``connection``, which is taken. ``protocol_features`` are what was negotiated so far.
 
     What is no valid reply, or does not come in time, leaves the connection useless: `broken` says why. A reply that

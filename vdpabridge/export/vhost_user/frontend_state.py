@@ -9,12 +9,12 @@ from ...device import Capability, Device, RunState, StateDirection, StatePhase
 from ...linux.descriptors import discard
 from .admission import is_channel
 
-__all__ = ["StateTransfer"]
+__all__ = ["FrontendState"]
 
 TransferKind: TypeAlias = tuple[StateDirection, StatePhase]
 
 
-class StateTransfer:
+class FrontendState:
     """What a front-end does with the state of ``device`` (borrowed)."""
 
     def __init__(self, device: Device) -> None:

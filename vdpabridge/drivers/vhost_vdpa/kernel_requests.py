@@ -17,7 +17,7 @@ from ...abi.vhost import VhostIoctl as Ioctl
 from ...device import QueueSetup
 from .node import Node
 
-__all__ = ["Requests"]
+__all__ = ["KernelRequests"]
 
 #: Of the configuration space at a time: a larger ioctl buffer would keep other threads, deadlines too, from running.
 _CONFIG_CHUNK_BYTES = 1016
@@ -39,7 +39,7 @@ _CODES = {
 }
 
 
-class Requests:
+class KernelRequests:
     """The requests of an open ``node`` (borrowed). Each raises as `Node.call` does."""
 
     def __init__(self, node: Node) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from ...abi.vhost_user_payloads import VringAddr
 from ...device import Operation, QueueBase, QueueSetup, decode_base
 from ...errors import VdpaBridgeError
-from .memory import FrontendMemory
+from .frontend_memory import FrontendMemory
 
-__all__ = ["Ring"]
+__all__ = ["FrontendRing"]
 
 
 @dataclass(slots=True)
-class Ring:
+class FrontendRing:
     """What the front-end has said of ring ``index``, and what of it the device knows. Owns its eventfds."""
 
     index: int

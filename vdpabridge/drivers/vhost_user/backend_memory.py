@@ -10,7 +10,7 @@ from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeatu
 from ...abi.vhost_user_payloads import MemoryTable, Region, SingleRegion
 from ...device.values import MemoryRegion
 from ...errors import ProtocolError
-from .requests import Requests
+from .backend_requests import BackendRequests
 
 __all__ = ["BackendMemory"]
 
@@ -18,7 +18,7 @@ __all__ = ["BackendMemory"]
 class BackendMemory:
     """What the back-end sees. The "user address" of a region, a mere key to the back-end, is its guest address."""
 
-    def __init__(self, requests: Requests, slots: int) -> None:
+    def __init__(self, requests: BackendRequests, slots: int) -> None:
         """``slots``: what the back-end says that it has; 0 where it takes tables only."""
         self._requests = requests
         self._slots = slots
@@ -82,7 +82,7 @@ def _region(region: MemoryRegion) -> Region:
     return Region(region.guest_address, region.size_bytes, region.guest_address, region.offset)
 
 
-def slots_of(requests: Requests) -> int:
+def slots_of(requests: BackendRequests) -> int:
     """How many memory slots the back-end has; 0 for none, or for one that offers them and has not written them."""
     if not requests.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
         return 0

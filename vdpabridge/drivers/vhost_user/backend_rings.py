@@ -18,9 +18,9 @@ from ...device.rules import Operation
 from ...device.values import QueueRecord, QueueSetup
 from ...errors import PeerRefused
 from ...linux.eventfds import signal
-from .requests import Requests, Told
+from .backend_requests import BackendRequests, Told
 
-__all__ = ["Rings"]
+__all__ = ["BackendRings"]
 
 _EVENTFD_REQUESTS = {
     Operation.SET_KICK: FrontendRequest.SET_VRING_KICK,
@@ -31,10 +31,10 @@ _INITIAL = {False: 0, True: 1 << 15 | 1 << 31}
 """The base of a fresh ring, split and packed."""
 
 
-class Rings:
+class BackendRings:
     """Which rings are started, and where the stopped ones stand. ``features`` are what the back-end offers."""
 
-    def __init__(self, requests: Requests, features: int) -> None:
+    def __init__(self, requests: BackendRequests, features: int) -> None:
         self._requests = requests
         self._can_enable = bool(features >> VHOST_USER_F_PROTOCOL_FEATURES & 1)
         self.started: set[int] = set()

@@ -29,13 +29,13 @@ from ...linux.eventfds import clear
 from ...state.replay import start_over
 from ...vhost_user.connection import Connection
 from .admission import admit
-from .memory import FrontendMemory
+from .frontend_memory import FrontendMemory
+from .frontend_rings import FrontendRings
+from .frontend_state import FrontendState
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
-from .rings import Rings
-from .state import StateTransfer
 from .switches import InflightSwitch, LogSwitch
 
-__all__ = ["Answer", "Requests"]
+__all__ = ["Answer", "Handlers"]
 
 _LOG_ALL = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
@@ -57,13 +57,13 @@ class Answer:
         """What the reply tells in a number, for the log."""
 
 
-class Requests:
+class Handlers:
     """One front-end's use of ``device``, which is borrowed."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.memory = FrontendMemory(device)
-        self.rings = Rings(device, self.memory)
+        self.rings = FrontendRings(device, self.memory)
         self.protocol_features = 0
         self._offered = features_of(device)
         self.channel: Connection | None = None
@@ -71,7 +71,7 @@ class Requests:
         self._log = LogSwitch(device)
         self._inflight = InflightSwitch(device)
         self.rings.prepare = self._prepare
-        self._transfer = StateTransfer(device)
+        self._transfer = FrontendState(device)
         self._features_set = False
         self._inflight_set = False
         self._change_kept = False

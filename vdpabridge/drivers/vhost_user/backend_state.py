@@ -1,4 +1,4 @@
-"""The transfer of a back-end's own state: one at a time, and only `StateTransfer.check` tells what became of it.
+"""The transfer of a back-end's own state: one at a time, and only `BackendState.check` tells what became of it.
 
 Source: docs/interop/vhost-user.rst, "Migrating back-end state".
 """
@@ -12,15 +12,15 @@ from ...abi.vhost_user_payloads import DeviceStateTransfer
 from ...device.values import StateDirection, StatePhase
 from ...errors import PeerRefused
 from ...linux.descriptors import discard
-from .requests import Requests
+from .backend_requests import BackendRequests
 
-__all__ = ["StateTransfer"]
+__all__ = ["BackendState"]
 
 
-class StateTransfer:
+class BackendState:
     """Asks by ``requests`` (borrowed)."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: BackendRequests) -> None:
         self._requests = requests
         self._active = False
 

@@ -9,10 +9,10 @@ from .model import Died, Faults, Loaded, Model, StateRefused
 from .stream import STREAM_VERSION, decode, encode
 from .transfer import Transfer
 
-__all__ = ["StateTransfer"]
+__all__ = ["ModelState"]
 
 
-class StateTransfer:
+class ModelState:
     """At most one transfer at a time of ``model``'s state."""
 
     def __init__(self, model: Model, faults: Faults) -> None:
