@@ -25,6 +25,7 @@ from vdpabridge.abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION
 from vdpabridge.device import Capability, RunState, StateDirection, StatePhase
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.export.vhost_user import Server
+from vdpabridge.export.vhost_user.handlers import HANDLERS
 from vdpabridge.vhost_user.connection import Connection
 
 from ..support.front_end import ALL, MEMORY_BYTES, PROTOCOL, USER, VERSION_1, F, FrontEnd, P, one_region, ring
@@ -39,6 +40,12 @@ UNKNOWN = [
     *(F.GET_STATUS, F.GET_SHARED_OBJECT, F.GET_SHMEM_CONFIG),
 ]
 KNOWN = [request for request in F if request not in UNKNOWN]
+
+
+def test_every_request_that_is_known_has_its_own_handler():
+    assert {request: handler.__name__ for request, handler in HANDLERS.items()} == {
+        request: request.name.lower() for request in KNOWN
+    }
 
 
 @contextmanager

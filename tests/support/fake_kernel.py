@@ -57,6 +57,9 @@ class Parent:
         return BASE_FEATURES | sum(1 << bit for bit, offered in offers.items() if offered) | self.extra_backend_features
 
 
+_KNOWN = frozenset(map(int, Ioctl))
+
+
 class FakeKernel:
     """A `System` with one device. ``log`` keeps the names of the requests, in order."""
 
@@ -121,6 +124,8 @@ class FakeKernel:
 
     def ioctl(self, fd, request, argument):
         assert fd == self.fd
+        if request not in _KNOWN:
+            raise OSError(ENOTTY, os.strerror(ENOTTY))
         name = Ioctl(request).name
         self._interrupt()
         self.log.append(name)
@@ -129,6 +134,7 @@ class FakeKernel:
         code = getattr(self, name.lower())(argument)
         if code:
             raise OSError(code, os.strerror(code))
+        return 0
 
     def _interrupt(self):
         if self.interruptions:

@@ -12,11 +12,8 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from ...abi.vhost import (
     BACKEND_FEATURE_NAMES,
     VHOST_BACKEND_F_DESC_ASID,
-    VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
     VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_IOTLB_PERSIST,
-    VHOST_BACKEND_F_RESUME,
-    VHOST_BACKEND_F_SUSPEND,
     VHOST_FILE_UNBIND,
 )
 from ...abi.vhost import VhostIoctl as Ioctl
@@ -47,6 +44,7 @@ from ...linux.deadline import Deadline
 from ...linux.eventfds import signal
 from ...linux.mappings import SharedMapping
 from .groups import Groups
+from .ioctls import ROWS
 from .iotlb import Iotlb, IotlbBroken
 from .kernel_requests import KernelRequests
 from .node import Node
@@ -70,11 +68,6 @@ _EVENTFD_REQUESTS = {
     Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
     Operation.SET_CALL: Ioctl.VHOST_SET_VRING_CALL,
     Operation.SET_ERR: Ioctl.VHOST_SET_VRING_ERR,
-}
-_CAPABILITY_BITS = {
-    Capability.SUSPEND: VHOST_BACKEND_F_SUSPEND,
-    Capability.RESUME: VHOST_BACKEND_F_RESUME,
-    Capability.ENABLE_WHILE_RUNNING: VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
 }
 
 
@@ -124,7 +117,11 @@ class VhostVdpa(Device):
             raise
         self._capabilities = frozenset(
             {Capability.CONFIG_WRITE, Capability.CONFIG_CALL, Capability.STATE_RESET}
-            | {capability for capability, bit in _CAPABILITY_BITS.items() if self.backend_features >> bit & 1}
+            | {
+                row.capability
+                for row in ROWS.values()
+                if row.capability is not None and row.feature is not None and self.backend_features >> row.feature & 1
+            }
         )
 
     @classmethod

@@ -21,22 +21,6 @@ __all__ = ["KernelRequests"]
 
 #: Of the configuration space at a time: a larger ioctl buffer would keep other threads, deadlines too, from running.
 _CONFIG_CHUNK_BYTES = 1016
-#: What the requests that carry one number carry it in.
-_CODES = {
-    Ioctl.VHOST_GET_FEATURES: struct.Struct("=Q"),
-    Ioctl.VHOST_SET_FEATURES: struct.Struct("=Q"),
-    Ioctl.VHOST_GET_BACKEND_FEATURES: struct.Struct("=Q"),
-    Ioctl.VHOST_SET_BACKEND_FEATURES: struct.Struct("=Q"),
-    Ioctl.VHOST_VDPA_GET_STATUS: struct.Struct("=B"),
-    Ioctl.VHOST_VDPA_SET_STATUS: struct.Struct("=B"),
-    Ioctl.VHOST_VDPA_GET_VRING_NUM: struct.Struct("=H"),
-    Ioctl.VHOST_VDPA_GET_DEVICE_ID: struct.Struct("=I"),
-    Ioctl.VHOST_VDPA_GET_VQS_COUNT: struct.Struct("=I"),
-    Ioctl.VHOST_VDPA_GET_CONFIG_SIZE: struct.Struct("=I"),
-    Ioctl.VHOST_VDPA_GET_GROUP_NUM: struct.Struct("=I"),
-    Ioctl.VHOST_VDPA_GET_AS_NUM: struct.Struct("=I"),
-    Ioctl.VHOST_VDPA_SET_CONFIG_CALL: struct.Struct("=i"),
-}
 
 
 class KernelRequests:
@@ -47,7 +31,7 @@ class KernelRequests:
 
     def get(self, request: Ioctl) -> int:
         """The one number that ``request`` answers."""
-        code = _CODES[request]
+        code = _number_in(request)
         buffer = bytearray(code.size)
         self.call(request, buffer)
         value: int = code.unpack(buffer)[0]
@@ -55,7 +39,7 @@ class KernelRequests:
 
     def set(self, request: Ioctl, value: int) -> None:
         """Make a ``request`` that carries one number."""
-        self.call(request, bytearray(_CODES[request].pack(value)))
+        self.call(request, bytearray(_number_in(request).pack(value)))
 
     def get_of_queue(self, request: Ioctl, index: int) -> int:
         """The number that ``request`` answers for queue ``index``."""
@@ -99,6 +83,12 @@ class KernelRequests:
         for start, length in _chunks(offset, len(data)):
             piece = data[start - offset : start - offset + length]
             self.call(Ioctl.VHOST_VDPA_SET_CONFIG, VHOST_VDPA_CONFIG.buffer(start, length) + bytearray(piece))
+
+
+def _number_in(request: Ioctl) -> struct.Struct:
+    if request.carries is None:
+        raise ValueError(f"{request.name} carries nothing")
+    return request.carries
 
 
 def _chunks(offset: int, size: int) -> Iterator[tuple[int, int]]:

@@ -15,21 +15,12 @@ from ...linux.deadline import StillRunning, TimeLimit, call_within
 from ...linux.holders import holders
 from .call_thread import CallThread
 from .explain import explain
+from .ioctls import ROWS
 from .system import LINUX, System
 
 __all__ = ["Node", "NodeError"]
 
 Value = TypeVar("Value")
-
-#: What a forked child may still ask: the device goes on working for its parent. The kernel would let a child reset it.
-_ASKS_ONLY = frozenset(
-    {
-        *(Ioctl.VHOST_VDPA_GET_DEVICE_ID, Ioctl.VHOST_VDPA_GET_STATUS, Ioctl.VHOST_VDPA_GET_CONFIG),
-        *(Ioctl.VHOST_VDPA_GET_CONFIG_SIZE, Ioctl.VHOST_GET_FEATURES, Ioctl.VHOST_GET_BACKEND_FEATURES),
-        *(Ioctl.VHOST_VDPA_GET_VRING_NUM, Ioctl.VHOST_VDPA_GET_VQS_COUNT, Ioctl.VHOST_VDPA_GET_GROUP_NUM),
-        *(Ioctl.VHOST_VDPA_GET_AS_NUM, Ioctl.VHOST_VDPA_GET_IOVA_RANGE),
-    }
-)
 
 
 class NodeError(KernelError):
@@ -52,7 +43,7 @@ class Node:
         self._calls = CallThread("vdpabridge-call")
         self._together: int | None = None
         """The thread whose calls have a deadline already, all together."""
-        self._request: Ioctl | str = ""
+        self._request: Ioctl | int | str = ""
         """What was asked for last."""
 
     @classmethod
@@ -76,17 +67,18 @@ class Node:
         """The descriptor; borrowed. -1 when closed."""
         return self._fd
 
-    def call(self, request: Ioctl, argument: bytearray | int = 0, queue: int | None = None) -> None:
-        """Make one ioctl; a buffer is changed in place. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`."""
-        if self._owner_pid != os.getpid() and request not in _ASKS_ONLY:
-            self._refuse_fork(request.name)
+    def call(self, request: Ioctl | int, argument: bytearray | int = 0, queue: int | None = None) -> int:
+        """Make one ioctl, also one of which nothing is known but its number; a buffer is changed in place.
+
+        Returns what the kernel returned. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`.
+        """
+        if self._owner_pid != os.getpid() and not _asks_only(request):
+            self._refuse_fork(_name(request))
         while True:
             try:
                 if not self._is_bounded and not self._calls.busy:
-                    self._system.ioctl(self._fd, request, argument)
-                else:
-                    self._bounded(request, lambda: self._system.ioctl(self._fd, request, argument))
-                return
+                    return self._system.ioctl(self._fd, request, argument)
+                return self._bounded(request, lambda: self._system.ioctl(self._fd, request, argument))
             except DeadlineExceeded:
                 raise
             except InterruptedError:
@@ -95,7 +87,7 @@ class Node:
             except OSError as error:
                 code = error.errno or 0
                 why, hint = explain(request, code)
-                raise KernelError(code, request.name, device=self.path, why=why, hint=hint, queue=queue) from None
+                raise KernelError(code, _name(request), device=self.path, why=why, hint=hint, queue=queue) from None
 
     def write(self, message: bytes) -> None:
         """Write one IOTLB message. Raises OSError as the kernel does, `OwnershipError`, `DeadlineExceeded`."""
@@ -145,7 +137,7 @@ class Node:
         """Whether a call whose deadline has passed goes on in the kernel."""
         return self._calls.busy
 
-    def _bounded(self, what: Ioctl | str, call: Callable[[], Value], *, must: bool = False) -> Value:
+    def _bounded(self, what: Ioctl | int | str, call: Callable[[], Value], *, must: bool = False) -> Value:
         self._require_unstuck(what)
         if self._together == threading.get_ident():
             self._request = what
@@ -169,7 +161,7 @@ class Node:
     def _is_bounded(self) -> bool:
         return self.limit.left_s() is not None
 
-    def _require_unstuck(self, what: Ioctl | str) -> None:
+    def _require_unstuck(self, what: Ioctl | int | str) -> None:
         if self.stuck:
             why = f"{_name(self._request)} is still in the kernel"
             raise DeadlineExceeded(_name(what), 0, device=self.path, why=why)
@@ -187,8 +179,14 @@ class Node:
         )
 
 
-def _name(request: Ioctl | str) -> str:
-    return request.name if isinstance(request, Ioctl) else request
+def _name(request: Ioctl | int | str) -> str:
+    if isinstance(request, Ioctl):
+        return request.name
+    return request if isinstance(request, str) else f"ioctl {request:#x}"
+
+
+def _asks_only(request: Ioctl | int) -> bool:
+    return isinstance(request, Ioctl) and request in ROWS and ROWS[request].asks_only
 
 
 def _check_is_vhost_vdpa(path: str) -> None:

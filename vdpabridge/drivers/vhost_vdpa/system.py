@@ -15,7 +15,7 @@ class System(Protocol):
     def open(self, path: str, /) -> int:
         """Open a node for reading and writing, closed on exec; the caller owns the descriptor."""
 
-    def ioctl(self, fd: int, request: int, argument: bytearray | int, /) -> object:
+    def ioctl(self, fd: int, request: int, argument: bytearray | int, /) -> int:
         """ioctl(2); a buffer is changed in place."""
 
     def write(self, fd: int, data: bytes, /) -> int:

@@ -1,4 +1,4 @@
-"""What is done for each request of a front-end: one method each, found by the request's name.
+"""What is done for each request of a front-end: one method each, by the table at the end.
 
 A method gets the decoded payload and owns the descriptors in ``fds``; what it leaves there is closed. It returns
 the payload of the reply, where the request has one.
@@ -7,6 +7,7 @@ the payload of the reply, where the request has one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...abi.vhost import VHOST_F_LOG_ALL
@@ -35,7 +36,7 @@ from .frontend_state import FrontendState
 from .offer import MEMORY_SLOTS, features_of, protocol_features_of
 from .switches import InflightSwitch, LogSwitch
 
-__all__ = ["Answer", "Handlers"]
+__all__ = ["HANDLERS", "Answer", "Handlers"]
 
 _LOG_ALL = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
@@ -90,8 +91,7 @@ class Handlers:
     def perform(self, request: FrontendRequest, payload: Any, fds: list[int]) -> Answer | None:
         """Do what ``request`` asks for. Raises `VdpaBridgeError`, ValueError, OSError as the device does."""
         admit(request, fds)
-        answer: Answer | None = getattr(self, request.name.lower())(payload, fds)
-        return answer
+        return HANDLERS[request](self, payload, fds)
 
     # --- features ---
 
@@ -397,3 +397,38 @@ class Handlers:
     def _hear_no_more(self) -> None:
         if self.device.config_call is not None:
             self.device.set_config_call(None)
+
+
+#: Every request that is answered; what comes with each is in `vdpabridge.abi.vhost_user_table`.
+HANDLERS: Mapping[FrontendRequest, Callable[[Handlers, Any, list[int]], Answer | None]] = {
+    FrontendRequest.GET_FEATURES: Handlers.get_features,
+    FrontendRequest.SET_FEATURES: Handlers.set_features,
+    FrontendRequest.GET_PROTOCOL_FEATURES: Handlers.get_protocol_features,
+    FrontendRequest.SET_PROTOCOL_FEATURES: Handlers.set_protocol_features,
+    FrontendRequest.SET_OWNER: Handlers.set_owner,
+    FrontendRequest.RESET_OWNER: Handlers.reset_owner,
+    FrontendRequest.RESET_DEVICE: Handlers.reset_device,
+    FrontendRequest.GET_QUEUE_NUM: Handlers.get_queue_num,
+    FrontendRequest.GET_CONFIG: Handlers.get_config,
+    FrontendRequest.SET_CONFIG: Handlers.set_config,
+    FrontendRequest.SET_BACKEND_REQ_FD: Handlers.set_backend_req_fd,
+    FrontendRequest.SET_MEM_TABLE: Handlers.set_mem_table,
+    FrontendRequest.GET_MAX_MEM_SLOTS: Handlers.get_max_mem_slots,
+    FrontendRequest.ADD_MEM_REG: Handlers.add_mem_reg,
+    FrontendRequest.REM_MEM_REG: Handlers.rem_mem_reg,
+    FrontendRequest.SET_VRING_NUM: Handlers.set_vring_num,
+    FrontendRequest.SET_VRING_ADDR: Handlers.set_vring_addr,
+    FrontendRequest.SET_VRING_BASE: Handlers.set_vring_base,
+    FrontendRequest.GET_VRING_BASE: Handlers.get_vring_base,
+    FrontendRequest.GET_VRING_BASE_SKIP_DRAIN: Handlers.get_vring_base_skip_drain,
+    FrontendRequest.SET_VRING_KICK: Handlers.set_vring_kick,
+    FrontendRequest.SET_VRING_CALL: Handlers.set_vring_call,
+    FrontendRequest.SET_VRING_ERR: Handlers.set_vring_err,
+    FrontendRequest.SET_VRING_ENABLE: Handlers.set_vring_enable,
+    FrontendRequest.SET_LOG_BASE: Handlers.set_log_base,
+    FrontendRequest.SET_LOG_FD: Handlers.set_log_fd,
+    FrontendRequest.GET_INFLIGHT_FD: Handlers.get_inflight_fd,
+    FrontendRequest.SET_INFLIGHT_FD: Handlers.set_inflight_fd,
+    FrontendRequest.SET_DEVICE_STATE_FD: Handlers.set_device_state_fd,
+    FrontendRequest.CHECK_DEVICE_STATE: Handlers.check_device_state,
+}

@@ -20,7 +20,7 @@ from ...errors import MissingCapability, ProtocolError, VdpaBridgeError
 from ...linux.deadline import Deadline
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
-from .handlers import Answer, Handlers
+from .handlers import HANDLERS, Answer, Handlers
 
 __all__ = ["Session", "require_servable"]
 
@@ -202,7 +202,7 @@ class Session:
         spec = FRONTEND_REQUESTS[request]
         if message.flags & FLAG_REPLY:
             raise self._broken(message, "it is a reply, and nothing was asked")
-        if not hasattr(Handlers, request.name.lower()):
+        if request not in HANDLERS:
             raise self._broken(message, "the device has no use for it, and did not offer it")
         if spec.needs is not None and not self._handlers.has(spec.needs):
             raise self._broken(message, f"{spec.needs.name} was not negotiated")
