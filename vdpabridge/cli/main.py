@@ -182,14 +182,14 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
 
 def _resume(parser: argparse.ArgumentParser) -> None:
     _control(parser)
-    text = "also a device whose state was moved: the other one must not run, then or later"
+    text = "also resume a device whose state was moved to another. The other must not run, now or later"
     parser.add_argument("--force", action="store_true", help=text)
 
 
 def _accept(parser: argparse.ArgumentParser) -> None:
     text = (
-        "do it although this would be lost: device-state, what the device knows of its guest; control-queue, what a "
-        "guest has set in a network card. For who can set it again; may be given twice"
+        "do it although this is lost: device-state (what the device knows of its guest) or control-queue (what the "
+        "guest has set in a network card). For those who can set it again. May be given twice"
     )
     choices = ("device-state", "control-queue")
     parser.add_argument("--accept", action="append", default=[], choices=choices, metavar="LOSS", help=text)
@@ -205,30 +205,34 @@ def _nothing(_parser: argparse.ArgumentParser) -> None: ...
 
 #: Command -> (module of this package:function, what it does, what adds its arguments).
 _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "list": ("commands:list", "list the devices on the vDPA bus: name, driver, node (fast: asks sysfs only)", _nothing),
-    "show": (
-        "commands:show",
-        "show devices in full, or the parents that can make some; disturbs none of them",
-        _show,
+    "list": (
+        "commands:list",
+        "list the devices on the vDPA bus: name, driver, node. Fast: it asks sysfs only",
+        _nothing,
     ),
+    "show": ("commands:show", "show devices in full, or with --mgmtdev their parents. Disturbs no device", _show),
     "add": ("commands:add", "make a device", _add),
-    "del": ("commands:delete", "delete a device; refused while somebody uses it", _delete),
-    "bind": ("commands:bind", "hand a device to another driver; refused while somebody uses it", _bind),
-    "serve": ("serve:serve", "serve a device to a front-end (QEMU and others) as a vhost-user back-end", _serve),
-    "demo": ("demo:demo", "show a device's state going from one process into another; needs no root", _nothing),
-    "status": ("remote:status", "ask a 'serve --control' what its device is and does", _control),
-    "statistics": ("remote:statistics", "ask it what was done since it began", _control),
-    "suspend": ("remote:suspend", "have a 'serve --control' suspend its device, whatever its front-end does", _control),
-    "resume": ("remote:resume", "end that", _resume),
-    "save": ("remote:save", "have a 'serve --control' write its device's image; the device goes on", _save),
-    "load": ("remote:load", "have a 'serve --control' take its device's state from an image", _load),
-    "migrate": ("remote:migrate", "move a device's state from one 'serve --control' into another", _migrate),
-    "inspect": (
-        "inspect:inspect",
-        "show what is in a state image: device, features, queues, whose state",
-        _inspect,
+    "del": ("commands:delete", "delete a device. Refused while somebody uses it", _delete),
+    "bind": ("commands:bind", "give a device to another driver. Refused while somebody uses it", _bind),
+    "serve": ("serve:serve", "be the vhost-user back-end of a device, for QEMU and other front-ends", _serve),
+    "demo": ("demo:demo", "show how a device's state goes from one process into another. Needs no root", _nothing),
+    "status": ("remote:status", "show the device of a 'serve --control', and what it does", _control),
+    "statistics": ("remote:statistics", "show what a 'serve --control' has done since it started", _control),
+    "suspend": ("remote:suspend", "suspend the device of a 'serve --control', until 'resume'", _control),
+    "resume": ("remote:resume", "resume the device that 'suspend' has suspended", _resume),
+    "save": (
+        "remote:save",
+        "save the device of a 'serve --control' into an image. The device resumes afterwards",
+        _save,
     ),
-    "udev-rules": ("commands:udev_rules", "print the udev rules for vhost-vdpa nodes, or their helper", _udev_rules),
+    "load": ("remote:load", "give the device of a 'serve --control' the state in an image", _load),
+    "migrate": ("remote:migrate", "move the state of one 'serve --control' into another", _migrate),
+    "inspect": ("inspect:inspect", "show what is in a state image: device, features, queues, state", _inspect),
+    "udev-rules": (
+        "commands:udev_rules",
+        "print the udev rules for vhost-vdpa nodes, or the helper that they run",
+        _udev_rules,
+    ),
 }
 
 
@@ -276,8 +280,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         sub.set_defaults(run=function, command=name)
         sub.as_json = parser.as_json
         # also behind the command, as people type it; SUPPRESS keeps what was said before it
-        sub.add_argument("-j", "--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        sub.add_argument("-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        sub.add_argument("-j", "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, errors too")
+        sub.add_argument(
+            "-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help="with --json: indent it"
+        )
         if whole:
             add_arguments(sub)
     return parser

@@ -53,7 +53,7 @@ Method = Callable[[Mapping[str, Any], Caller], Any]
 class ControlServer:
     """Answers requests on ``listener``, which is taken. Call `serve` for each of `fds` that is readable.
 
-    Only this user and root are listened to. ``report`` is told what nobody is left to be told.
+    Only this user and root are listened to. ``report`` is told what no client is there to hear.
     """
 
     def __init__(

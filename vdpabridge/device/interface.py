@@ -56,6 +56,10 @@ class Device(DeviceCore):
     fails may have been done all the same: unless the opposite is certain the device is taken for one that runs.
     Suspend or reset it to be certain.
 
+    Every operation can raise `StateError` (not in this run state), `MissingCapability` (the device cannot do it),
+    `DeadlineExceeded`, `DeviceFailed` (the device gave up), and what its transport raises: `KernelError` for
+    vhost-vdpa, `ProtocolError` and `ConnectionLost` for vhost-user. What more an operation raises is said there.
+
     ``timeout_s`` bounds each operation as a whole; None waits for ever. An instance belongs to one thread at a time.
     The device is held until `close`, which resets it; use it as a context manager.
     """
@@ -123,7 +127,11 @@ class Device(DeviceCore):
 
     @_bounded
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Show ``regions`` (fds are borrowed) to the device, all or none."""
+        """Show ``regions`` (fds are borrowed) to the device: all of them, or none where this raises.
+
+        Raises ValueError or `KernelError` for regions that overlap, or that the device cannot reach; OSError (EINVAL)
+        for one that goes beyond the end of its file.
+        """
         self._permit(Operation.MAP)
         with self._adopting(regions) as own:
             self._map(own)
@@ -154,7 +162,10 @@ class Device(DeviceCore):
 
     @_bounded
     def set_queue(self, index: int, setup: QueueSetup) -> None:
-        """Give queue ``index`` its size and addresses."""
+        """Give queue ``index`` its size and addresses.
+
+        Raises ValueError for a queue that the device does not have, here and in all that is done with a queue.
+        """
         self._permit_queue(Operation.SET_QUEUE, index)
         self._set_queue(index, setup)
         self._record(index).setup = setup
@@ -208,7 +219,10 @@ class Device(DeviceCore):
 
     @_bounded
     def start(self) -> None:
-        """Process enabled queues. Buffers that were made available before are found without another kick."""
+        """Process enabled queues. Buffers that were made available before are found without another kick.
+
+        Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
+        """
         after = self._permit(Operation.START)
         with self._perhaps(after):
             self._require_time("start")
@@ -231,7 +245,10 @@ class Device(DeviceCore):
 
     @_bounded
     def resume(self) -> None:
-        """Go on after `suspend`, kicks of the meantime included."""
+        """Work on after `suspend`. Requests that the guest has made since are done without another kick.
+
+        Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
+        """
         after = self._permit(Operation.RESUME)
         with self._perhaps(after):
             self._require_time("resume")
@@ -285,7 +302,10 @@ class Device(DeviceCore):
 
     @_bounded
     def check_state(self) -> None:
-        """Wait for the end of a transfer. Raises where it failed: only success here means that state arrived whole."""
+        """Wait for the end of a transfer. Only where this does not raise has the state arrived whole.
+
+        Raises `StateRefused` or `PeerRefused` if the device did not take or give it.
+        """
         self._permit(Operation.CHECK_STATE)
         self._check_state()
 
