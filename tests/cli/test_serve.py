@@ -234,8 +234,8 @@ def test_a_directory_that_is_not_there():
 @pytest.mark.parametrize(
     ("device", "why"),
     [
-        ("nonsense", "that is no device"),
-        ("sim:tape", "that is no device"),
+        ("nonsense", "that is not the name of a device"),
+        ("sim:tape", "there is no simulated 'tape'"),
         ("sim:blk,colour=red", "no option 'colour'"),
         ("sim:blk,size=much", "size=much is no number"),
         ("sim:blk,size=0", "size is at least 512"),
@@ -284,7 +284,7 @@ def test_both_places():
 
 def test_errors_as_json(path):
     done = run("-j", "serve", "nonsense", "--socket-path", path)
-    assert json.loads(done.stderr)["error"]["why"] == "that is no device"
+    assert json.loads(done.stderr)["error"]["why"] == "that is not the name of a device"
 
 
 def test_a_disk_that_may_not_be_read(path, tmp_path):

@@ -20,8 +20,8 @@ from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ..control.methods import methods_of
 from ..control.server import ControlServer
 from ..device import Device
-from ..drivers.names import DeviceName
 from ..drivers.opening import device_id_of, open_device
+from ..drivers.registry import named
 from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server, listen
 from ..linux.deadline import Deadline
@@ -51,7 +51,7 @@ def serve(words: argparse.Namespace) -> None:
         return
     if words.socket_path is None and words.fd is None:
         raise UsageError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
-    DeviceName.parse(words.device)
+    named(words.device)
     with ExitStack() as stack:
         say = stack.enter_context(closing(Reports()))
         ending = stack.enter_context(_Ending())
@@ -68,7 +68,7 @@ def serve(words: argparse.Namespace) -> None:
             methods = methods_of(device, server, words.timeout)
             server.companion = stack.enter_context(ControlServer(control, methods, report=say))
         say(f"{device.name} is served at {where}")
-        if DeviceName.parse(words.device).kind in ("vhost-vdpa", "vdpa"):
+        if named(words.device)[1].kind in ("vhost-vdpa", "vdpa"):
             say(
                 "hardware pins the guest's memory: switch ballooning, free page reporting and virtio-mem off in the VMM"
             )

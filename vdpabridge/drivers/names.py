@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -11,7 +11,7 @@ __all__ = ["DEVICE_HELP", "DEVICE_IDS", "DeviceName", "DeviceNameError"]
 
 DEVICE_HELP = (
     "/dev/vhost-vdpa-N, vdpa:NAME, vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
-    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME]"
+    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME], or a kind of another package"
 )
 #: Name -> virtio device id.
 DEVICE_IDS = {"net": 1, "blk": 2, "block": 2, "fs": 26}
@@ -47,21 +47,21 @@ class DeviceName:
 
     @classmethod
     def parse(cls, text: str) -> DeviceName:
-        """Take ``text`` apart. Raises `DeviceNameError` for what names no device."""
+        """Take ``text`` apart. Raises `DeviceNameError` for what does not look like a device's name."""
         if text.startswith("/"):
             return cls(text, "vhost-vdpa", text, {})
         kind, colon, rest = text.partition(":")
         target, *words = rest.split(",")
-        if not colon or kind not in _OPTIONS or not target or (kind == "sim" and target not in _SIM_OPTIONS):
-            raise DeviceNameError(text, "that is no device")
-        options = dict(_pair(word) for word in words)
-        allowed = _SIM_OPTIONS[target] if kind == "sim" else _OPTIONS[kind]
-        name = cls(text, kind, target, options)
-        for option in options:
-            if option not in allowed:
-                raise DeviceNameError(text, f"it has no option {option!r}")
-            name._check(option)
-        return name
+        if not colon or not kind or not target:
+            raise DeviceNameError(text, "that is not the name of a device")
+        return cls(text, kind, target, dict(_pair(word) for word in words))
+
+    def allow(self, options: Collection[str]) -> None:
+        """Raise `DeviceNameError` unless its options are among ``options``, and within their bounds."""
+        for option in self.options:
+            if option not in options:
+                raise DeviceNameError(self.text, f"it has no option {option!r}")
+            self._check(option)
 
     def _check(self, option: str) -> None:
         if option == "id" and self.options[option] in DEVICE_IDS:
@@ -88,10 +88,6 @@ class DeviceName:
         """What the option ``id`` says."""
         word = self.options.get("id")
         return DEVICE_IDS[word] if word in DEVICE_IDS else self.number("id", 0) or None
-
-
-_OPTIONS: Mapping[str, tuple[str, ...]] = {"vdpa": (), "vhost-user": ("id", "queues", "config-size"), "sim": ()}
-_SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", "tag")}
 
 
 def _pair(word: str) -> tuple[str, str]:

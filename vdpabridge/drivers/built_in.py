@@ -1,0 +1,89 @@
+"""The drivers of this package: one row each. A driver is imported when one of its devices is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..device import Device
+from ..errors import VdpaBridgeError
+from .names import DEVICE_IDS, DeviceName, DeviceNameError
+from .registry import Driver
+
+__all__ = ["DRIVERS"]
+
+_SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", "tag")}
+
+
+def _check_bus(name: DeviceName) -> None:
+    name.allow(())
+
+
+def _check_vhost_user(name: DeviceName) -> None:
+    name.allow(("id", "queues", "config-size"))
+
+
+def _check_sim(name: DeviceName) -> None:
+    if name.target not in _SIM_OPTIONS:
+        raise DeviceNameError(name.text, f"there is no simulated {name.target!r}")
+    name.allow(_SIM_OPTIONS[name.target])
+
+
+def _open_node(name: DeviceName, timeout_s: float | None) -> Device:
+    from .vhost_vdpa import VhostVdpa
+
+    return VhostVdpa.open(name.target, timeout_s=timeout_s)
+
+
+def _open_by_bus_name(name: DeviceName, timeout_s: float | None) -> Device:
+    from ..bus import Bus
+    from .vhost_vdpa import VhostVdpa
+
+    node = Bus().device(name.target).node
+    if node is None:
+        why, hint = "it has no node", f"'vdpabridge bind {name.target} vhost_vdpa' gives it one"
+        raise VdpaBridgeError("open", device=name.text, why=why, hint=hint)
+    return VhostVdpa.open(node, timeout_s=timeout_s)
+
+
+def _open_vhost_user(name: DeviceName, timeout_s: float | None) -> Device:
+    from .vhost_user import VhostUser
+
+    return VhostUser.open(
+        name.target,
+        device_id=name.device_id,
+        queue_count=name.number("queues", 0) or None,
+        config_size_bytes=name.number("config-size", 0) or None,
+        timeout_s=timeout_s,
+    )
+
+
+def _open_sim(name: DeviceName, timeout_s: float | None) -> Device:
+    from .sim import Sim
+
+    if name.target == "fs":
+        from .sim.tree import default_tree
+
+        return Sim.fs(default_tree(name.number("files", 10)), tag=name.options.get("tag", ""), timeout_s=timeout_s)
+    queue_count = name.number("queues", 1)
+    if "file" not in name.options:
+        return Sim.blk(name.number("size", 64 << 20), queue_count=queue_count, timeout_s=timeout_s)
+    read_only = "read-only" in name.options
+    return Sim.blk_file(name.options["file"], read_only=read_only, queue_count=queue_count, timeout_s=timeout_s)
+
+
+def _device_id_on_bus(name: DeviceName) -> int | None:
+    from ..bus import Bus
+    from ..bus.netlink import VdpaNetlink
+
+    place = Bus().device(name.target).name
+    with VdpaNetlink() as netlink:
+        return next((device.device_id for device in netlink.devices() if device.name == place), None)
+
+
+#: Kind -> its driver.
+DRIVERS: Mapping[str, Driver] = {
+    "vhost-vdpa": Driver(_check_bus, _open_node, _device_id_on_bus),
+    "vdpa": Driver(_check_bus, _open_by_bus_name, _device_id_on_bus),
+    "vhost-user": Driver(_check_vhost_user, _open_vhost_user, lambda name: name.device_id),
+    "sim": Driver(_check_sim, _open_sim, lambda name: DEVICE_IDS[name.target]),
+}
