@@ -11,7 +11,8 @@ __all__ = ["DEVICE_HELP", "DEVICE_IDS", "DeviceName", "DeviceNameError"]
 
 DEVICE_HELP = (
     "/dev/vhost-vdpa-N, vdpa:NAME, vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
-    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME], or a kind of another package"
+    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME], "
+    "or a kind of another package"
 )
 #: Name -> virtio device id.
 DEVICE_IDS = {"net": 1, "blk": 2, "block": 2, "fs": 26}
