@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -383,10 +383,10 @@ def test_a_ring_that_was_waited_for_and_is_stopped():
 
 
 @contextmanager
-def holdable():
-    """A front-end of a device that somebody else can hold: (front-end, server)."""
+def holdable(device=None):
+    """A front-end of ``device`` that somebody else can hold: (front-end, server)."""
     with (
-        able(VDPA_6_1).blk(1 << 20, timeout_s=2) as sim,
+        able(VDPA_6_1).blk(1 << 20, timeout_s=2) if device is None else nullcontext(device) as sim,
         shared_file(MEMORY_BYTES) as file,
         Server(sim, report=print, timeout_s=5) as server,
     ):
@@ -397,6 +397,7 @@ def holdable():
         try:
             front = FrontEnd(ours, sim)
             front.negotiate(front.number(F.GET_PROTOCOL_FEATURES))
+            front.file = file
             assert front.tell(F.SET_MEM_TABLE, MemoryTable(one_region()).pack(), [file]) == 0
             yield front, server
         finally:
@@ -404,6 +405,63 @@ def holdable():
             thread.join()
             ours.close()
             server.companion.close()
+
+
+class RefusesOnce(Sim):
+    """A disk that does not enable queue 1 when told to, and by then has done what there was in queue 0."""
+
+    wait = None
+
+    def _enable_queue(self, index, enabled):
+        if index == 1 and enabled and self.wait is not None:
+            wait, self.wait = self.wait, None
+            wait()
+            raise VdpaBridgeError("enable", why="a test forbids it")
+        super()._enable_queue(index, enabled)
+
+
+@pytest.mark.parametrize("then", ["asked where it stands", "tried again"])
+def test_a_back_end_that_has_worked_before_it_refuses(then):
+    """What it did is not done again: its driver has stopped it, and knows where."""
+    with (
+        RefusesOnce.blk(1 << 20, timeout_s=2) as sim,
+        bridged(sim) as device,
+        holdable(device) as (front, server),
+    ):
+        for index in (0, 1):
+            ring(front, index)
+        server.companion.run(lambda: server.hold(1))
+        submit_one(front)
+        sim.wait = lambda: wait_until(lambda: used(front, 0) == 1)
+        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        if then == "asked where it stands":
+            assert base_of(front, 0) == 1
+        else:
+            assert server.companion.run(lambda: server.release(1)) is None
+            time.sleep(0.02)
+            assert (device.state, used(front, 0)) == (RunState.RUNNING, 1)
+
+
+def test_a_ring_that_has_worked_before_it_is_refused():
+    """It joins others that are at work."""
+    with RefusesOnce.blk(1 << 20, timeout_s=2) as sim, bridged(sim) as device, holdable(device) as (front, _):
+        ring(front, 0)
+        ring(front, 1, enable=False)
+        sim.wait = lambda: None
+        assert front.tell(F.SET_VRING_ENABLE, VringState(1, 1).pack()) == 1
+        assert base_of(front, 1) == 0
+        assert device.state is RunState.RUNNING
+
+
+def test_a_lost_device_does_not_take_features():
+    """It would forget where its rings stand, and say that all is well."""
+    with serving() as front:
+        ring(front, 0)
+        front.sim._engine.failed = "a test killed it"
+        assert front.tell(F.SET_VRING_ENABLE, VringState(0, 0).pack()) == 1
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL).pack()) == 1
+        assert front.tell(F.RESET_DEVICE) == 0
+        assert front.tell(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL).pack()) == 0
 
 
 def test_rings_that_came_while_the_device_was_held_start_after_that():

@@ -760,15 +760,15 @@ MUTATIONS = [
     Mutation(
         "where rings stand is not asked again",
         "vdpabridge/export/vhost_user/frontend_rings.py",
-        "        self._settle()\n        with self._going",
+        "        self.settle()\n        with self._going",
         "        with self._going",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),
     Mutation(
         "a ring is at work only after success",
         "vdpabridge/export/vhost_user/frontend_rings.py",
-        "            if self._device.state not in (RunState.RUNNING, RunState.FAILED):",
-        "            if True:",
+        "            self.settle()\n            raise\n",
+        "            self._collect_bases()\n            raise\n",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),
     Mutation(
@@ -781,8 +781,8 @@ MUTATIONS = [
     Mutation(
         "features forget rings that are known",
         "vdpabridge/export/vhost_user/handlers.py",
-        "            if self.rings.lost:\n",
-        "            if True:\n",
+        "            device.reset()\n            self._transfer.forget()\n            self.rings.leave_device()\n",
+        "            self._reset()\n",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),
     Mutation(

@@ -117,10 +117,10 @@ class FrontendRings:
 
     def stop(self, index: int, *, drain: bool) -> int:
         """GET_VRING_BASE: stop the ring and return the word that says where it stands."""
-        ring = self._ring(index)
+        ring = self._settled(index)
         device = self._device
         if ring.in_device:
-            if Capability.QUEUE_CONTROL in device.capabilities and device.state is RunState.RUNNING:
+            if Capability.QUEUE_CONTROL in device.capabilities:
                 ring.base_word = device.stop_queue(index, drain=drain).encode()
                 ring.in_device = False
                 if not any(each.in_device for each in self._rings.values()):
@@ -142,17 +142,17 @@ class FrontendRings:
         """Stop everything that is at work: for a front-end that has left, or until `go_on`."""
         if self._device.state is RunState.RUNNING:
             self._device.suspend()
-            self._settle()
+            self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Ask where the rings stand, if the device stands still and that could not be asked when it was stopped."""
-        if self._device.state is RunState.SUSPENDED:
+        if self._device.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self._collect_bases()
 
     def _settled(self, index: int) -> FrontendRing:
         ring = self._ring(index)
         if ring.in_device:
-            self._settle()
+            self.settle()
         return ring
 
     def lie_in(self, regions: Iterable[Region]) -> bool:
@@ -298,7 +298,7 @@ class FrontendRings:
             device.check_health()
         # all of them, before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
-        self._settle()
+        self.settle()
         with self._going(setups, self._set_up(setups)) as go:
             go()
 
@@ -311,10 +311,8 @@ class FrontendRings:
         try:
             yield go
         except BaseException:
-            # `Device.start` and `Device.resume`: in any other state it is certain that nothing has begun
-            if self._device.state not in (RunState.RUNNING, RunState.FAILED):
-                for index in setups:
-                    self._rings[index].in_device = False
+            # in any state but RUNNING and FAILED it is certain that nothing is at work; some of it may have been
+            self.settle()
             raise
 
     def _set_up(self, setups: dict[int, QueueSetup]) -> Callable[[], None]:
@@ -342,11 +340,20 @@ class FrontendRings:
             for index, setup in setups.items():
                 ring = self._rings[index]
                 if ring.enabled and not ring.in_device:
-                    self._install(index, ring, setup)
-                    ring.in_device, ring.installed = True, setup
+                    self._join_one(index, ring, setup)
         else:
             self.suspend()
             self._go()
+
+    def _join_one(self, index: int, ring: FrontendRing, setup: QueueSetup) -> None:
+        ring.in_device, ring.installed = True, setup
+        try:
+            self._install(index, ring, setup)
+        except BaseException:
+            # it may be at work all the same, or have been
+            ring.base_word = self._device.stop_queue(index).encode()
+            ring.in_device = False
+            raise
 
     def _enable_live(self, index: int, enabled: bool) -> None:
         device = self._device

@@ -117,11 +117,11 @@ class Handlers:
         device = self.device
         if device.state is RunState.FAILED:
             if self.rings.lost:
-                self._reset()
-            else:
-                device.reset()
-                self._transfer.forget()
-                self.rings.leave_device()
+                # who wants it reset, and all forgotten, says so: RESET_DEVICE
+                device.check_health()
+            device.reset()
+            self._transfer.forget()
+            self.rings.leave_device()
         if device.state is not RunState.RESET and device.accepted_features != wanted:
             if device.state is RunState.RUNNING:
                 raise VdpaBridgeError("SET_FEATURES", why="the device runs with other features")
@@ -133,6 +133,7 @@ class Handlers:
     def _accept_others(self, wanted: int) -> None:
         """Other features take a reset. All else stays: the device's own state, which may be what was loaded into it,
         and what the front-end has said already."""
+        self.rings.settle()
         loaded = self._transfer.loaded
         start_over(self.device, lambda: self.device.accept_features(wanted), start=False, keep=False)
         self._transfer.forget()
