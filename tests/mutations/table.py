@@ -312,7 +312,7 @@ MUTATIONS = [
     Mutation(
         "replay loses config_call",
         "vdpabridge/state/replay.py",
-        "                if config_call is not None:\n                    device.set_config_call(config_call)\n",
+        "            if config_call is not None:\n                device.set_config_call(config_call)\n",
         "",
         (
             "tests/state/test_snapshot.py",
@@ -324,8 +324,8 @@ MUTATIONS = [
     Mutation(
         "replay interruptible",
         "vdpabridge/state/replay.py",
-        "            with uninterrupted(), _explaining(failed):\n                device.reset()",
-        "            if True:\n                device.reset()",
+        "        with uninterrupted():\n            try:\n                yield",
+        "        if True:\n            try:\n                yield",
         ("tests/state/procedures/test_faults.py", "tests/state/image/test_fit.py"),
     ),
     Mutation(
@@ -515,8 +515,8 @@ MUTATIONS = [
     Mutation(
         "start_over forgets the state",
         "vdpabridge/state/replay.py",
-        "                if spool is not None:\n",
-        "                if False:\n",
+        "            if spool is not None:\n",
+        "            if False:\n",
         ("tests/state/image/test_fit.py",),
     ),
     Mutation(
@@ -655,16 +655,16 @@ MUTATIONS = [
     Mutation(
         "a replay forgets the in-flight region",
         "vdpabridge/state/replay.py",
-        "                if inflight is not None:",
-        "                if False:",
-        ("tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
+        "            if inflight is not None:",
+        "            if False:",
+        ("tests/state/image/test_fit.py",),
     ),
     Mutation(
         "a replay forgets the dirty log",
         "vdpabridge/state/replay.py",
-        "                if log is not None:",
-        "                if False:",
-        ("tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
+        "            if log is not None:",
+        "            if False:",
+        ("tests/state/image/test_fit.py",),
     ),
     Mutation(
         "a load that is refused resets",
@@ -760,8 +760,8 @@ MUTATIONS = [
     Mutation(
         "where rings stand is not asked again",
         "vdpabridge/export/vhost_user/frontend_rings.py",
-        "        self.settle()\n        with self._going",
-        "        with self._going",
+        "        self.settle()\n        go = self._set_up",
+        "        go = self._set_up",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),
     Mutation(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from ..errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from ..linux.deadline import TimeLimit
@@ -15,6 +16,8 @@ from .rules import Operation, RunState
 from .values import DirtyLog, InflightRegion, MemoryRegion, QueueRecord
 
 __all__ = ["DeviceCore"]
+
+Shared = TypeVar("Shared", DirtyLog, InflightRegion)
 
 
 class DeviceCore(DriverHooks):
@@ -150,21 +153,17 @@ class DeviceCore(DriverHooks):
     @contextmanager
     def _adopting_dirty_log(self, log: DirtyLog | None) -> Iterator[None]:
         """``log`` (borrowed) is the device's when the body has ended well."""
-        with _duplicate(None if log is None else log.fd) as duplicate:
+        with _own(log) as own:
             yield
-        before, self.dirty_log = (
-            self.dirty_log,
-            None if log is None or duplicate is None else replace(log, fd=duplicate),
-        )
+        before, self.dirty_log = self.dirty_log, own
         _close(before)
 
     @contextmanager
     def _adopting_inflight(self, region: InflightRegion | None) -> Iterator[None]:
         """``region`` (borrowed) is the device's when the body has ended well."""
-        with _duplicate(None if region is None else region.fd) as duplicate:
+        with _own(region) as own:
             yield
-        before = self.inflight
-        self.inflight = None if region is None or duplicate is None else replace(region, fd=duplicate)
+        before, self.inflight = self.inflight, own
         _close(before)
 
     def _forget(self) -> None:
@@ -197,6 +196,13 @@ class DeviceCore(DriverHooks):
             finally:
                 while self.regions:
                     os.close(self.regions.pop().fd)
+
+
+@contextmanager
+def _own(shared: Shared | None) -> Iterator[Shared | None]:
+    """``shared`` with a duplicate of its descriptor, which is closed where the body raises."""
+    with _duplicate(None if shared is None else shared.fd) as fd:
+        yield None if shared is None or fd is None else replace(shared, fd=fd)
 
 
 def _close(shared: DirtyLog | InflightRegion | None) -> None:

@@ -104,42 +104,41 @@ def start_over(
         config_call = _keep(stack, os.dup(device.config_call) if keep and device.config_call is not None else None)
         log = _kept(stack, device.dirty_log if keep else None)
         inflight = _kept(stack, device.inflight if keep else None)
-        try:
-            # cut in two it would leave a device that is reset, and what it had nobody has
-            with uninterrupted(), _explaining(failed):
-                device.reset()
-                if spool is not None:
-                    _give_back(device, spool, limits)
-                if inflight is not None:
-                    device.set_inflight(inflight)
-                set_up()
-                if log is not None:
-                    device.set_dirty_log(log)
-                if config_call is not None:
-                    device.set_config_call(config_call)
-                if start:
-                    device.start()
-        except Exception:
-            raise
-        except BaseException as interruption:
-            # what went wrong before it has the snapshot, which nobody else has any more
-            lost = interruption.__context__
-            while lost is not None and not isinstance(lost, ReplayFailed):
-                lost = lost.__context__
-            if lost is not None:
-                interruption.add_note(str(lost))
-                interruption.__dict__["snapshot"] = lost.snapshot
-            raise
+        # cut in two it would leave a device that is reset, and what it had nobody has
+        with _uncut(failed):
+            device.reset()
+            if spool is not None:
+                _give_back(device, spool, limits)
+            if inflight is not None:
+                device.set_inflight(inflight)
+            set_up()
+            if log is not None:
+                device.set_dirty_log(log)
+            if config_call is not None:
+                device.set_config_call(config_call)
+            if start:
+                device.start()
 
 
 @contextmanager
-def _explaining(failed: Callable[[Exception], VdpaBridgeError] | None) -> Iterator[None]:
+def _uncut(failed: Callable[[Exception], VdpaBridgeError] | None) -> Iterator[None]:
+    """Signals wait for the end of the body, whose errors ``failed`` turns into others. What the signals bring about has
+    the snapshot of such an error: nobody else has it any more."""
+    lost: VdpaBridgeError | None = None
     try:
-        yield
-    except (VdpaBridgeError, OSError) as error:
-        if failed is None:
-            raise
-        raise failed(error) from error
+        with uninterrupted():
+            try:
+                yield
+            except (VdpaBridgeError, OSError) as error:
+                if failed is None:
+                    raise
+                lost = failed(error)
+                raise lost from error
+    except BaseException as interruption:
+        if isinstance(lost, ReplayFailed) and interruption is not lost:
+            interruption.add_note(str(lost))
+            interruption.__dict__["snapshot"] = lost.snapshot
+        raise
 
 
 def _give_back(device: Device, spool: int, limits: Limits) -> None:

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from vdpabridge.abi.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_NET
-from vdpabridge.device import Capability, Identity, MemoryRegion, RunState
+from vdpabridge.device import Capability, DirtyLog, Identity, MemoryRegion, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.sim.fs import FsModel
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
@@ -270,6 +270,21 @@ def test_a_replay_keeps_the_eventfd_for_configuration_changes():
         device.write_config(32, b"\0")
         assert os.eventfd_read(changed) == 1
         work.finish()
+
+
+def test_a_replay_keeps_the_dirty_log_and_the_in_flight_region():
+    log_bytes = 1 << 14
+    with lab("sim", WithoutResume) as (device, _, work), shared_file(log_bytes) as log:
+        device.suspend()
+        region = device.get_inflight(1, 256)
+        device.set_inflight(region)
+        os.close(region.fd)
+        device.set_dirty_log(DirtyLog(log, log_bytes))
+        resume(device)
+        assert (device.dirty_log.size_bytes, device.inflight.queue_count) == (log_bytes, 1)
+        work.finish()
+        assert device._engine.workers[0].ring.tracked
+        assert any(os.pread(log, log_bytes, 0))
 
 
 def test_a_replay_is_not_cut_in_two_by_a_signal():

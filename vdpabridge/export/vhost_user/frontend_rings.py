@@ -12,8 +12,7 @@ reset, in the middle of an ordinary stop.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 from ...abi.vhost_user_payloads import Region, VringAddr
 from ...abi.virtio import VIRTIO_F_RING_PACKED
@@ -299,17 +298,12 @@ class FrontendRings:
         # all of them, before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         self.settle()
-        with self._going(setups, self._set_up(setups)) as go:
-            go()
-
-    @contextmanager
-    def _going(self, setups: dict[int, QueueSetup], go: Callable[[], None]) -> Iterator[Callable[[], None]]:
-        """The body has the device take the rings to work. Where it raises that may be so all the same: where they stand
-        is asked then, when the device has stopped."""
+        go = self._set_up(setups)
+        # before it is told: where that raises, the rings may be at work all the same
         for index, setup in setups.items():
             self._rings[index].in_device, self._rings[index].installed = True, setup
         try:
-            yield go
+            go()
         except BaseException:
             # in any state but RUNNING and FAILED it is certain that nothing is at work; some of it may have been
             self.settle()
