@@ -15,8 +15,7 @@ import pytest
 
 from vdpabridge.abi.vhost_user import FrontendRequest as F
 from vdpabridge.abi.vhost_user_payloads import U64, Config
-from vdpabridge.control import methods
-from vdpabridge.control import server as control_server
+from vdpabridge.control import methods, server as control_server
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.lines import FDS_MAX
 from vdpabridge.control.methods import methods_of
@@ -48,7 +47,7 @@ class Served:
         self.server = stack.enter_context(Server(device, report=self.reports.append, timeout_s=timeout_s))
         control = stack.enter_context(listen(self.control))
         methods = methods_of(device, self.server, timeout_s)
-        self.server.companion = stack.enter_context(ControlServer(control, methods, report=self.reports.append))
+        self.server.also_served = stack.enter_context(ControlServer(control, methods, report=self.reports.append))
         thread = threading.Thread(target=self.server.serve, args=[listener])
         thread.start()
         stack.callback(thread.join)
@@ -415,8 +414,8 @@ def test_who_sends_too_much_is_hung_up_on(tmp_path, what):
 def test_progress_is_not_waited_for(tmp_path):
     """A client that does not read misses it; the guest, who is suspended meanwhile, does not wait for it."""
     with serving(tmp_path) as those, raw(those):
-        wait_until(lambda: those.server.companion._clients)
-        (_, caller), *_ = those.server.companion._clients.values()
+        wait_until(lambda: those.server.also_served._clients)
+        (_, caller), *_ = those.server.also_served._clients.values()
         for _ in range(20_000):
             caller.notify("progress", {"state_bytes": 1})
 

@@ -3,8 +3,7 @@
 import struct
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vdpabridge.drivers.sim.fs import FsModel
 from vdpabridge.drivers.sim.fuse_session import KNOWN_MAX, FuseSession, Handle, Inode, pack_session, unpack_session

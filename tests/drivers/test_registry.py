@@ -26,7 +26,7 @@ def check(name):
 
 
 def open_device(name, timeout_s):
-    return Sim.blk(name.number("size", 1 << 20), timeout_s=timeout_s)
+    return Sim.blk(name.integer("size", 1 << 20), timeout_s=timeout_s)
 
 
 DRIVER = Driver(check, open_device, lambda _name: 2)

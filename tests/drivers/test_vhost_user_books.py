@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge.abi.vhost_user import FrontendRequest as F
-from vdpabridge.abi.vhost_user import ProtocolFeature as P
+from vdpabridge.abi.vhost_user import FrontendRequest as F, ProtocolFeature as P
 from vdpabridge.abi.vhost_user_payloads import U64, VringState
 from vdpabridge.device import MemoryRegion, QueueSetup, RunState, SplitBase
 from vdpabridge.drivers.sim import Sim

@@ -539,7 +539,7 @@ def test_memory_that_is_mapped_twice_is_refused(slots):
         since = len(back_end.log)
         upper = replace(region, guest_address=region.guest_address + 4096, size_bytes=4096, offset=4096)
         for again in ([region], [upper], [replace(region, guest_address=0), replace(region, guest_address=4096)]):
-            with pytest.raises(ValueError, match="mapped twice"):
+            with pytest.raises(ValueError, match="overlaps"):
                 device.map(again)
         assert back_end.names(since) == []
         device.unmap([region])

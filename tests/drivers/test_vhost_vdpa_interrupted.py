@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from vdpabridge.device import Operation, RunState
-from vdpabridge.device import records as device_core
+from vdpabridge.device import Operation, RunState, records as device_core
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import DeviceFailed, KernelError, StateError, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vdpabridge.abi.vhost import BACKEND_FEATURE_NAMES
-from vdpabridge.abi.vhost import VhostIoctl as Ioctl
+from vdpabridge.abi.vhost import BACKEND_FEATURE_NAMES, VhostIoctl as Ioctl
 from vdpabridge.drivers import vhost_vdpa
 from vdpabridge.drivers.vhost_vdpa.ioctls import ANY, ROWS
 from vdpabridge.drivers.vhost_vdpa.node import Node

@@ -5,6 +5,7 @@ vdpa_sim), .get_vq_group, .get_vq_desc_group, .compat_reset. There is no hardwar
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 from errno import EOPNOTSUPP
 
 import pytest
@@ -264,11 +265,29 @@ def test_mappings_outlive_a_reset_on_every_parent(parent):
         assert kernel.device_maps == {0: {memory.guest_address: memory.size_bytes}}
 
 
-def test_address_spaces_of_a_device_that_has_one():
-    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened(Parent()) as (_, device):
+@pytest.mark.parametrize(
+    ("parent", "words"),
+    [
+        (Parent(), "no address space 1: the device has 1, numbered from 0"),
+        (Parent(address_spaces=2, groups=((0, 0), (0, 0))), "address space 1 for queue 0: all its queues are in 0"),
+    ],
+    ids=["one space", "one group"],
+)
+def test_address_spaces_of_a_device_that_has_one(parent, words):
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as queue, opened(parent) as (_, device):
         device.accept_features(1 << 32)
-        with pytest.raises(ValueError, match="address space 1 for queue 0: all its queues are in 0"):
+        with pytest.raises(ValueError, match=words):
             queue.attach(device, 0, address_space=1)
+
+
+def test_a_driver_that_was_not_told_to_heed_address_spaces_has_one():
+    """Without IOTLB_ASID the kernel takes every address space in an IOTLB message for 0."""
+    parent = Parent(address_spaces=2, groups=((0, 0), (1, 1)))
+    with GuestMemory(1 << 20) as memory, opened(parent, backend_features=1 << 1 | 1 << 2) as (kernel, device):
+        assert device.address_space_count == 1
+        with pytest.raises(ValueError, match="no address space 1"):
+            device.map([replace(memory.region, address_space=1)])
+        assert kernel.iotlb == {}
 
 
 def test_a_parent_that_forgets_its_mappings_is_shown_them_again():

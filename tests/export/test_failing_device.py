@@ -39,11 +39,11 @@ def serving(kernel, reports):
         VhostVdpa.open("/dev/vhost-vdpa-0", system=kernel, timeout_s=2) as device,
         Server(device, report=reports.append, timeout_s=5) as server,
     ):
-        server.companion = Errands()
+        server.also_served = Errands()
         try:
             yield device, server
         finally:
-            server.companion.close()
+            server.also_served.close()
 
 
 @contextmanager
@@ -92,12 +92,12 @@ def test_a_replay_that_fails_once_can_be_asked_for_again(at):
     with serving(kernel, reports) as (_, server), guest(server):
         wait_until(lambda: kernel._running)
         kernel.bases[0] = 7
-        assert server.companion.run(lambda: server.hold(1)) is None
+        assert server.also_served.run(lambda: server.hold(1)) is None
         kernel.accidents = [(*at, refused)]
-        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), VdpaBridgeError)
         assert server.held
         assert not kernel._running
-        assert server.companion.run(lambda: server.release(1)) is None
+        assert server.also_served.run(lambda: server.release(1)) is None
         assert (kernel._running, kernel.bases[0]) == (True, 7)
         assert kernel.device_maps == {0: {0x1000_0000: 1 << 20}}
 
@@ -110,8 +110,8 @@ def test_a_hold_that_could_not_ask_where_the_rings_stand(resume):
         wait_until(lambda: kernel._running)
         kernel.bases[0] = 20
         kernel.accidents = [("VHOST_GET_VRING_BASE", None, refused)]
-        server.companion.run(lambda: server.hold(1))
-        server.companion.run(lambda: server.release(1))
+        server.also_served.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.release(1))
         assert (kernel._running, kernel.bases[0]) == (True, 20)
 
 
@@ -123,9 +123,9 @@ def test_a_device_that_goes_on_although_that_failed(then, resume):
     with serving(kernel, reports) as (device, server), guest(server) as front:
         wait_until(lambda: kernel._running)
         kernel.bases[0] = 7
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         kernel.accidents = [("VHOST_VDPA_RESUME", None, refused)] if resume == "yes" else [(STATUS, 15, refused)]
-        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), VdpaBridgeError)
         assert (device.state, kernel._running) == (RunState.RUNNING, True)
         kernel.bases[0] = 20
         if then == "stop":
@@ -133,7 +133,7 @@ def test_a_device_that_goes_on_although_that_failed(then, resume):
             assert front.get_base(0).avail_index == 20
             assert not kernel._running
         else:
-            server.companion.run(lambda: server.release(1))
+            server.also_served.run(lambda: server.release(1))
             assert (kernel._running, kernel.bases[0]) == (True, 20)
 
 
@@ -142,14 +142,14 @@ def test_a_device_that_fails_when_it_has_begun_is_lost():
     with serving(kernel, reports) as (_, server), guest(server):
         wait_until(lambda: kernel._running)
         kernel.bases[0] = 7
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
 
         def fail():
             kernel.bases[0] = 20
             kernel.status |= 64
 
         kernel.accidents = [(STATUS, 15, fail)]
-        assert isinstance(server.companion.run(lambda: server.release(1)), DeviceFailed)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), DeviceFailed)
         wait_until(lambda: server.session is None)
         assert not kernel._running
 
@@ -160,11 +160,11 @@ def test_what_a_front_end_says_while_a_failed_device_is_held():
     with serving(kernel, reports) as (_, server), guest(server):
         wait_until(lambda: kernel._running)
         kernel.bases[0] = 7
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         kernel.accidents = [(STATUS, 0, refused)]
-        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
-        server.companion.run(lambda: server.session._handlers.set_features(U64(1 << 32 | 1 << 30), []))
-        server.companion.run(lambda: server.release(1))
+        assert isinstance(server.also_served.run(lambda: server.release(1)), VdpaBridgeError)
+        server.also_served.run(lambda: server.session._handlers.set_features(U64(1 << 32 | 1 << 30), []))
+        server.also_served.run(lambda: server.release(1))
         assert (kernel._running, kernel.bases[0]) == (True, 7)
 
 
@@ -174,10 +174,10 @@ def test_changes_of_the_configuration_are_heard_of_also_after_a_replay_that_fail
     with serving(kernel, reports) as (device, server), guest(server):
         wait_until(lambda: kernel._running)
         assert device.config_call is not None
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         kernel.accidents = [(*at, refused)]
-        server.companion.run(lambda: server.release(1))
-        server.companion.run(lambda: server.release(1))
+        server.also_served.run(lambda: server.release(1))
+        server.also_served.run(lambda: server.release(1))
         assert kernel._running
         assert device.config_call is not None
         assert kernel.eventfds["config"] != -1
@@ -188,11 +188,11 @@ def test_a_front_end_is_told_of_a_device_that_is_lost_while_somebody_else_held_i
     kernel, reports = Unlucky(), []
     with serving(kernel, reports) as (device, server), guest(server) as front:
         wait_until(lambda: kernel._running)
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         kernel.status |= 64
         ring = server.session._handlers.rings._rings[0]
         ring.in_device = True
-        assert isinstance(server.companion.run(lambda: server.release(1)), DeviceFailed)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), DeviceFailed)
 
         def hung_up_on():
             try:

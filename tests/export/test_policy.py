@@ -390,7 +390,7 @@ def holdable(device=None):
         shared_file(MEMORY_BYTES) as file,
         Server(sim, report=print, timeout_s=5) as server,
     ):
-        server.companion = Errands()
+        server.also_served = Errands()
         ours, theirs = socket.socketpair()
         thread = threading.Thread(target=server.serve_connection, args=[Connection(theirs, "the front-end")])
         thread.start()
@@ -404,7 +404,7 @@ def holdable(device=None):
             server.stop()
             thread.join()
             ours.close()
-            server.companion.close()
+            server.also_served.close()
 
 
 class RefusesOnce(Sim):
@@ -430,14 +430,14 @@ def test_a_back_end_that_has_worked_before_it_refuses(then):
     ):
         for index in (0, 1):
             ring(front, index)
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         submit_one(front)
         sim.wait = lambda: wait_until(lambda: used(front, 0) == 1)
-        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), VdpaBridgeError)
         if then == "asked where it stands":
             assert base_of(front, 0) == 1
         else:
-            assert server.companion.run(lambda: server.release(1)) is None
+            assert server.also_served.run(lambda: server.release(1)) is None
             time.sleep(0.02)
             assert (device.state, used(front, 0)) == (RunState.RUNNING, 1)
 
@@ -466,11 +466,11 @@ def test_a_lost_device_does_not_take_features():
 
 def test_rings_that_came_while_the_device_was_held_start_after_that():
     with holdable() as (front, server):
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
         ring(front, 0, enable=False)
         ring(front, 1, enable=False)
         enable(front, 0, 1)
-        server.companion.run(lambda: server.release(1))
+        server.also_served.run(lambda: server.release(1))
         wait_until(lambda: front.sim.state is RunState.RUNNING)
 
 
@@ -481,16 +481,16 @@ def test_a_ring_that_is_stopped_before_a_start_is_tried_again_stays_stopped():
         for index in (0, 1):
             enable(front, index, 1)
         assert working(front.sim) == [0, 1]
-        server.companion.run(lambda: server.hold(1))
+        server.also_served.run(lambda: server.hold(1))
 
         def fail():
             raise VdpaBridgeError("start", why="a test forbids it")
 
         front.sim._start = fail
-        assert isinstance(server.companion.run(lambda: server.release(1)), VdpaBridgeError)
+        assert isinstance(server.also_served.run(lambda: server.release(1)), VdpaBridgeError)
         del front.sim._start
         assert base_of(front, 1) == 0
-        server.companion.run(lambda: server.release(1))
+        server.also_served.run(lambda: server.release(1))
         assert (front.sim.state, working(front.sim)) == (RunState.RUNNING, [0])
         assert not front.sim.queues[1].enabled
 

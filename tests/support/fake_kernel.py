@@ -10,8 +10,13 @@ import threading
 from dataclasses import dataclass
 from errno import EBUSY, EFAULT, EINVAL, EIO, ENOBUFS, ENOENT, ENOTTY, EOPNOTSUPP, EPERM
 
-from vdpabridge.abi.vhost import VHOST_MSG_V2_LAYOUT, VHOST_VDPA_CONFIG, VHOST_VRING_ADDR, VHOST_VRING_STATE
-from vdpabridge.abi.vhost import VhostIoctl as Ioctl
+from vdpabridge.abi.vhost import (
+    VHOST_MSG_V2_LAYOUT,
+    VHOST_VDPA_CONFIG,
+    VHOST_VRING_ADDR,
+    VHOST_VRING_STATE,
+    VhostIoctl as Ioctl,
+)
 
 ACK, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 0x40, 0x80
 BASE_FEATURES = sum(1 << bit for bit in (1, 2, 3))

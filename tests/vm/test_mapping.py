@@ -45,7 +45,7 @@ def test_a_hole_is_refused(device):
 def test_overlap_names_what_is_in_the_way(device):
     with GuestMemory(4 * PAGE, guest_address=0x10000) as memory:
         device.map([memory.region])
-        with pytest.raises(MappingError, match="overlaps what is mapped at 0x10000"):
+        with pytest.raises(ValueError, match="0x11000 overlaps the one at 0x10000"):
             device.map([MemoryRegion(0x11000, PAGE, memory.fileno())])
         # the refused region changed nothing
         device.unmap([memory.region])
@@ -67,7 +67,7 @@ def test_all_or_none(device):
     with GuestMemory(4 * PAGE) as memory:
         good = MemoryRegion(0x10000, PAGE, memory.fileno())
         with pytest.raises(MappingError):
-            device.map([good, MemoryRegion(0x10000, PAGE, memory.fileno())])
+            device.map([good, MemoryRegion(0x20000, 8 * PAGE, memory.fileno())])
         assert device.regions == []
         assert device.iotlb.entries == {}
         device.map([good])

@@ -1,6 +1,5 @@
 """vdpa_sim_net: three queues in two groups, two address spaces, frames that come back."""
 
-import errno
 import time
 from contextlib import contextmanager
 
@@ -13,8 +12,7 @@ from vdpabridge.abi.virtio_net import (
     VIRTIO_NET_F_MAC,
 )
 from vdpabridge.device import MemoryRegion, SplitBase
-from vdpabridge.drivers.vhost_vdpa import MappingError, VhostVdpa
-from vdpabridge.errors import KernelError
+from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.losses import Loss
@@ -131,9 +129,8 @@ def test_queues_of_one_group_share_an_address_space(net_node):
 def test_wrong_spaces(net_node):
     with GuestMemory(1 << 16) as memory, SplitQueue(memory, 8) as queue, VhostVdpa.open(net_node) as device:
         device.accept_features(FEATURES)
-        with pytest.raises(KernelError, match="see group_count and address_space_count") as caught:
+        with pytest.raises(ValueError, match="no address space 2"):
             queue.attach(device, 0, address_space=2)
-        assert caught.value.errno == errno.EINVAL
         region = memory.region
-        with pytest.raises(MappingError, match="no address space 2"):
+        with pytest.raises(ValueError, match="no address space 2"):
             device.map([MemoryRegion(region.guest_address, region.size_bytes, region.fd, address_space=2)])

@@ -50,16 +50,12 @@ class BusEvents:
     def next(self, timeout_s: float | None = None) -> BusEvent | None:
         """The next event; None where none came in time. Raises OSError (ENOBUFS) where events were lost."""
         deadline = Deadline(timeout_s)
-        readable = select.poll()
-        readable.register(self._socket, select.POLLIN)
-        while True:
-            left_s = deadline.left_s()
-            if not readable.poll(None if left_s is None else left_s * 1000):
-                return None
+        while deadline.wait({self._socket.fileno(): select.POLLIN}):
             message, (sender_pid, _groups) = self._socket.recvfrom(_LARGEST_BYTES)
             # user space can send to the group as well; the kernel's number is 0
             if sender_pid == 0 and (event := parse_uevent(message)):
                 return event
+        return None
 
     def close(self) -> None:
         """End the subscription. Idempotent."""

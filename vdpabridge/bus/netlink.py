@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ..abi.vdpa_netlink import VDPA_GENL_NAME, VDPA_GENL_VERSION
-from ..abi.vdpa_netlink import VdpaAttribute as Attribute
-from ..abi.vdpa_netlink import VdpaCommand as Command
+from ..abi.vdpa_netlink import VDPA_GENL_NAME, VDPA_GENL_VERSION, VdpaAttribute as Attribute, VdpaCommand as Command
 from ..errors import BusError, NoSuchDevice, VdpaBridgeError
 
 __all__ = ["ManagementDevice", "NetlinkDevice", "VdpaNetlink"]
@@ -192,15 +190,15 @@ def _management_device(reply: Any) -> ManagementDevice:
 
 
 def _device(reply: Any) -> NetlinkDevice:
-    def number(attribute: Attribute) -> int:
+    def integer(attribute: Attribute) -> int:
         return int(reply.get_attr(attribute.name) or 0)
 
     return NetlinkDevice(
         reply.get_attr(Attribute.VDPA_ATTR_DEV_NAME.name) or "",
         _management_handle(reply),
-        number(Attribute.VDPA_ATTR_DEV_ID),
-        number(Attribute.VDPA_ATTR_DEV_VENDOR_ID),
-        number(Attribute.VDPA_ATTR_DEV_MAX_VQS),
-        number(Attribute.VDPA_ATTR_DEV_MAX_VQ_SIZE),
-        number(Attribute.VDPA_ATTR_DEV_MIN_VQ_SIZE),
+        integer(Attribute.VDPA_ATTR_DEV_ID),
+        integer(Attribute.VDPA_ATTR_DEV_VENDOR_ID),
+        integer(Attribute.VDPA_ATTR_DEV_MAX_VQS),
+        integer(Attribute.VDPA_ATTR_DEV_MAX_VQ_SIZE),
+        integer(Attribute.VDPA_ATTR_DEV_MIN_VQ_SIZE),
     )

@@ -27,16 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-capabilities", action="store_true", help="print them, as JSON, and do nothing else")
     parser.add_argument("--blk-file", type=path, metavar="PATH", help="the disk")
     parser.add_argument("--read-only", action="store_true", help="let nobody write it")
-    words = parser.parse_args(argv)
-    if words.print_capabilities:
+    arguments = parser.parse_args(argv)
+    if arguments.print_capabilities:
         print(json.dumps(_CAPABILITIES))
         return 0
-    if words.blk_file is None:
+    if arguments.blk_file is None:
         parser.error("--blk-file is needed")
-    if words.socket_path is None and words.fd is None:
+    if arguments.socket_path is None and arguments.fd is None:
         parser.error("--socket-path or --fd is needed")
-    if "," in words.blk_file:
+    if "," in arguments.blk_file:
         parser.error("a file's name with a comma cannot be served")
-    device = f"sim:blk,file={words.blk_file}" + (",read-only" if words.read_only else "")
-    place = ["--fd", str(words.fd)] if words.fd is not None else ["--socket-path", words.socket_path]
+    device = f"sim:blk,file={arguments.blk_file}" + (",read-only" if arguments.read_only else "")
+    place = ["--fd", str(arguments.fd)] if arguments.fd is not None else ["--socket-path", arguments.socket_path]
     return command(["serve", device, *place])

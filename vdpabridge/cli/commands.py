@@ -11,71 +11,71 @@ from .output import print_json, print_records, print_table
 __all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
 
 
-def list(words: argparse.Namespace) -> None:  # the subcommand's name
+def list(arguments: argparse.Namespace) -> None:  # the subcommand's name
     """``vdpabridge list``: sysfs only."""
     devices = Bus().devices()
-    if words.json:
-        print_json("dev", {device.name: _place(device) for device in devices}, pretty=words.pretty)
+    if arguments.json:
+        print_json("dev", {device.name: _place(device) for device in devices}, pretty=arguments.pretty)
     else:
         rows = [(device.name, device.driver or "-", device.node or "-") for device in devices]
         print_table(("NAME", "DRIVER", "NODE"), rows)
 
 
-def show(words: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> None:
     """``vdpabridge show``: netlink, sysfs, and who has the node open. Nothing is opened: that would reset a device."""
-    if words.mgmtdev:
+    if arguments.mgmtdev:
         section, records = "mgmtdev", _management_devices()
     else:
-        section, records = "dev", _devices(words.device)
-    if words.json:
-        print_json(section, records, pretty=words.pretty)
+        section, records = "dev", _devices(arguments.device)
+    if arguments.json:
+        print_json(section, records, pretty=arguments.pretty)
     else:
         print_records(records)
 
 
-def add(words: argparse.Namespace) -> None:
+def add(arguments: argparse.Namespace) -> None:
     """``vdpabridge add``."""
     from ..bus.netlink import VdpaNetlink
 
     bus = Bus()
     with VdpaNetlink() as netlink:
-        netlink.add(words.device, words.mgmtdev, mac=words.mac, mtu=words.mtu)
-        if words.driver:
+        netlink.add(arguments.device, arguments.mgmtdev, mac=arguments.mac, mtu=arguments.mtu)
+        if arguments.driver:
             try:
-                bus.bind(words.device, words.driver)
+                bus.bind(arguments.device, arguments.driver)
             except VdpaBridgeError:
-                netlink.delete(words.device)
+                netlink.delete(arguments.device)
                 raise
-    _print_place(bus.device(words.device), words)
+    _print_place(bus.device(arguments.device), arguments)
 
 
-def delete(words: argparse.Namespace) -> None:
+def delete(arguments: argparse.Namespace) -> None:
     """``vdpabridge del``."""
     from ..bus.netlink import VdpaNetlink
 
     bus = Bus()
-    name = bus.device(words.device).name
-    bus.check_idle(name, "delete", force=words.force)
+    name = bus.device(arguments.device).name
+    bus.check_idle(name, "delete", force=arguments.force)
     with VdpaNetlink() as netlink:
         netlink.delete(name)
 
 
-def bind(words: argparse.Namespace) -> None:
+def bind(arguments: argparse.Namespace) -> None:
     """``vdpabridge bind``."""
     bus = Bus()
-    device = bus.bind(bus.device(words.device).name, words.driver, force=words.force)
-    _print_place(device, words)
+    device = bus.bind(bus.device(arguments.device).name, arguments.driver, force=arguments.force)
+    _print_place(device, arguments)
 
 
-def udev_rules(words: argparse.Namespace) -> None:
+def udev_rules(arguments: argparse.Namespace) -> None:
     """``vdpabridge udev-rules``."""
     from ..bus.udev_files import helper, rules
 
-    text = helper() if words.helper else rules()
-    if words.json:
+    text = helper() if arguments.helper else rules()
+    if arguments.json:
         import json
 
-        print(json.dumps({"helper" if words.helper else "rules": text}))
+        print(json.dumps({"helper" if arguments.helper else "rules": text}))
     else:
         print(text, end="")
 
@@ -84,9 +84,9 @@ def _place(device: BusDevice) -> dict[str, object]:
     return {"driver": device.driver, "path": device.node}
 
 
-def _print_place(device: BusDevice, words: argparse.Namespace) -> None:
-    if words.json:
-        print_json("dev", {device.name: _place(device)}, pretty=words.pretty)
+def _print_place(device: BusDevice, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print_json("dev", {device.name: _place(device)}, pretty=arguments.pretty)
     else:
         print_records({device.name: _place(device)})
 

@@ -34,14 +34,14 @@ _QUEUE_SIZE = 64
 _LINE_BYTES = 36
 
 
-def demo(words: argparse.Namespace) -> None:
+def demo(arguments: argparse.Namespace) -> None:
     """``vdpabridge demo``. Raises `VdpaBridgeError` where it does not end well, and says so in its last line."""
     try:
-        _demonstrate(Timeline(as_json=words.json))
+        _demonstrate(Timeline(as_json=arguments.json))
     except (Broken, VdpaBridgeError) as error:
-        print(json.dumps({"demo": "FAIL", "why": str(error)}) if words.json else f"demo: FAIL: {error}")
+        print(json.dumps({"demo": "FAIL", "why": str(error)}) if arguments.json else f"demo: FAIL: {error}")
         raise VdpaBridgeError("demo", why=str(error)) from error
-    print(json.dumps({"demo": "PASS"}) if words.json else "demo: PASS")
+    print(json.dumps({"demo": "PASS"}) if arguments.json else "demo: PASS")
 
 
 def _demonstrate(timeline: Timeline) -> None:
@@ -88,8 +88,8 @@ def _server(stack: ExitStack) -> tuple[Device, subprocess.Popen[bytes]]:
     """A process that serves a file system, and the device that it is to us."""
     ours, theirs = socket.socketpair()
     with theirs:
-        words = [sys.executable, "-m", "vdpabridge", "serve", "sim:fs", "--fd", str(theirs.fileno())]
-        process = subprocess.Popen(words, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL, env=_environment())
+        arguments = [sys.executable, "-m", "vdpabridge", "serve", "sim:fs", "--fd", str(theirs.fileno())]
+        process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL, env=_environment())
     stack.callback(_end, process)
     connection = Connection(ours, f"process {process.pid}", timeout_s=_TIMEOUT_S)
     return stack.enter_context(VhostUser(connection, device_id=VIRTIO_ID_FS, timeout_s=_TIMEOUT_S)), process

@@ -20,21 +20,21 @@ __all__ = ["inspect"]
 _NO_LIMITS = Limits(Deadline(None))
 
 
-def inspect(words: argparse.Namespace) -> int:
+def inspect(arguments: argparse.Namespace) -> int:
     """Print one image, or the differences of two (``--diff``): as diff(1), 1 says that there are some, and 2 that
     this cannot be known."""
-    if words.diff:
-        if len(words.images) != 2:
-            raise UsageError("inspect", why=f"--diff takes two images, not {len(words.images)}")
+    if arguments.diff:
+        if len(arguments.images) != 2:
+            raise UsageError("inspect", why=f"--diff takes two images, not {len(arguments.images)}")
         try:
-            before, after = (_read(path) for path in words.images)
+            before, after = (_read(path) for path in arguments.images)
         except VdpaBridgeError as error:
             raise UsageError(error.what, device=error.device, why=error.why, hint=error.hint) from error
-        return int(_print_differences(before, after, words))
-    for path in words.images:
+        return int(_print_differences(before, after, arguments))
+    for path in arguments.images:
         described = _read(path)
-        if words.json:
-            print(json.dumps(described, indent=4 if words.pretty else None))
+        if arguments.json:
+            print(json.dumps(described, indent=4 if arguments.pretty else None))
         else:
             print_table(("WHAT", "VALUE"), list(_rows(described)))
     return 0
@@ -54,11 +54,11 @@ def _read(path: str) -> Description:
         os.close(fd)
 
 
-def _print_differences(before: Description, after: Description, words: argparse.Namespace) -> bool:
+def _print_differences(before: Description, after: Description, arguments: argparse.Namespace) -> bool:
     """Returns whether there are some."""
     found = differences(before, after)
-    if words.json:
-        indent = 4 if words.pretty else None
+    if arguments.json:
+        indent = 4 if arguments.pretty else None
         print(json.dumps({what: {"before": old, "after": new} for what, old, new in found}, indent=indent))
     elif found:
         print_table(("WHAT", "BEFORE", "AFTER"), [(what, _text(old), _text(new)) for what, old, new in found])

@@ -27,29 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _run(words: argparse.Namespace) -> int:
-    """Do what ``words`` say. Returns an exit code of `exit_codes.TABLE`."""
+def _run(arguments: argparse.Namespace) -> int:
+    """Do what ``arguments`` say. Returns an exit code of `exit_codes.TABLE`."""
     try:
-        module, function = words.run.split(":")
-        code: int | None = getattr(importlib.import_module(f".{module}", __package__), function)(words)
+        module, function = arguments.run.split(":")
+        code: int | None = getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has left ('vdpabridge list | head')
         forget_output()
         return REFUSED
     except VdpaBridgeError as error:
-        _report(error, words.json)
+        _report(error, arguments.json)
         return exit_code(error)
     except OSError as error:
         # standard output's, which is the only one that nobody else explains
         forget_output()
-        _report(VdpaBridgeError(words.command, why=str(error)), words.json)
+        _report(VdpaBridgeError(arguments.command, why=str(error)), arguments.json)
         return REFUSED
     except Exception as error:
         if os.environ.get("VDPABRIDGE_TRACEBACK"):
             raise
         why, hint = f"{type(error).__name__}: {error}", "a mistake in vdpabridge: VDPABRIDGE_TRACEBACK=1 shows where"
-        _report(VdpaBridgeError(words.command, why=why, hint=hint), words.json)
+        _report(VdpaBridgeError(arguments.command, why=why, hint=hint), arguments.json)
         return REFUSED
     return code or DONE
 

@@ -22,94 +22,94 @@ from .timeline_picture import draw
 __all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
 
 
-def status(words: argparse.Namespace) -> None:
+def status(arguments: argparse.Namespace) -> None:
     """``vdpabridge status``."""
-    _show(words, _ask(words, "status"))
+    _show(arguments, _ask(arguments, "status"))
 
 
-def statistics(words: argparse.Namespace) -> None:
+def statistics(arguments: argparse.Namespace) -> None:
     """``vdpabridge statistics``."""
-    _show(words, _ask(words, "statistics"))
+    _show(arguments, _ask(arguments, "statistics"))
 
 
-def suspend(words: argparse.Namespace) -> None:
+def suspend(arguments: argparse.Namespace) -> None:
     """``vdpabridge suspend``."""
-    _show(words, _ask(words, "suspend"))
+    _show(arguments, _ask(arguments, "suspend"))
 
 
-def resume(words: argparse.Namespace) -> None:
+def resume(arguments: argparse.Namespace) -> None:
     """``vdpabridge resume``."""
-    _show(words, _ask(words, "resume", force=words.force))
+    _show(arguments, _ask(arguments, "resume", force=arguments.force))
 
 
-def save(words: argparse.Namespace) -> None:
+def save(arguments: argparse.Namespace) -> None:
     """``vdpabridge save``: to a file, or to standard output.
 
     Until the image is safe the device stays suspended only for as long as this process lives.
     """
-    with ControlClient(words.control, timeout_s=words.timeout) as client:
-        if words.image == "-":
+    with ControlClient(arguments.control, timeout_s=arguments.timeout) as client:
+        if arguments.image == "-":
             if os.isatty(1):
                 raise UsageError("save", why="an image is not for a terminal", hint="name a file, or redirect it")
-            result = _save(client, 1, words)
+            result = _save(client, 1, arguments)
             # the image has standard output, and is whole already, whoever listens here
             with suppress(OSError):
                 print(json.dumps(result), file=sys.stderr, flush=True)
             return
-        with replacing(words.image) as fd:
-            result = _save(client, fd, words)
-        if words.stay:
+        with replacing(arguments.image) as fd:
+            result = _save(client, fd, arguments)
+        if arguments.stay:
             try:
                 result |= client.ask("suspend")
             except VdpaBridgeError as error:
-                error.hint = f"{words.image} is written; the device resumes when this process has ended"
+                error.hint = f"{arguments.image} is written; the device resumes when this process has ended"
                 raise
     try:
-        _tell(words, result)
+        _tell(arguments, result)
     except VdpaBridgeError as error:
-        error.hint = f"{words.image} is written" + ("; the device stays suspended" if words.stay else "")
+        error.hint = f"{arguments.image} is written" + ("; the device stays suspended" if arguments.stay else "")
         raise
 
 
-def _save(client: ControlClient, fd: int, words: argparse.Namespace) -> dict[str, Any]:
-    stay = "connection" if words.stay else False
+def _save(client: ControlClient, fd: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    stay = "connection" if arguments.stay else False
     with ProgressLine("save") as progress:
-        saved: dict[str, Any] = client.ask("save", fd, stay=stay, progress=progress, accept=words.accept)
-    if words.stay and words.image == "-":
+        saved: dict[str, Any] = client.ask("save", fd, stay=stay, progress=progress, accept=arguments.accept)
+    if arguments.stay and arguments.image == "-":
         saved |= client.ask("suspend")
     return saved
 
 
-def load(words: argparse.Namespace) -> None:
+def load(arguments: argparse.Namespace) -> None:
     """``vdpabridge load``: from a file, or from standard input."""
-    fd = open_image(words.image, words.timeout)
+    fd = open_image(arguments.image, arguments.timeout)
     try:
-        with ControlClient(words.control, timeout_s=words.timeout) as client:
+        with ControlClient(arguments.control, timeout_s=arguments.timeout) as client:
             with ProgressLine("load") as progress:
-                result = client.ask("load", fd, progress=progress, accept=words.accept)
-            _show(words, result)
+                result = client.ask("load", fd, progress=progress, accept=arguments.accept)
+            _show(arguments, result)
     except ControlError as error:
-        error.device = f"{words.image} into {error.device}"
+        error.device = f"{arguments.image} into {error.device}"
         raise
     finally:
         os.close(fd)
 
 
-def migrate(words: argparse.Namespace) -> None:
+def migrate(arguments: argparse.Namespace) -> None:
     """``vdpabridge migrate``: from one process into another; where that fails, the first resumes."""
     saved: dict[str, Any] = {}
     try:
         with (
-            ControlClient(words.control, timeout_s=words.timeout) as source,
-            ControlClient(words.destination, timeout_s=words.timeout) as destination,
+            ControlClient(arguments.control, timeout_s=arguments.timeout) as source,
+            ControlClient(arguments.destination, timeout_s=arguments.timeout) as destination,
             # before anything is moved: a path that cannot be written is no reason to stop then
-            replacing(words.report) if words.report else nullcontext() as report,
+            replacing(arguments.report) if arguments.report else nullcontext() as report,
         ):
             with ProgressLine("migrate") as progress:
-                saved, loaded = move(source, destination, progress=progress, accept=words.accept)
+                saved, loaded = move(source, destination, progress=progress, accept=arguments.accept)
             if report is not None:
-                _draw(report, words, saved, loaded)
-        _tell(words, saved | {"running": "nothing: start the destination by its front-end"})
+                _draw(report, arguments, saved, loaded)
+        _tell(arguments, saved | {"running": "nothing: start the destination by its front-end"})
     except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
         if not saved:
             raise
@@ -121,39 +121,39 @@ def migrate(words: argparse.Namespace) -> None:
             error.hint = hint
             raise
         why = os.strerror(error.errno or 0)
-        raise VdpaBridgeError("write the report", device=words.report, why=why, hint=hint) from error
+        raise VdpaBridgeError("write the report", device=arguments.report, why=why, hint=hint) from error
 
 
-def _draw(fd: int, words: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
+def _draw(fd: int, arguments: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
     lanes = {
         name: [Step(**step) for step in facts["steps"]] for name, facts in (("source", saved), ("destination", loaded))
     }
-    picture = draw(f"{words.control} to {words.destination}: {saved['state_bytes']} bytes of state", lanes)
+    picture = draw(f"{arguments.control} to {arguments.destination}: {saved['state_bytes']} bytes of state", lanes)
     with open(fd, "w", encoding="utf-8", closefd=False) as file:
         file.write(picture)
 
 
-def _ask(words: argparse.Namespace, method: str, **params: Any) -> Any:
-    with ControlClient(words.control, timeout_s=words.timeout) as client:
+def _ask(arguments: argparse.Namespace, method: str, **params: Any) -> Any:
+    with ControlClient(arguments.control, timeout_s=arguments.timeout) as client:
         return client.ask(method, **params)
 
 
-def _tell(words: argparse.Namespace, result: dict[str, Any]) -> None:
+def _tell(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """As `_show`, of something that was done, and stays done where this cannot be told."""
     try:
-        _show(words, result)
+        _show(arguments, result)
         sys.stdout.flush()
     except OSError as error:
         forget_output()
-        raise VdpaBridgeError(words.command, device="standard output", why=os.strerror(error.errno or 0)) from error
+        raise VdpaBridgeError(arguments.command, device="standard output", why=os.strerror(error.errno or 0)) from error
 
 
-def _show(words: argparse.Namespace, result: dict[str, Any]) -> None:
-    if words.json:
-        print(json.dumps(result, indent=4 if words.pretty else None))
+def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(result, indent=4 if arguments.pretty else None))
         return
     facts = {name: value for name, value in result.items() if not isinstance(value, dict) and name != "steps"}
-    print_records({str(result.get("device", words.control)): facts})
+    print_records({str(result.get("device", arguments.control)): facts})
     for index, queue in result.get("queues", {}).items():
         print_records({f"queue {index}": queue})
     print_records(result.get("procedures", {}))

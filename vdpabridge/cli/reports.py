@@ -6,6 +6,8 @@ import os
 import select
 import time
 
+from ..linux.deadline import NOW
+
 __all__ = ["Reports"]
 
 #: A line is no longer, so that a pipe that has room takes all of it (PIPE_BUF).
@@ -49,9 +51,7 @@ class Reports:
     def _write(self, text: str) -> bool:
         line = f"vdpabridge: {text}".encode(errors="backslashreplace")[: _LINE_BYTES_MAX - 1] + b"\n"
         try:
-            poll = select.poll()
-            poll.register(self._fd, select.POLLOUT)
-            if not poll.poll(0):
+            if not NOW.wait({self._fd: select.POLLOUT}):
                 return False
             os.write(self._fd, line)
         except OSError:

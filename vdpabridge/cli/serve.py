@@ -44,38 +44,38 @@ _FEATURES = {"fs": ["migrate-precopy"]}
 _GRACE_S = 2
 
 
-def serve(words: argparse.Namespace) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """Open the device and serve it until SIGTERM, SIGINT or, with ``--once``, the first front-end's end."""
-    if words.print_capabilities:
-        _print_capabilities(words.device)
+    if arguments.print_capabilities:
+        _print_capabilities(arguments.device)
         return
-    if words.socket_path is None and words.fd is None:
+    if arguments.socket_path is None and arguments.fd is None:
         raise UsageError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
-    named(words.device)
+    named(arguments.device)
     with ExitStack() as stack:
         say = stack.enter_context(closing(Reports()))
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
-        place, where = stack.enter_context(_socket(words))
-        device = stack.enter_context(open_device(words.device, timeout_s=words.timeout))
-        trace = say.trace if words.trace else None
-        server = stack.enter_context(Server(device, report=say, trace=trace, timeout_s=words.timeout))
+        place, where = stack.enter_context(_socket(arguments))
+        device = stack.enter_context(open_device(arguments.device, timeout_s=arguments.timeout))
+        trace = say.trace if arguments.trace else None
+        server = stack.enter_context(Server(device, report=say, trace=trace, timeout_s=arguments.timeout))
         ending.watch(device, server)
-        if words.restore:
-            _restore(device, words, say)
-        if words.control:
-            control = stack.enter_context(_listening(words.control, private=True))
-            methods = methods_of(device, server, words.timeout)
-            server.companion = stack.enter_context(ControlServer(control, methods, report=say))
+        if arguments.restore:
+            _restore(device, arguments, say)
+        if arguments.control:
+            control = stack.enter_context(_listening(arguments.control, private=True))
+            methods = methods_of(device, server, arguments.timeout)
+            server.also_served = stack.enter_context(ControlServer(control, methods, report=say))
         say(f"{device.name} is served at {where}")
-        if named(words.device)[1].kind in ("vhost-vdpa", "vdpa"):
+        if named(arguments.device)[1].kind in ("vhost-vdpa", "vdpa"):
             say(
                 "hardware pins the guest's memory: switch ballooning, free page reporting and virtio-mem off in the VMM"
             )
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            server.serve(place, once=words.once)
+            server.serve(place, once=arguments.once)
         else:
-            server.serve_connection(Connection(place, "the front-end", timeout_s=words.timeout))
+            server.serve_connection(Connection(place, "the front-end", timeout_s=arguments.timeout))
 
 
 def _print_capabilities(device: str) -> None:
@@ -87,14 +87,14 @@ def _print_capabilities(device: str) -> None:
 
 
 @contextmanager
-def _socket(words: argparse.Namespace) -> Iterator[tuple[socket.socket, str]]:
+def _socket(arguments: argparse.Namespace) -> Iterator[tuple[socket.socket, str]]:
     """The socket to serve at, and its name. A path is removed at the end."""
-    if words.fd is not None:
-        with _given_socket(words.fd) as given:
-            yield given, f"descriptor {words.fd}"
+    if arguments.fd is not None:
+        with _given_socket(arguments.fd) as given:
+            yield given, f"descriptor {arguments.fd}"
         return
-    with _listening(words.socket_path) as listener:
-        yield listener, words.socket_path
+    with _listening(arguments.socket_path) as listener:
+        yield listener, arguments.socket_path
 
 
 @contextmanager
@@ -117,19 +117,19 @@ def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
                     os.unlink(path)
 
 
-def _restore(device: Device, words: argparse.Namespace, say: Reports) -> None:
+def _restore(device: Device, arguments: argparse.Namespace, say: Reports) -> None:
     """Begin with the state in an image."""
-    fd = open_image(words.restore, words.timeout)
-    accept = frozenset(map(Loss, words.accept))
+    fd = open_image(arguments.restore, arguments.timeout)
+    accept = frozenset(map(Loss, arguments.accept))
     try:
         with ProgressLine("restore") as progress:
-            report = load_state(device, fd, Limits(Deadline(words.timeout), progress=progress), accept=accept)
+            report = load_state(device, fd, Limits(Deadline(arguments.timeout), progress=progress), accept=accept)
     except VdpaBridgeError as error:
-        error.device = f"{words.restore} into {error.device or device.name}"
+        error.device = f"{arguments.restore} into {error.device or device.name}"
         raise
     finally:
         os.close(fd)
-    say(f"{device.name} has its state from {words.restore}: {report.state_bytes} bytes")
+    say(f"{device.name} has its state from {arguments.restore}: {report.state_bytes} bytes")
 
 
 def _given_socket(fd: int) -> socket.socket:

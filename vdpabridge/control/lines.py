@@ -13,6 +13,7 @@ import socket
 from typing import Any
 
 from ..errors import DeadlineExceeded, VdpaBridgeError
+from ..linux.deadline import NOW
 from ..linux.descriptors import discard, fds_in, hang_up
 
 __all__ = [
@@ -73,11 +74,9 @@ class Lines:
         except OSError as error:
             raise VdpaBridgeError("control socket", why=f"send: {error.strerror or error}") from error
 
-    def offer(self, message: dict[str, Any]) -> None:
+    def try_send(self, message: dict[str, Any]) -> None:
         """Send one message if the peer has room for it, and else not."""
-        writable = select.poll()
-        writable.register(self._socket, select.POLLOUT)
-        if writable.poll(0):
+        if NOW.wait({self._socket.fileno(): select.POLLOUT}):
             # a message on a UNIX socket that is this short goes whole or not at all
             with contextlib.suppress(OSError):
                 self._socket.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL)

@@ -131,7 +131,7 @@ class _Controlled:
                 limits = self._limits(params, caller)
                 with report.step("suspend"), report.watching(self._device):
                     self._server.hold(holder)
-                saved = save(self._device, fd, limits, go_on=False, accept=_accepted(params))
+                saved = save(self._device, fd, limits, stay_suspended=True, accept=_accepted(params))
                 saved.steps[:0] = report.steps
                 counted(saved)
         except BaseException as error:
@@ -299,4 +299,9 @@ def _progress(caller: Caller) -> Callable[[int], None]:
 
 def _shown(report: Report) -> dict[str, Any]:
     steps = [dataclasses.asdict(step) for step in report.steps]
-    return {"state_bytes": report.state_bytes, "way": report.way, "digest": report.digest.hex(), "steps": steps}
+    return {
+        "state_bytes": report.state_bytes,
+        "copied_by": report.copied_by,
+        "digest": report.digest.hex(),
+        "steps": steps,
+    }

@@ -43,7 +43,7 @@ class Caller:
 
     def notify(self, method: str, params: dict[str, Any]) -> None:
         """Tell of something by the way; who does not read at once misses it."""
-        self._lines.offer({"jsonrpc": "2.0", "method": method, "params": params})
+        self._lines.try_send({"jsonrpc": "2.0", "method": method, "params": params})
 
 
 #: What a method gets: its parameters, and who asks.

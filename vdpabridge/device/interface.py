@@ -14,6 +14,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from ..abi.vring_base import QueueBase
 from ..errors import DeviceFailed, VdpaBridgeError
+from .checks import check_address_space, check_config_range, check_mapped, check_queue, check_regions
 from .records import DeviceCore
 from .rules import Capability, Operation, RunState, permit
 from .values import (
@@ -29,19 +30,21 @@ from .values import (
 __all__ = ["Device"]
 
 
-Words = ParamSpec("Words")
+Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 
 
-def _bounded(method: Callable[Concatenate[Device, Words], Value]) -> Callable[Concatenate[Device, Words], Value]:
+def _bounded(
+    method: Callable[Concatenate[Device, Arguments], Value],
+) -> Callable[Concatenate[Device, Arguments], Value]:
     """Have everything that ``method`` waits for end by one deadline."""
 
     @functools.wraps(method)
-    def operation(self: Device, /, *words: Words.args, **options: Words.kwargs) -> Value:
+    def operation(self: Device, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
         if not self.limit.begin():
-            return method(self, *words, **options)
+            return method(self, *arguments, **options)
         try:
-            return method(self, *words, **options)
+            return method(self, *arguments, **options)
         finally:
             self.limit.end()
 
@@ -86,6 +89,11 @@ class Device(DeviceCore):
     def offered_features(self) -> int:
         """Virtio features the device offers a guest; bits that only the transport needs are taken out."""
 
+    @property
+    def address_space_count(self) -> int:
+        """How many memories the device's queues can see; 1 for all but some vDPA devices."""
+        return 1
+
     @abstractmethod
     def fileno(self) -> int:
         """The descriptor that stands for the device; borrowed."""
@@ -106,14 +114,14 @@ class Device(DeviceCore):
         self._permit(Operation.READ_CONFIG)
         whole = self.identity.config_size_bytes
         size = whole - offset if size_bytes is None else size_bytes
-        self._check_config_range(offset, size)
+        check_config_range(self.name, offset, size, whole)
         return self._read_config(offset, size)
 
     @_bounded
     def write_config(self, offset: int, data: bytes) -> None:
         """Write into the configuration space. A device ignores what is read-only without saying so."""
         self._permit(Operation.WRITE_CONFIG)
-        self._check_config_range(offset, len(data))
+        check_config_range(self.name, offset, len(data), self.identity.config_size_bytes)
         self._write_config(offset, data)
 
     @_bounded
@@ -129,10 +137,12 @@ class Device(DeviceCore):
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Show ``regions`` (fds are borrowed) to the device: all of them, or none where this raises.
 
-        Raises ValueError or `KernelError` for regions that overlap, or that the device cannot reach; OSError (EINVAL)
-        for one that goes beyond the end of its file.
+        Raises ValueError for regions that overlap, or are in an address space that the device does not have;
+        `MappingError` or `KernelError` if the device cannot reach one; OSError (EINVAL) for one that goes beyond the
+        end of its file.
         """
         self._permit(Operation.MAP)
+        check_regions(self.name, regions, self.regions, self.address_space_count)
         with self._adopting(regions) as own:
             self._map(own)
 
@@ -140,16 +150,7 @@ class Device(DeviceCore):
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
         """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
         self._permit(Operation.UNMAP)
-        keys = [_region_key(region) for region in regions]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"{self.name}: a region is named twice")
-        mapped = {_region_key(region): region for region in self.regions}
-        for key in keys:
-            if key not in mapped:
-                raise ValueError(
-                    f"{self.name}: nothing of {key[1]} bytes is mapped at {key[0]:#x} in address space {key[2]}"
-                )
-        gone = [mapped[key] for key in keys]
+        gone = check_mapped(self.name, regions, self.regions)
         try:
             self._unmap(gone)
         except BaseException:
@@ -167,6 +168,7 @@ class Device(DeviceCore):
         Raises ValueError for a queue that the device does not have, here and in all that is done with a queue.
         """
         self._permit_queue(Operation.SET_QUEUE, index)
+        check_address_space(self.name, setup.address_space, self.address_space_count)
         self._set_queue(index, setup)
         self._record(index).setup = setup
 
@@ -224,7 +226,7 @@ class Device(DeviceCore):
         Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
         """
         after = self._permit(Operation.START)
-        with self._perhaps(after):
+        with self._leading_to(after):
             self._require_time("start")
             self._start()
         self.undrained = False
@@ -250,7 +252,7 @@ class Device(DeviceCore):
         Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
         """
         after = self._permit(Operation.RESUME)
-        with self._perhaps(after):
+        with self._leading_to(after):
             self._require_time("resume")
             self._resume()
         self.undrained = False
@@ -379,10 +381,7 @@ class Device(DeviceCore):
 
     def _permit_queue(self, operation: Operation, index: int) -> None:
         self._permit(operation)
-        if not 0 <= index < self.identity.queue_count:
-            raise ValueError(
-                f"{self.name}: no queue {index}: the device has {self.identity.queue_count}, numbered from 0"
-            )
+        check_queue(self.name, index, self.identity.queue_count)
 
     @_bounded
     def _set_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
@@ -393,14 +392,3 @@ class Device(DeviceCore):
     def _check_drain(self, operation: Operation, drain: bool) -> None:
         if not drain and Capability.SKIP_DRAIN not in self.capabilities:
             raise self._lacks(operation, Capability.SKIP_DRAIN)
-
-    def _check_config_range(self, offset: int, size: int) -> None:
-        whole = self.identity.config_size_bytes
-        if offset < 0 or size <= 0 or offset + size > whole:
-            raise ValueError(
-                f"{self.name}: {size} bytes at {offset} are outside the configuration space of {whole} bytes"
-            )
-
-
-def _region_key(region: MemoryRegion) -> tuple[int, int, int]:
-    return region.guest_address, region.size_bytes, region.address_space

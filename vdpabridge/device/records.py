@@ -66,7 +66,7 @@ class DeviceCore(DriverHooks):
         return DeviceFailed("the device failed", device=self.name, why=why, hint="reset it, and look at the kernel log")
 
     @contextmanager
-    def _perhaps(self, after: RunState) -> Iterator[None]:
+    def _leading_to(self, after: RunState) -> Iterator[None]:
         """The body leads to ``after``, at which the device is at work. So it may where the body raises, whatever it
         raises: the error of a request does not tell whether it took effect. Only proof of the opposite does."""
         before = self._state

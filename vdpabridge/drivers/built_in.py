@@ -51,8 +51,8 @@ def _open_vhost_user(name: DeviceName, timeout_s: float | None) -> Device:
     return VhostUser.open(
         name.target,
         device_id=name.device_id,
-        queue_count=name.number("queues", 0) or None,
-        config_size_bytes=name.number("config-size", 0) or None,
+        queue_count=name.integer("queues", 0) or None,
+        config_size_bytes=name.integer("config-size", 0) or None,
         timeout_s=timeout_s,
     )
 
@@ -63,10 +63,10 @@ def _open_sim(name: DeviceName, timeout_s: float | None) -> Device:
     if name.target == "fs":
         from .sim.tree import default_tree
 
-        return Sim.fs(default_tree(name.number("files", 10)), tag=name.options.get("tag", ""), timeout_s=timeout_s)
-    queue_count = name.number("queues", 1)
+        return Sim.fs(default_tree(name.integer("files", 10)), tag=name.options.get("tag", ""), timeout_s=timeout_s)
+    queue_count = name.integer("queues", 1)
     if "file" not in name.options:
-        return Sim.blk(name.number("size", 64 << 20), queue_count=queue_count, timeout_s=timeout_s)
+        return Sim.blk(name.integer("size", 64 << 20), queue_count=queue_count, timeout_s=timeout_s)
     read_only = "read-only" in name.options
     return Sim.blk_file(name.options["file"], read_only=read_only, queue_count=queue_count, timeout_s=timeout_s)
 

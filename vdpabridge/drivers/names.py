@@ -69,12 +69,12 @@ class DeviceName:
             return
         if option in _BOUNDS:
             least, most = _BOUNDS[option]
-            if not least <= self.number(option, 0) <= most:
+            if not least <= self.integer(option, 0) <= most:
                 raise DeviceNameError(self.text, f"{option} is at least {least} and at most {most}")
-        if option == "size" and self.number(option, 0) % SECTOR_BYTES:
+        if option == "size" and self.integer(option, 0) % SECTOR_BYTES:
             raise DeviceNameError(self.text, f"a disk's size is a multiple of {SECTOR_BYTES} bytes")
 
-    def number(self, option: str, default: int) -> int:
+    def integer(self, option: str, default: int) -> int:
         """The value of a numeric option; K, M and G are powers of 1024."""
         word = self.options.get(option)
         if word is None:
@@ -88,7 +88,7 @@ class DeviceName:
     def device_id(self) -> int | None:
         """What the option ``id`` says."""
         word = self.options.get("id")
-        return DEVICE_IDS[word] if word in DEVICE_IDS else self.number("id", 0) or None
+        return DEVICE_IDS[word] if word in DEVICE_IDS else self.integer("id", 0) or None
 
 
 def _pair(word: str) -> tuple[str, str]:

@@ -140,10 +140,7 @@ class SplitQueue:
 
     def wait(self, deadline: Deadline) -> None:
         """Wait until the device calls. Raises `DeadlineExceeded`."""
-        left_s = deadline.left_s()
-        poll = select.poll()
-        poll.register(self.call_fd, select.POLLIN)
-        if not poll.poll(None if left_s is None else left_s * 1000):
+        if not deadline.wait({self.call_fd: select.POLLIN}):
             why = f"no call; {self.pending} chains pending"
             raise DeadlineExceeded("wait for used buffers", deadline.timeout_s or 0, why=why)
         os.eventfd_read(self.call_fd)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["Deadline", "StillRunning", "TimeLimit", "call_within"]
+__all__ = ["NOW", "Deadline", "StillRunning", "TimeLimit", "call_within"]
 
 Value = TypeVar("Value")
 
@@ -30,6 +31,21 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the time is over."""
         return self._end_s is not None and time.monotonic() >= self._end_s
+
+    def wait(self, events: Mapping[int, int]) -> set[int]:
+        """Wait for one of ``events``, which has poll(2) flags for each descriptor (borrowed).
+
+        Returns the descriptors that are ready, or failed; none if the time was over before.
+        """
+        poll = select.poll()
+        for fd, flags in events.items():
+            poll.register(fd, flags)
+        left_s = self.left_s()
+        return {fd for fd, _ in poll.poll(None if left_s is None else left_s * 1000)}
+
+
+#: To look only, and not to wait.
+NOW = Deadline(0)
 
 
 class TimeLimit:

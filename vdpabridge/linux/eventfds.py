@@ -15,6 +15,8 @@ import threading
 from functools import cache
 from typing import Any
 
+from .deadline import NOW
+
 __all__ = ["clear", "signal", "wake"]
 
 #: System call numbers of io_setup, io_submit and io_getevents; a machine that is not here has the numbers of most.
@@ -54,9 +56,7 @@ def clear(eventfd: int) -> None:
 
 def _signal_by_write(eventfd: int) -> None:
     """Where there is no asynchronous I/O (a sandbox that forbids it): right, unless somebody means harm."""
-    poll = select.poll()
-    poll.register(eventfd, select.POLLOUT)
-    if poll.poll(0):
+    if NOW.wait({eventfd: select.POLLOUT}):
         os.eventfd_write(eventfd, 1)
 
 

@@ -29,7 +29,7 @@ class Report:
     steps: list[Step] = field(default_factory=list)
     state_bytes: int = 0
     """The device's own state."""
-    way: str = ""
+    copied_by: str = ""
     """How that was moved: a system call's name, or that it was read and written, as an image's digest needs it."""
     digest: bytes = b""
     """Of the image, where there is one."""

@@ -5,12 +5,12 @@ With the guest's memory, which the rings lie in, this is all that a device witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..abi.virtio import VIRTIO_ID_BLOCK
 from ..abi.virtio_blk import VIRTIO_BLK_CONFIG, VIRTIO_BLK_F_CONFIG_WCE
-from ..device import Device, QueueBase, QueueSetup
+from ..device import Device, QueueBase, QueueSetup, SplitBase
 from ..device.rules import Operation, RunState
 from ..errors import FeatureError, StateError, VdpaBridgeError
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_snapshot",
     "eventfds_of",
     "guest_written",
+    "outline",
     "place",
     "prepare",
     "restore",
@@ -69,15 +70,25 @@ def capture(device: Device) -> DeviceSnapshot:
 
     Raises `DeviceFailed` for one that has given up meanwhile.
     """
+    snapshot = _snapshot(device, device.get_base)
+    if device.state is RunState.SUSPENDED:
+        # one that gave up, or was reset behind our back, answers too, and stands at the beginning
+        device.check_health()
+    return snapshot
+
+
+def outline(device: Device) -> DeviceSnapshot:
+    """The snapshot that `capture` would give of a device that may run: its positions are not known, and 0 here."""
+    return _snapshot(device, lambda _index: SplitBase())
+
+
+def _snapshot(device: Device, base_of: Callable[[int], QueueBase]) -> DeviceSnapshot:
     queues = {
-        index: QueueSnapshot(record.setup, device.get_base(index), record.enabled)
+        index: QueueSnapshot(record.setup, base_of(index), record.enabled)
         for index, record in sorted(device.queues.items())
         if record.setup is not None
     }
     config = device.read_config() if device.identity.config_size_bytes else b""
-    if device.state is RunState.SUSPENDED:
-        # one that gave up, or was reset behind our back, answers too, and stands at the beginning
-        device.check_health()
     started = device.state is not RunState.CONFIGURED
     return DeviceSnapshot(device.identity.device_id, device.accepted_features, queues, config, started)
 

@@ -7,7 +7,7 @@ import select
 import socket
 
 from ..linux.credentials import credentials_of
-from ..linux.deadline import Deadline
+from ..linux.deadline import NOW, Deadline
 
 __all__ = ["PeerProcess"]
 
@@ -34,16 +34,16 @@ class PeerProcess:
         with socket.socket(fileno=os.dup(self._connection)) as connection:
             connection.shutdown(socket.SHUT_WR)
             # both: to close a socket does not end a thread that is at work
-            return _happens(connection.fileno(), 0, deadline) and _happens(self._pidfd, select.POLLIN, deadline)
+            return bool(deadline.wait({connection.fileno(): 0}) and deadline.wait({self._pidfd: select.POLLIN}))
 
     def has_ended(self, timeout_s: float | None) -> bool:
         """Whether it is certain that the process has ended, and whoever else had its end of the socket.
 
         Waits up to ``timeout_s`` for the process where the socket was closed already: that comes first.
         """
-        if self._pidfd < 0 or not _happens(self._connection, 0, Deadline(0)):
+        if self._pidfd < 0 or not NOW.wait({self._connection: 0}):
             return False
-        return _happens(self._pidfd, select.POLLIN, Deadline(timeout_s))
+        return bool(Deadline(timeout_s).wait({self._pidfd: select.POLLIN}))
 
     def close(self) -> None:
         """Close. Idempotent."""
@@ -61,15 +61,8 @@ def _pidfd_of(connection: int) -> int:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return -1
-    if _happens(pidfd, select.POLLIN, Deadline(0)):
+    if NOW.wait({pidfd: select.POLLIN}):
         # it has ended, and somebody answers
         os.close(pidfd)
         return -1
     return pidfd
-
-
-def _happens(fd: int, events: int, deadline: Deadline) -> bool:
-    poll = select.poll()
-    poll.register(fd, events)
-    left_s = deadline.left_s()
-    return bool(poll.poll(None if left_s is None else left_s * 1000))

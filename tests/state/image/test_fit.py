@@ -91,7 +91,7 @@ def test_memory_in_other_pieces_is_the_same_memory():
 
 def test_an_image_needs_its_rings_mapped():
     with lab("sim") as (source, _, work), made("sim") as (destination, _), shared_file(0) as file:
-        save(source, file, limits(), go_on=False)
+        save(source, file, limits(), stay_suspended=True)
         os.lseek(file, 0, os.SEEK_SET)
         with pytest.raises(SnapshotError, match="queue 0 has 4096 bytes at 0x10000000, which is not mapped"):
             load(destination, file, limits(), work.eventfds)
@@ -121,7 +121,7 @@ def test_a_file_server_without_state_cannot_be_moved(request):
 def test_state_that_is_missing_is_not_loaded_as_none():
     with lab("sim", WithoutState) as (source, _, work), made("sim") as (destination, _), shared_file(0) as file:
         work.disk.settle(work.disk.driver.drain())
-        save(source, file, limits(), go_on=False)
+        save(source, file, limits(), stay_suspended=True)
         os.lseek(file, 0, os.SEEK_SET)
         destination.map([work.memory.region])
         with pytest.raises(StateWouldBeLost, match="device-state"):

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vdpabridge.device import PackedBase, QueueSetup, SplitBase
 from vdpabridge.state.image.reader import ImageError, ImageReader

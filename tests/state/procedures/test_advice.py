@@ -128,7 +128,7 @@ def do_save(source, _destination, _work, stack):
 
 def do_load(source, destination, work, stack):
     file = stack.enter_context(shared_file(0))
-    save(source, file, limits(), go_on=False)
+    save(source, file, limits(), stay_suspended=True)
     os.lseek(file, 0, os.SEEK_SET)
     load(destination, file, limits(), work.eventfds)
 

@@ -16,7 +16,7 @@ from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
-from vdpabridge.state.procedures import Advice, ProcedureFailed, load, migrate, save, save_file, undo
+from vdpabridge.state.procedures import Advice, ProcedureFailed, load, migrate, save, save_file, transaction
 from vdpabridge.state.procedures.witness import Witness
 from vdpabridge.state.replay import ReplayFailed, resume
 from vdpabridge.state.snapshot import DeviceSnapshot
@@ -101,7 +101,7 @@ def save_then_load(source, destination, work):
     """By an image: where the load fails, the source goes on."""
     with shared_file(0) as file:
         try:
-            save(source, file, limits(), go_on=False)
+            save(source, file, limits(), stay_suspended=True)
             os.lseek(file, 0, os.SEEK_SET)
         except (ProcedureFailed, Tripped) as error:
             return error
@@ -485,7 +485,7 @@ def test_an_interruption_while_the_destination_starts_comes_when_all_is_done(by)
                 migrate(source, destination, limits())
             assert source.state is RunState.RESET
         else:
-            save(source, file, limits(), go_on=False)
+            save(source, file, limits(), stay_suspended=True)
             os.lseek(file, 0, os.SEEK_SET)
             with pytest.raises(KeyboardInterrupt):
                 load(destination, file, limits(), work.eventfds)
@@ -523,7 +523,7 @@ def test_going_back_has_a_deadline_where_the_devices_have_none():
         assert destination.timeout_s is None
     # what is asserted in there is taken for one more thing that went wrong
     assert len(left_s) >= 2
-    assert all(left is not None and 0 < left <= undo.GRACE_S for left in left_s), left_s
+    assert all(left is not None and 0 < left <= transaction.GRACE_S for left in left_s), left_s
 
 
 def test_memory_that_cannot_be_watched_leaves_no_descriptor(monkeypatch):

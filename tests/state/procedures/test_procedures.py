@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vdpabridge.abi.virtio_blk import VIRTIO_BLK_CONFIG, VIRTIO_BLK_F_CONFIG_WCE
 from vdpabridge.device import Capability, QueueSetup, RunState, SplitBase
@@ -33,7 +32,7 @@ DRIVERS = ["sim", "vhost-user"]
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_save_and_load(driver, to):
     with lab(driver) as (source, _, work), made(to) as (destination, _), shared_file(0) as file:
-        report = save(source, file, limits(), go_on=False)
+        report = save(source, file, limits(), stay_suspended=True)
         assert source.state is RunState.SUSPENDED
         assert report.state_bytes > 40 * 4096
         os.lseek(file, 0, os.SEEK_SET)
@@ -53,7 +52,7 @@ def test_migrate(driver, to):
         assert (source.state, destination.state) == (RunState.RESET, RunState.RUNNING)
         if driver == "vhost-user":
             assert report.steps.pop(0).name == "queue 0", "which is stopped by itself, within the suspend"
-        assert report.way == "splice"
+        assert report.copied_by == "splice"
         assert [step.name for step in report.steps] == [
             "suspend",
             "capture",
@@ -87,7 +86,7 @@ def test_an_open_file_goes_along(driver, to, by):
         if by == "migration":
             migrate(source, destination, limits())
         else:
-            save(source, file, limits(), go_on=False)
+            save(source, file, limits(), stay_suspended=True)
             os.lseek(file, 0, os.SEEK_SET)
             load(destination, file, limits(), mount.eventfds)
         assert mount.read() == b"These"
@@ -227,7 +226,7 @@ def test_through_a_pipe():
 
         thread = threading.Thread(target=receive)
         thread.start()
-        save(source, writer, limits(), go_on=False)
+        save(source, writer, limits(), stay_suspended=True)
         os.close(writer)
         thread.join()
         os.close(reader)
@@ -422,7 +421,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_the_source_running(tmp_path, 
     with lab("sim") as (source, _, work):
         monkeypatch.setattr(os, "rename", fail)
         with pytest.raises(ProcedureFailed, match="Input/output error"):
-            save_file(source, str(tmp_path / "image"), limits(), go_on=False)
+            save_file(source, str(tmp_path / "image"), limits(), stay_suspended=True)
         assert source.state is RunState.RUNNING
         assert list(tmp_path.iterdir()) == []
         work.finish()

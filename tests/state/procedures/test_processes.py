@@ -73,7 +73,7 @@ def image_for(procedure, those):
     """A file to save to; or, for a load, one with the image of the source, which stays suspended."""
     with shared_file(0) as file:
         if procedure == "load":
-            save(those.source, file, limits(), go_on=False)
+            save(those.source, file, limits(), stay_suspended=True)
             os.lseek(file, 0, os.SEEK_SET)
         yield file
 

@@ -14,7 +14,7 @@ from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.state.procedures import migrate, save
-from vdpabridge.state.procedures.undo import Undo
+from vdpabridge.state.procedures.transaction import Transaction
 
 from ...support.disk_lab import limits
 from ...support.fake_kernel import FakeKernel, Parent
@@ -37,7 +37,7 @@ class Alarm:
         # before its __exit__, nor at a raise, which are lines all the same
         if not name.startswith(HERE) or name.endswith(("save.py", "migrate.py")):
             return None
-        if event == "line" and frame.f_code is Undo.__exit__.__code__:
+        if event == "line" and frame.f_code is Transaction.__exit__.__code__:
             return self.trace
         if self.armed and event in ("line", "call"):
             self.lines += 1

@@ -5,8 +5,7 @@ import os
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vdpabridge.device import MemoryRegion, PackedBase, QueueSetup, SplitBase
 from vdpabridge.state.procedures.witness import Evidence, Witness

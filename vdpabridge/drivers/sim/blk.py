@@ -32,7 +32,7 @@ from ...abi.virtio_blk import (
     VIRTIO_BLK_T_OUT,
 )
 from ...linux.mappings import memory_file
-from .model import Loaded, Model, StateRefused, facts_of
+from .model import Loaded, Model, StateRefused, parsed_facts
 from .ring import Chain
 from .stream import CHUNK_BYTES_MAX
 
@@ -156,7 +156,7 @@ class BlockModel(Model):
 
     def load(self, chunks: Iterable[bytes]) -> Loaded:
         content = iter(chunks)
-        facts = facts_of(next(content, b""))
+        facts = parsed_facts(next(content, b""))
         for what, mine in (("size_bytes", self._size_bytes), ("in_memory", self._in_memory)):
             if facts.get(what) != mine:
                 raise StateRefused(f"its disk has {what} {facts.get(what)}, and this one {mine}")

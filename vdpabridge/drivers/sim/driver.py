@@ -138,8 +138,6 @@ class Sim(Device):
     # --- memory ---
 
     def _map(self, regions: Sequence[MemoryRegion]) -> None:
-        if any(region.address_space for region in regions):
-            raise ValueError(f"{self.name}: the device has one address space, 0")
         self._call(lambda: self._guest.map(regions))
 
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
@@ -150,8 +148,6 @@ class Sim(Device):
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
         if setup.size & (setup.size - 1) or not 0 < setup.size <= QUEUE_SIZE_MAX:
             raise ValueError(f"{self.name}: queue {index} with {setup.size} descriptors, not a power of two up to 1024")
-        if setup.address_space:
-            raise ValueError(f"{self.name}: queue {index}: the device has one address space, 0")
         for address, align in ((setup.desc_address, 16), (setup.avail_address, 2), (setup.used_address, 4)):
             if address % align:
                 raise ValueError(f"{self.name}: queue {index}: {address:#x} is no multiple of {align}")

@@ -76,11 +76,10 @@ class GuestView:
         """Changes with every change of the mappings: a view from before may be of memory that is gone."""
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Add ``regions``, all or none. Their fds are borrowed. ValueError where two overlap; OSError as mmap(2)."""
+        """Add ``regions``, all or none. Their fds are borrowed. Raises OSError as mmap(2) does."""
         added: list[_Mapped] = []
         try:
             for region in regions:
-                self._check_free(region, [*self._mapped, *added])
                 added.append(_Mapped(region))
         except BaseException:
             for each in added:
@@ -138,10 +137,3 @@ class GuestView:
         self._mapped = sorted(mapped, key=lambda each: each.region.guest_address)
         self._starts = [each.region.guest_address for each in self._mapped]
         self.generation += 1
-
-    @staticmethod
-    def _check_free(region: MemoryRegion, others: Sequence[_Mapped]) -> None:
-        start, end = region.guest_address, region.guest_address + region.size_bytes
-        for other in (each.region for each in others):
-            if start < other.guest_address + other.size_bytes and other.guest_address < end:
-                raise ValueError(f"{start:#x} to {end:#x} overlaps the region at {other.guest_address:#x}")

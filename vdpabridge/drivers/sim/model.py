@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ...errors import VdpaBridgeError
 from .ring import Chain
 
-__all__ = ["Died", "Faults", "Loaded", "Model", "StateRefused", "facts_of"]
+__all__ = ["Died", "Faults", "Loaded", "Model", "StateRefused", "parsed_facts"]
 
 
 class Died(Exception):
@@ -98,7 +98,7 @@ class Model(ABC):
         return
 
 
-def facts_of(text: bytes) -> dict[str, object]:
+def parsed_facts(text: bytes) -> dict[str, object]:
     """The JSON object in ``text``, a part of some state. Raises `StateRefused`."""
     try:
         facts = json.loads(text)

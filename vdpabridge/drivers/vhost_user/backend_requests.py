@@ -93,7 +93,7 @@ class BackendRequests:
                 raise self.no_reply(request, f"{message.fd_count} descriptors came with the reply")
             return reply, message.take_fds()
 
-    def number(self, request: FrontendRequest) -> int:
+    def ask_u64(self, request: FrontendRequest) -> int:
         """The number that is the reply to ``request``."""
         value: int = self.ask(request).value
         return value
@@ -117,11 +117,11 @@ class BackendRequests:
             while len(self._asked) >= _WINDOW:
                 self._acknowledged(refusals)
             if not acknowledged and number % _WINDOW == 0:
-                self.number(FrontendRequest.GET_FEATURES)
+                self.ask_u64(FrontendRequest.GET_FEATURES)
             self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0), replied=acknowledged)
         if not acknowledged:
             # any reply tells that what was sent before it is done; QEMU takes this one as well
-            self.number(FrontendRequest.GET_FEATURES)
+            self.ask_u64(FrontendRequest.GET_FEATURES)
         while self._asked:
             self._acknowledged(refusals)
         if refusals:

@@ -42,7 +42,7 @@ class BackendState:
 
     def check(self) -> None:
         """Wait for the end of it. Raises `PeerRefused` where it failed."""
-        code = self._requests.number(FrontendRequest.CHECK_DEVICE_STATE)
+        code = self._requests.ask_u64(FrontendRequest.CHECK_DEVICE_STATE)
         self._active = False
         if code:
             # passt's is an errno, or all ones; rust-vmm's is always 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Self
@@ -33,6 +32,7 @@ from ...device import (
     StatePhase,
 )
 from ...errors import ConnectionLost, DeadlineExceeded, FeatureError, PeerRefused, ProtocolError, VdpaBridgeError
+from ...linux.deadline import NOW
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection
 from ...vhost_user.peer import PeerProcess
@@ -160,7 +160,7 @@ class VhostUser(Device):
         if not self._requests.has(ProtocolFeature.STATUS):
             return
         self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED))
-        if not self._requests.number(FrontendRequest.GET_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK:
+        if not self._requests.ask_u64(FrontendRequest.GET_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK:
             raise FeatureError(self.name, f"the device refused {features:#x}: it did not keep FEATURES_OK", features)
 
     # --- configuration space ---
@@ -204,8 +204,6 @@ class VhostUser(Device):
     # --- queues: what is told while a ring is stopped is sent when it starts ---
 
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
-        if setup.address_space:
-            raise ValueError(f"{self.name}: a vhost-user device has one address space, 0")
         self._require_stopped(index, Operation.SET_QUEUE)
 
     def _set_base(self, index: int, base: QueueBase) -> None:
@@ -285,9 +283,7 @@ class VhostUser(Device):
             self._channel.set_config_call(None)
 
     def _check_health(self) -> None:
-        poll = select.poll()
-        poll.register(self.fileno(), 0)
-        if self._requests.broken or poll.poll(0):
+        if self._requests.broken or NOW.wait({self.fileno(): 0}):
             raise self._fail(self._requests.broken or "the back-end closed the connection")
 
     def _close(self) -> None:

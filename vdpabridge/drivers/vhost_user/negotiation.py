@@ -52,9 +52,9 @@ _CONFIG_BYTES = {
 
 def negotiate(requests: BackendRequests) -> int:
     """Negotiate protocol features; returns the virtio features that the back-end offers."""
-    features = requests.number(FrontendRequest.GET_FEATURES)
+    features = requests.ask_u64(FrontendRequest.GET_FEATURES)
     if features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
-        wanted = requests.number(FrontendRequest.GET_PROTOCOL_FEATURES) & _WANTED
+        wanted = requests.ask_u64(FrontendRequest.GET_PROTOCOL_FEATURES) & _WANTED
         # told without an acknowledgement: whether there are any is what it negotiates
         requests.tell(FrontendRequest.SET_PROTOCOL_FEATURES, U64(wanted))
         requests.protocol_features = wanted
@@ -66,7 +66,7 @@ def queue_count_of(requests: BackendRequests, device_id: int | None, told: int |
     if told is not None:
         return min(told, QUEUES_MAX)
     if requests.has(ProtocolFeature.MQ):
-        return min(requests.number(FrontendRequest.GET_QUEUE_NUM), QUEUES_MAX)
+        return min(requests.ask_u64(FrontendRequest.GET_QUEUE_NUM), QUEUES_MAX)
     return _QUEUES.get(device_id or 0, 1)
 
 

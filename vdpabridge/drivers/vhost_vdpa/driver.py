@@ -15,8 +15,8 @@ from ...abi.vhost import (
     VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_IOTLB_PERSIST,
     VHOST_FILE_UNBIND,
+    VhostIoctl as Ioctl,
 )
-from ...abi.vhost import VhostIoctl as Ioctl
 from ...abi.virtio import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
     VIRTIO_CONFIG_S_DRIVER,
@@ -53,7 +53,7 @@ from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
 
-Words = ParamSpec("Words")
+Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 _ACCESS_PLATFORM = 1 << VIRTIO_F_ACCESS_PLATFORM
 _KNOWN_BACKEND_FEATURES = sum(1 << bit for bit in BACKEND_FEATURE_NAMES)
@@ -72,13 +72,13 @@ _EVENTFD_REQUESTS = {
 
 
 def _under_one_deadline(
-    hook: Callable[Concatenate[VhostVdpa, Words], Value],
-) -> Callable[Concatenate[VhostVdpa, Words], Value]:
+    hook: Callable[Concatenate[VhostVdpa, Arguments], Value],
+) -> Callable[Concatenate[VhostVdpa, Arguments], Value]:
     """Have all requests that ``hook`` makes bounded together, which costs as much as bounding one."""
 
     @functools.wraps(hook)
-    def bounded(self: VhostVdpa, /, *words: Words.args, **options: Words.kwargs) -> Value:
-        return self._node.together(hook.__name__.strip("_"), lambda: hook(self, *words, **options))
+    def bounded(self: VhostVdpa, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
+        return self._node.together(hook.__name__.strip("_"), lambda: hook(self, *arguments, **options))
 
     return bounded
 
@@ -109,8 +109,10 @@ class VhostVdpa(Device):
             self.group_count = self._ask.get(Ioctl.VHOST_VDPA_GET_GROUP_NUM)
             told_apart = bool(self.backend_features >> VHOST_BACKEND_F_DESC_ASID & 1)
             self._groups = Groups(self.name, self._ask, rings_apart=told_apart)
-            self.address_space_count = self._ask.get(Ioctl.VHOST_VDPA_GET_AS_NUM)
-            self.iotlb = Iotlb(node, self._ask.iova_range(), self.address_space_count, self.backend_features)
+            # without the bit the kernel takes every address space for 0
+            told_spaces = bool(self.backend_features >> VHOST_BACKEND_F_IOTLB_ASID & 1)
+            self._address_space_count = self._ask.get(Ioctl.VHOST_VDPA_GET_AS_NUM) if told_spaces else 1
+            self.iotlb = Iotlb(node, self._ask.iova_range(), self.backend_features)
             self._regions = Regions(self.name, self.iotlb)
         except BaseException:
             node.close()
@@ -155,6 +157,10 @@ class VhostVdpa(Device):
     def status(self) -> int:
         """The device's status byte as it is now."""
         return self._ask.get(Ioctl.VHOST_VDPA_GET_STATUS)
+
+    @property
+    def address_space_count(self) -> int:
+        return self._address_space_count
 
     def fileno(self) -> int:
         return self._node.fileno()

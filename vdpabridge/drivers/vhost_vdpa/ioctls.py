@@ -16,8 +16,8 @@ from ...abi.vhost import (
     VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_RESUME,
     VHOST_BACKEND_F_SUSPEND,
+    VhostIoctl as Ioctl,
 )
-from ...abi.vhost import VhostIoctl as Ioctl
 from ...device import Capability
 
 __all__ = ["ANY", "ROWS", "Meanings", "Row"]

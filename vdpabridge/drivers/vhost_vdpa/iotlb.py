@@ -1,7 +1,8 @@
 """The IOTLB of a vhost-vdpa device: which memory it sees, at which IOVA, in which address space.
 
 Every refusal of an IOTLB message is EFAULT, whatever the cause, and memory of the wrong kind is accepted and then not
-mapped at all. So the preconditions are checked here, before the kernel is asked.
+mapped at all. So the preconditions are checked here, before the kernel is asked. `Device.map` has checked
+those of every device: overlaps, and the address space, which the kernel takes for 0 if it was not told to heed it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from ...abi.vhost import (
     VHOST_ACCESS_RO,
     VHOST_ACCESS_RW,
-    VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_IOTLB_BATCH,
     VHOST_IOTLB_BATCH_BEGIN,
     VHOST_IOTLB_BATCH_END,
@@ -45,14 +45,10 @@ class IotlbBroken(VdpaBridgeError):
 class Iotlb:
     """The IOTLB behind an open `Node` (borrowed). ``backend_features`` are the accepted ones."""
 
-    def __init__(
-        self, node: Node, iova_range: tuple[int, int], address_space_count: int, backend_features: int
-    ) -> None:
+    def __init__(self, node: Node, iova_range: tuple[int, int], backend_features: int) -> None:
         self._node = node
         self.iova_range = iova_range
-        self.address_space_count = address_space_count
         self._can_batch = bool(backend_features >> VHOST_BACKEND_F_IOTLB_BATCH & 1)
-        self._has_asid = bool(backend_features >> VHOST_BACKEND_F_IOTLB_ASID & 1)
         self.entries: dict[tuple[int, int], int] = {}
         """(address space, IOVA) -> size in bytes, of what is mapped."""
         self.doubtful: dict[tuple[int, int], int] = {}
@@ -79,7 +75,7 @@ class Iotlb:
         the causes that are left where the kernel refuses. After any other error the entry is `doubtful`.
         """
         self.repair()
-        self._check(iova, size_bytes, address, address_space)
+        self._check(iova, size_bytes, address)
         if not known_shared and (private := private_part(address, size_bytes)) is not None:
             why = f"{private:#x} is private, read-only or unmapped memory"
             self._refuse(iova, size_bytes, f"{why}: only shared, writable memory of a file can be mapped (memfd)")
@@ -122,7 +118,6 @@ class Iotlb:
         is no way to learn of it before the device is started, whose status may tell.
         """
         self.repair()
-        self._check_space(address_space)
         if not self._can_batch:
             yield
             return
@@ -198,24 +193,14 @@ class Iotlb:
         self._send(VHOST_IOTLB_BATCH_END, address_space)
         self._begun = None
 
-    def _check(self, iova: int, size: int, address: int, address_space: int) -> None:
+    def _check(self, iova: int, size: int, address: int) -> None:
         first, last = self.iova_range
         page = resource.getpagesize()
-        self._check_space(address_space)
         if size <= 0 or iova < first or iova + size - 1 > last:
             self._refuse(iova, size, f"outside the device's IOVA range {first:#x} to {last:#x}")
         if iova % page != address % page:
             # the kernel rounds the IOVA down to its page but not the address: data would land shifted
             self._refuse(iova, size, f"IOVA and memory differ in their offset within a page of {page} bytes")
-        for (space, start), length in self.entries.items():
-            if space == address_space and start < iova + size and iova < start + length:
-                self._refuse(iova, size, f"overlaps what is mapped at {start:#x}, {length} bytes: unmap that first")
-
-    def _check_space(self, address_space: int) -> None:
-        # a device with one space, or that was not told to heed the field, would take it for space 0
-        if not 0 <= address_space < (self.address_space_count if self._has_asid else 1):
-            why = f"no address space {address_space}: the device has {self.address_space_count}, numbered from 0"
-            raise MappingError("map memory", device=self._node.path, why=why)
 
     def _refuse(self, iova: int, size: int, why: str) -> None:
         raise MappingError(f"map {size} bytes at {iova:#x}", device=self._node.path, why=why)

@@ -12,8 +12,8 @@ from ...abi.vhost import (
     VHOST_VRING_ADDR,
     VHOST_VRING_FILE,
     VHOST_VRING_STATE,
+    VhostIoctl as Ioctl,
 )
-from ...abi.vhost import VhostIoctl as Ioctl
 from ...device import QueueSetup
 from .node import Node
 

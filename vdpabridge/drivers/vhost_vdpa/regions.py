@@ -38,7 +38,7 @@ class Regions:
         done: list[MemoryRegion] = []
         try:
             for space, its_regions in _by_space(regions):
-                with self._together(space, len(its_regions)):
+                with self._batch_of(space, len(its_regions)):
                     for region in its_regions:
                         self._map_one(region)
                         done.append(region)
@@ -51,7 +51,7 @@ class Regions:
         try:
             self.settle()
             for space, its_regions in _by_space(regions):
-                with self._together(space, len(its_regions)):
+                with self._batch_of(space, len(its_regions)):
                     for region in its_regions:
                         self._iotlb.invalidate(region.guest_address, region.size_bytes, address_space=space)
         except BaseException:
@@ -72,7 +72,7 @@ class Regions:
         self.settle()
         for space in sorted({space for space, _ in self._mappings}):
             mine = {address: it for (its_space, address), it in self._mappings.items() if its_space == space}
-            with self._together(space, len(mine)):
+            with self._batch_of(space, len(mine)):
                 for address, (mapping, writable) in mine.items():
                     self._iotlb.invalidate(address, mapping.size_bytes, address_space=space)
                     where = (address, mapping.size_bytes, mapping.address)
@@ -115,7 +115,7 @@ class Regions:
         pinning what lies at these addresses, and something else could come to lie there."""
         self._mappings, self._leaving = {}, []
 
-    def _together(self, space: int, count: int) -> contextlib.AbstractContextManager[None]:
+    def _batch_of(self, space: int, count: int) -> contextlib.AbstractContextManager[None]:
         """A batch where there is more than one change, so that the device takes in all of them at once (mlx5 makes its
         whole memory key anew each time). One alone is not more work, and its failure is reported, a batch's not."""
         return self._iotlb.batch(space) if count > 1 else contextlib.nullcontext()

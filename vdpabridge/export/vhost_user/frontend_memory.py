@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...abi.vhost_user_payloads import Region
 from ...device import Device, MemoryRegion
+from ...device.checks import overlap
 from ...errors import VdpaBridgeError
 from .offer import MEMORY_SLOTS
 
@@ -46,9 +47,7 @@ class FrontendMemory:
     def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
         """The whole table anew. What stays as it was stays mapped: a running device needs it."""
         wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
-        for position, each in enumerate(wanted):
-            _check_size(each.region)
-            _check_apart(each.region, [other.region for other in wanted[:position]])
+        _check([each.region for each in wanted])
         kept = [old for old in self._known if any(old.same_mapping(new.region, new.file) for new in wanted)]
         gone = [old for old in self._known if old not in kept]
         new = [each for each in wanted if not any(old.same_mapping(each.region, each.file) for old in kept)]
@@ -61,8 +60,7 @@ class FrontendMemory:
 
     def add(self, region: Region, fd: int) -> None:
         """One region more."""
-        _check_size(region)
-        _check_apart(region, [each.region for each in self._known])
+        _check([*(each.region for each in self._known), region])
         if len(self._known) >= MEMORY_SLOTS:
             raise VdpaBridgeError("add a memory region", why=f"all {MEMORY_SLOTS} slots are in use")
         known = _known(region, fd)
@@ -114,19 +112,18 @@ def _known(region: Region, fd: int) -> _Known:
     return _Known(region, mapped, (status.st_dev, status.st_ino))
 
 
-def _check_size(region: Region) -> None:
-    for what, start in (("guest", region.guest_address), ("user", region.user_address), ("file", region.mmap_offset)):
-        if not 0 < region.size_bytes <= (1 << 64) - start:
-            why = f"{region.size_bytes:#x} bytes at {what} address {start:#x}"
-            raise VdpaBridgeError("map a memory region", why=why)
-
-
-def _check_apart(region: Region, others: Sequence[Region]) -> None:
-    for other in others:
-        for what, mine, theirs in (
-            ("guest", region.guest_address, other.guest_address),
-            ("user", region.user_address, other.user_address),
-        ):
-            if mine < theirs + other.size_bytes and theirs < mine + region.size_bytes:
-                why = f"the one at {what} address {mine:#x} overlaps the one at {theirs:#x}"
+def _check(regions: Sequence[Region]) -> None:
+    """Whether there can be such ``regions``, which are all that the front-end has."""
+    for region in regions:
+        starts = (("guest", region.guest_address), ("user", region.user_address), ("file", region.mmap_offset))
+        for what, start in starts:
+            if not 0 < region.size_bytes <= (1 << 64) - start:
+                why = f"{region.size_bytes:#x} bytes at {what} address {start:#x}"
                 raise VdpaBridgeError("map a memory region", why=why)
+    for what, spans in (
+        ("guest", [(region.guest_address, region.size_bytes) for region in regions]),
+        ("user", [(region.user_address, region.size_bytes) for region in regions]),
+    ):
+        if (found := overlap(spans)) is not None:
+            why = f"the one at {what} address {found[1]:#x} overlaps the one at {found[0]:#x}"
+            raise VdpaBridgeError("map a memory region", why=why)

@@ -29,26 +29,26 @@ class FrontendState:
 
     def begin(self, kind: TransferKind, fd: int) -> int | None:
         """Begin through ``fd``, which is taken. As `Device.set_state_fd`."""
-        way, when = kind
+        direction, when = kind
         try:
             theirs = None if is_channel(fd) else os.pipe2(os.O_CLOEXEC)
         except BaseException:
             discard([fd])
             raise
         if theirs is None:
-            instead = self._device.set_state_fd(way, when, fd)
+            instead = self._device.set_state_fd(direction, when, fd)
         else:
             discard([fd])
-            instead = self._begin_through(theirs, way, when)
+            instead = self._begin_through(theirs, direction, when)
         self._pending = True
-        self.loaded = way is StateDirection.LOAD
+        self.loaded = direction is StateDirection.LOAD
         return instead
 
-    def _begin_through(self, pipe: tuple[int, int], way: StateDirection, when: StatePhase) -> int:
+    def _begin_through(self, pipe: tuple[int, int], direction: StateDirection, when: StatePhase) -> int:
         """Begin through a ``pipe`` of our own, which is taken; returns the end that is the front-end's."""
-        mine, theirs = pipe[::-1] if way is StateDirection.SAVE else pipe
+        mine, theirs = pipe[::-1] if direction is StateDirection.SAVE else pipe
         try:
-            instead = self._device.set_state_fd(way, when, mine)
+            instead = self._device.set_state_fd(direction, when, mine)
         except BaseException:
             os.close(theirs)
             raise

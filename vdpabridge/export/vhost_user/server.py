@@ -77,7 +77,7 @@ def _occupied(path: str, why: str) -> VdpaBridgeError:
     return VdpaBridgeError("listen", device=path, why=why, hint="use another path")
 
 
-class Companion(Protocol):
+class AlsoServed(Protocol):
     """What else there is to be served."""
 
     def fds(self) -> list[int]:
@@ -109,7 +109,7 @@ class Server:
         self._trace = trace
         self._timeout_s = timeout_s
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.companion: Companion | None = None
+        self.also_served: AlsoServed | None = None
         """Served beside the front-end, by the same thread."""
         self.signal_fd: int | None = None
         """Readable when a signal came (`signal.set_wakeup_fd`), borrowed: one that comes between Python's last look and
@@ -246,11 +246,11 @@ class Server:
         while True:
             # whoever is served meanwhile may bring it about that there is less
             left_s = time_left_s()
-            companions = [] if self.companion is None else self.companion.fds()
+            others = [] if self.also_served is None else self.also_served.fds()
             poll = select.poll()
             poll.register(self._device.fileno(), 0)
             signals = [] if self.signal_fd is None else [self.signal_fd]
-            for fd in (*fds, *companions, *signals, self._stop):
+            for fd in (*fds, *others, *signals, self._stop):
                 poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(None if left_s is None else math.ceil(left_s * 1000))}
             if not ready:
@@ -260,12 +260,12 @@ class Server:
                 ready.discard(fd)
             if self._stop in ready:
                 return None
-            for fd in ready.intersection(companions):
-                if self.companion is not None:
-                    self.companion.serve(fd)
+            for fd in ready.intersection(others):
+                if self.also_served is not None:
+                    self.also_served.serve(fd)
             if self._gone_for_good:
                 self._device.check_health()
-            if ready := ready.difference(companions):
+            if ready := ready.difference(others):
                 return ready
 
     def _send_away(self, listener: socket.socket) -> None:

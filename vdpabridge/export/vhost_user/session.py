@@ -57,7 +57,7 @@ class Session:
         self._report = report
         self._trace = trace
         self._closed = False
-        self._patience = Deadline(None)
+        self._enable_wait = Deadline(None)
         """How long rings that are enabled wait for what the front-end says of others."""
 
     @property
@@ -87,7 +87,7 @@ class Session:
     def release(self) -> None:
         """Let the device do again what the front-end wants."""
         self._handlers.rings.release()
-        self._be_patient(begin_again=True)
+        self._wait_for_enable(begin_again=True)
         self._announce(self._handlers.announce_kept_change)
 
     def fileno(self) -> int:
@@ -104,28 +104,28 @@ class Session:
         if message is not None:
             with message:
                 self._serve(message)
-            self._be_patient(begin_again=message.request in _RING_REQUESTS)
+            self._wait_for_enable(begin_again=message.request in _RING_REQUESTS)
             self._announce(self._handlers.announce_kept_change)
-        if self._patience.passed:
+        if self._enable_wait.passed:
             self._wait_no_longer()
         return not self._connection.ended
 
     def left_s(self) -> float | None:
         """How long to wait for a message, or the rest of one, before `serve_one` is called again; None: as long as it
         takes."""
-        limits_s = [each for each in (self._connection.left_s(), self._patience.left_s()) if each is not None]
+        limits_s = [each for each in (self._connection.left_s(), self._enable_wait.left_s()) if each is not None]
         return min(limits_s, default=None)
 
-    def _be_patient(self, *, begin_again: bool) -> None:
+    def _wait_for_enable(self, *, begin_again: bool) -> None:
         """Have rings that are enabled wait for what is said of others, for a while."""
         if not self._handlers.rings.waiting:
-            self._patience = Deadline(None)
-        elif begin_again or self._patience.timeout_s is None:
-            self._patience = Deadline(_ENABLE_S)
+            self._enable_wait = Deadline(None)
+        elif begin_again or self._enable_wait.timeout_s is None:
+            self._enable_wait = Deadline(_ENABLE_S)
 
     def _wait_no_longer(self) -> None:
         """Start with the rings that are enabled, whatever there may be to come."""
-        self._patience = Deadline(None)
+        self._enable_wait = Deadline(None)
         try:
             self._handlers.rings.wait_no_longer()
         except (VdpaBridgeError, ValueError, OSError) as error:

@@ -9,32 +9,23 @@ from ...abi.virtio import VIRTIO_F_RING_PACKED, VIRTIO_ID_BLOCK, VIRTIO_ID_FS, V
 from ...abi.virtio_blk import VIRTIO_BLK_CONFIG
 from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from ...abi.virtio_net import VIRTIO_NET_CONFIG
-from ...device import Capability, Device, MemoryRegion, RunState, SplitBase
+from ...device import Capability, Device, MemoryRegion
 from ...device.rules import ALTERNATIVES
 from ...errors import MissingCapability
 from ..losses import Loss, require_accepted, unwelcome
-from ..snapshot import DeviceSnapshot, QueueSnapshot, SnapshotError, check_snapshot, guest_written
+from ..snapshot import DeviceSnapshot, SnapshotError, check_snapshot, guest_written
 from .writer import ImageFacts
 
 __all__ = ["check_fits", "check_memory", "facts_of"]
 
 
-def facts_of(device: Device, snapshot: DeviceSnapshot | None) -> ImageFacts:
-    """What an image says of ``device``. Without a ``snapshot``, of one that may run: its positions are not known."""
+def facts_of(device: Device, snapshot: DeviceSnapshot) -> ImageFacts:
+    """What an image says of ``device``, of which ``snapshot`` was taken. Raises `SnapshotError`."""
     identity = device.identity
     for index, record in device.queues.items():
         if record.setup is not None and record.setup.address_space:
             why = f"queue {index} is in address space {record.setup.address_space}, which an image has no word for"
             raise SnapshotError("save", device=device.name, why=why)
-    if snapshot is None:
-        queues = {
-            index: QueueSnapshot(record.setup, SplitBase(), record.enabled)
-            for index, record in device.queues.items()
-            if record.setup is not None
-        }
-        config = device.read_config() if identity.config_size_bytes else b""
-        started = device.state is not RunState.CONFIGURED
-        snapshot = DeviceSnapshot(identity.device_id, device.accepted_features, queues, config, started)
     return ImageFacts(
         snapshot,
         device.offered_features,

@@ -18,7 +18,7 @@ from ..transfer.carry import spool_state, write_state
 from ..transfer.channel import Limits
 from ..transfer.stream import reading
 from .steps import start_from
-from .undo import Undo
+from .transaction import Transaction
 
 __all__ = ["load", "load_state", "verify"]
 
@@ -77,8 +77,8 @@ def _load(
 ) -> Report:
     if device.state is not RunState.RESET:
         raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
-    undo = Undo("load", None, device)
-    report = undo.report
+    transaction = Transaction("load", None, device)
+    report = transaction.report
     with report.step("read the image"), device.limit.within(limits.deadline):
         reader = ImageReader(reading(source, limits))
         check_fits(reader.facts, device, accept)
@@ -87,7 +87,7 @@ def _load(
         spool = spool_state(reader, limits, report)
     report.digest = reader.digest
     try:
-        with undo, device.limit.within(limits.deadline):
+        with transaction, device.limit.within(limits.deadline):
             if reader.facts.has_state:
                 with report.step("device state"):
                     write_state(device, spool, limits, report)
@@ -99,8 +99,8 @@ def _load(
             snapshot = reader.facts.snapshot
             with uninterrupted():
                 if start or (start is None and snapshot.started is not False):
-                    start_from(device, snapshot, undo)
-                undo.finish()
+                    start_from(device, snapshot, transaction)
+                transaction.commit()
     finally:
         os.close(spool)
     return report

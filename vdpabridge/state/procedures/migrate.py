@@ -10,11 +10,11 @@ from ..image.fit import check_fits, check_memory, facts_of
 from ..image.writer import ImageFacts
 from ..losses import Loss
 from ..report import Report
-from ..snapshot import DeviceSnapshot, QueueEventfds, eventfds_of, place, prepare
+from ..snapshot import DeviceSnapshot, QueueEventfds, eventfds_of, outline, place, prepare
 from ..transfer.carry import carry_state
 from ..transfer.channel import Limits
 from .steps import begin, start_from, suspend
-from .undo import Undo
+from .transaction import Transaction
 
 __all__ = ["migrate"]
 
@@ -32,13 +32,13 @@ def migrate(source: Device, destination: Device, limits: Limits, *, accept: Set[
     done; `ProcedureFailed` after that, which says which of the two runs.
     """
     with source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
-        undo = begin(source, "migrate", accept, destination)
-        facts = facts_of(source, None)
+        transaction = begin(source, "migrate", accept, destination)
+        facts = facts_of(source, outline(source))
         check_fits(facts, destination, accept)
         check_memory(facts, destination, source.regions)
-    with undo, source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
-        _move(source, destination, facts, limits, undo)
-    return undo.report
+    with transaction, source.limit.within(limits.deadline), destination.limit.within(limits.deadline):
+        _move(source, destination, facts, limits, transaction)
+    return transaction.report
 
 
 def _move(
@@ -46,14 +46,14 @@ def _move(
     destination: Device,
     facts: ImageFacts,
     limits: Limits,
-    undo: Undo,
+    transaction: Transaction,
 ) -> None:
-    report = undo.report
+    report = transaction.report
     eventfds = eventfds_of(source)
     if not facts.has_state:
         with report.step("prepare"):
             _set_up(destination, source, facts.snapshot, eventfds)
-    undo.snapshot = snapshot = suspend(source, undo)
+    transaction.snapshot = snapshot = suspend(source, transaction)
     if facts.has_state:
         with report.step("device state"):
             carry_state(source, destination, limits, report)
@@ -67,8 +67,8 @@ def _move(
     # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
     with uninterrupted():
         if snapshot.started:
-            start_from(destination, snapshot, undo)
-        undo.finish()
+            start_from(destination, snapshot, transaction)
+        transaction.commit()
 
 
 def _set_up(

@@ -13,46 +13,48 @@ from ..report import Report
 from ..transfer.carry import read_state
 from ..transfer.channel import Limits, enlarge, write_all
 from .steps import begin, suspend
-from .undo import Undo
+from .transaction import Transaction
 
 __all__ = ["save", "save_file"]
 
 
-def save(device: Device, sink: int, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()) -> Report:
+def save(
+    device: Device, sink: int, limits: Limits, *, stay_suspended: bool = False, accept: Set[Loss] = frozenset()
+) -> Report:
     """Write the image of ``device`` to ``sink`` (borrowed).
 
-    A running device is suspended for it, and resumes afterwards (with ``go_on``), and where saving fails in any case.
+    A running device is suspended for it. It resumes afterwards (unless ``stay_suspended``), and always if saving fails.
     ``accept``: what of its state may be missing in the image. Raises `StateError`, `MissingCapability` or
     `StateWouldBeLost` before anything was done, `ProcedureFailed` after that.
     """
-    undo = begin(device, "save", accept)
-    with undo:
+    transaction = begin(device, "save", accept)
+    with transaction:
         with device.limit.within(limits.deadline):
-            _write_image(device, sink, limits, undo)
-        if go_on:
-            undo.resume_source("resume")
-    return undo.report
+            _write_image(device, sink, limits, transaction)
+        if not stay_suspended:
+            transaction.resume_source("resume")
+    return transaction.report
 
 
 def save_file(
-    device: Device, path: str, limits: Limits, *, go_on: bool = True, accept: Set[Loss] = frozenset()
+    device: Device, path: str, limits: Limits, *, stay_suspended: bool = False, accept: Set[Loss] = frozenset()
 ) -> Report:
     """Save to file ``path``, which is there whole or, where this raises, as it was before; raises as `save` does.
 
     Only when the file is safe does the device resume: where only that fails, the error says so, and the file is there.
     """
-    undo = begin(device, "save", accept)
-    with undo:
+    transaction = begin(device, "save", accept)
+    with transaction:
         with device.limit.within(limits.deadline), replacing(path) as fd:
-            _write_image(device, fd, limits, undo)
-        if go_on:
-            undo.resume_source("resume")
-    return undo.report
+            _write_image(device, fd, limits, transaction)
+        if not stay_suspended:
+            transaction.resume_source("resume")
+    return transaction.report
 
 
-def _write_image(device: Device, sink: int, limits: Limits, undo: Undo) -> None:
-    report = undo.report
-    undo.snapshot = snapshot = suspend(device, undo)
+def _write_image(device: Device, sink: int, limits: Limits, transaction: Transaction) -> None:
+    report = transaction.report
+    transaction.snapshot = snapshot = suspend(device, transaction)
     facts = facts_of(device, snapshot)
     enlarge(sink)
     with ImageWriter(lambda data: write_all(sink, data, limits), facts) as writer:

@@ -9,12 +9,12 @@ from ...device.rules import ALTERNATIVES
 from ...errors import MissingCapability, StateError, VdpaBridgeError
 from ..losses import Loss, require_accepted, unsavable
 from ..snapshot import DeviceSnapshot, capture
-from .undo import Undo
+from .transaction import Transaction
 
 __all__ = ["begin", "start_from", "suspend"]
 
 
-def begin(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Undo:
+def begin(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Transaction:
     """What puts things right if ``what`` fails; raises where ``device`` is in no state to be saved."""
     if device.state not in (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED):
         legal = (RunState.CONFIGURED.value, RunState.RUNNING.value, RunState.SUSPENDED.value)
@@ -31,21 +31,21 @@ def begin(device: Device, what: str, accept: Set[Loss], destination: Device | No
         for capability in needed:
             if capability not in device.capabilities:
                 raise MissingCapability(device.name, what, capability.value, ALTERNATIVES[capability])
-    return Undo(what, device, destination)
+    return Transaction(what, device, destination)
 
 
-def start_from(device: Device, snapshot: DeviceSnapshot, undo: Undo) -> None:
+def start_from(device: Device, snapshot: DeviceSnapshot, transaction: Transaction) -> None:
     """Start ``device``, which stands where ``snapshot`` was taken."""
-    with undo.report.step("start"):
-        undo.expect_start(snapshot)
+    with transaction.report.step("start"):
+        transaction.expect_start(snapshot)
         device.start()
 
 
-def suspend(device: Device, undo: Undo) -> DeviceSnapshot:
+def suspend(device: Device, transaction: Transaction) -> DeviceSnapshot:
     """Where ``device`` stands, stopped."""
     if device.state is RunState.RUNNING:
-        with undo.report.step("suspend"), undo.report.watching(device):
-            undo.suspending = True
+        with transaction.report.step("suspend"), transaction.report.watching(device):
+            transaction.suspending = True
             device.suspend()
-    with undo.report.step("capture"):
+    with transaction.report.step("capture"):
         return capture(device)

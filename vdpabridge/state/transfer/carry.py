@@ -23,7 +23,7 @@ _SPOOL_BYTES = 16 << 20
 
 def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Report) -> None:
     """Device state into the image, piece by piece: hashing takes the bytes through this process, once."""
-    report.way = READ_AND_WRITE
+    report.copied_by = READ_AND_WRITE
     fd = _save_fd(device)
     try:
         enlarge(fd)
@@ -49,7 +49,7 @@ def write_state(device: Device, spool: int, limits: Limits, report: Report) -> N
     try:
         enlarge(fd)
         os.lseek(spool, 0, os.SEEK_SET)
-        report.way = copy(spool, fd, limits).way
+        report.copied_by = copy(spool, fd, limits).copied_by
     finally:
         os.close(fd)
 
@@ -62,7 +62,7 @@ def carry_state(source: Device, destination: Device, limits: Limits, report: Rep
         try:
             enlarge(reader)
             enlarge(writer)
-            report.state_bytes, report.way = copy(reader, writer, limits)
+            report.state_bytes, report.copied_by = copy(reader, writer, limits)
         finally:
             os.close(writer)
     finally:

@@ -36,7 +36,7 @@ PIPE_BYTES = 1 << 20
 STEP_BYTES = 1 << 20
 #: No RWF_NOWAIT for this descriptor: pipes have it from Linux 6.4 on, FIFOs with a name have not.
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL)
-#: The kernel does not do it for this pair of descriptors: the next way is tried.
+#: The kernel does not do it for this pair of descriptors: the next method is tried.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EBADF)
 
 
@@ -107,7 +107,7 @@ class Copied(NamedTuple):
     """What a copy was."""
 
     size_bytes: int
-    way: str
+    copied_by: str
     """The system call that moved the bytes; `READ_AND_WRITE` where they went through this process."""
 
 
@@ -117,24 +117,24 @@ def copy(source: int, sink: int, limits: Limits) -> Copied:
     The bytes do not pass through this process, unless the kernel has no way between these two kinds of descriptor.
     Raises `ChannelError`, `DeadlineExceeded`, `Cancelled`.
     """
-    ways = _ways(source, sink)
+    methods = _methods(source, sink)
     done = 0
     while True:
         wait(source, select.POLLIN, limits)
         wait(sink, select.POLLOUT, limits)
         try:
-            count = ways[0](source, sink) if ways else _by_buffer(source, sink, limits)
+            count = methods[0](source, sink) if methods else _by_buffer(source, sink, limits)
         except BlockingIOError:
             continue
         except DeadlineExceeded:  # an OSError by birth, and none of the descriptors'
             raise
         except OSError as error:
-            if error.errno not in _UNABLE or not ways:
+            if error.errno not in _UNABLE or not methods:
                 raise ChannelError("transfer", why=os.strerror(error.errno or 0)) from error
-            ways.pop(0)
+            methods.pop(0)
             continue
         if not count:
-            return Copied(done, ways[0].__name__.strip("_") if ways else READ_AND_WRITE)
+            return Copied(done, methods[0].__name__.strip("_") if methods else READ_AND_WRITE)
         done += count
         limits.check(done)
 
@@ -142,8 +142,8 @@ def copy(source: int, sink: int, limits: Limits) -> Copied:
 Way = Callable[[int, int], int]
 
 
-def _ways(source: int, sink: int) -> list[Way]:
-    """The ways in which the kernel may do it alone, best first."""
+def _methods(source: int, sink: int) -> list[Way]:
+    """The methods in which the kernel may do it alone, best first."""
     kinds = [os.fstat(fd).st_mode for fd in (source, sink)]
     if stat.S_ISSOCK(kinds[1]) and os.get_blocking(sink):
         # the kernel would wait for room without us, and know of no deadline
@@ -194,13 +194,9 @@ def _never_blocks(fd: int) -> bool:
 
 def wait(fd: int, events: int, limits: Limits) -> None:
     """Until ``fd`` (borrowed) is ready, as regular files always are. Raises `DeadlineExceeded`, `Cancelled`."""
-    poll = select.poll()
-    poll.register(fd, events)
-    if limits.cancel_fd is not None:
-        poll.register(limits.cancel_fd, select.POLLIN)
-    left_s = limits.deadline.left_s()
-    ready = poll.poll(None if left_s is None else left_s * 1000)
-    if limits.cancel_fd is not None and any(each == limits.cancel_fd for each, _ in ready):
+    cancelling = {} if limits.cancel_fd is None else {limits.cancel_fd: select.POLLIN}
+    ready = limits.deadline.wait({fd: events} | cancelling)
+    if limits.cancel_fd in ready:
         raise Cancelled("transfer", why="it was cancelled")
     # also where the descriptor is always ready
     if not ready or limits.deadline.passed:

@@ -20,13 +20,13 @@ from ..snapshot import DeviceSnapshot
 from .outcome import NOTHING, UNKNOWN, Advice, Outcome, ProcedureFailed, described
 from .witness import Evidence, Witness
 
-__all__ = ["GRACE_S", "Undo"]
+__all__ = ["GRACE_S", "Transaction"]
 
 #: For a device that has no deadline of its own: whoever goes back has waited long enough already.
 GRACE_S = 30.0
 
 
-class Undo:
+class Transaction:
     """A context in which a procedure works; where its body raises, everything goes back.
 
     ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. An error
@@ -52,7 +52,7 @@ class Undo:
 
     def __enter__(self) -> Self:
         # also a signal that comes as `__exit__` begins must not keep it from being done
-        self._deferral = Deferral(Undo.__exit__)
+        self._deferral = Deferral(Transaction.__exit__)
         try:
             self._deferral.install()
         except BaseException:
@@ -113,7 +113,7 @@ class Undo:
     def resume_source(self, name: str) -> None:
         """Let the source resume, if it was at work: the last step. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
-            with uninterrupted(), patient(self._source):
+            with uninterrupted(), with_a_deadline(self._source):
                 error, outcome = self._resume(self._source, name)
                 self._done = True
                 if error is not None:
@@ -121,12 +121,12 @@ class Undo:
             if error is not None:
                 raise self._failed(error, outcome, f"{self._what} is done, but not {name}") from error
 
-    def finish(self) -> None:
+    def commit(self) -> None:
         """The destination is where it ought to be: nothing is put back any more, and the source, whatever becomes of
         it, must not run. How that went is in the report only."""
         self._done = True
         if self._source is not None:
-            with patient(self._source):
+            with with_a_deadline(self._source):
                 self.try_step("reset the source", self._source.reset)
 
     def try_step(self, name: str, act: Callable[[], object]) -> Exception | None:
@@ -155,13 +155,13 @@ class Undo:
 
     def _go_back(self, cause: BaseException) -> Outcome:
         if self._destination is not None:
-            with patient(self._destination):
+            with with_a_deadline(self._destination):
                 hindrance = self._stop(self._destination)
             if hindrance is not None:
                 return hindrance
         if self._source is None:
             return Outcome(NOTHING, Advice.ANOTHER)
-        with patient(self._source):
+        with with_a_deadline(self._source):
             return self._bring_back(self._source, cause)
 
     def _stop(self, destination: Device) -> Outcome | None:
@@ -252,7 +252,7 @@ class Undo:
 
 
 @contextmanager
-def patient(device: Device) -> Iterator[None]:
+def with_a_deadline(device: Device) -> Iterator[None]:
     """Let ``device`` have a deadline, whatever its own is."""
     if device.timeout_s is not None:
         yield
