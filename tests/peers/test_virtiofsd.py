@@ -14,8 +14,7 @@ from vdpabridge.guest.fuse import FuseDriver, FuseError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.state.procedures import ProcedureFailed, migrate, save, save_file
-from vdpabridge.state.procedures import load as load_image
+from vdpabridge.state.procedures import ProcedureFailed, load as load_image, migrate, save, save_file
 from vdpabridge.state.snapshot import QueueEventfds
 from vdpabridge.state.transfer.channel import Limits
 
@@ -238,7 +237,7 @@ def test_by_an_image(lab, shared, by, tmp_path):
         with VhostUser.open(lab.path("b.sock"), device_id=FS, timeout_s=20) as destination:
             destination.map([mount.memory.region])
             if by == "file":
-                save_file(source, str(tmp_path / "image"), Limits(Deadline(20)), go_on=False)
+                save_file(source, str(tmp_path / "image"), Limits(Deadline(20)), stay_suspended=True)
                 with (tmp_path / "image").open("rb") as file:
                     load_image(destination, file.fileno(), Limits(Deadline(20)), mount.eventfds())
             else:
@@ -247,7 +246,7 @@ def test_by_an_image(lab, shared, by, tmp_path):
                     target=load_image, args=[destination, reader, Limits(Deadline(20)), mount.eventfds()]
                 )
                 thread.start()
-                save(source, writer, Limits(Deadline(20)), go_on=False)
+                save(source, writer, Limits(Deadline(20)), stay_suspended=True)
                 os.close(writer)
                 thread.join()
                 os.close(reader)

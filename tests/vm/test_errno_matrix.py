@@ -12,8 +12,7 @@ from errno import EBADF, EBUSY, EFAULT, EINVAL, ENOBUFS, ENOTTY, EOPNOTSUPP, EPE
 
 import pytest
 
-from vdpabridge.abi.vhost import VHOST_MSG_V2_LAYOUT
-from vdpabridge.abi.vhost import VhostIoctl as Ioctl
+from vdpabridge.abi.vhost import VHOST_MSG_V2_LAYOUT, VhostIoctl as Ioctl
 from vdpabridge.errors import ENOTSUPP
 from vdpabridge.linux.mappings import SharedMapping
 

@@ -125,7 +125,7 @@ def test_save_and_load(block_node, second_block_node, driver, to):
         opened(second_block_node, to) as destination,
         shared_file(0) as file,
     ):
-        report = save(source, file, limits(), go_on=False)
+        report = save(source, file, limits(), stay_suspended=True)
         assert report.state_bytes == 0, "no kernel gives a device's own state"
         os.lseek(file, 0, os.SEEK_SET)
         destination.map([memory.region])

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .vhost_user import BackendRequest as B
-from .vhost_user import FrontendRequest as F
-from .vhost_user import ProtocolFeature as P
+from .vhost_user import BackendRequest as B, FrontendRequest as F, ProtocolFeature as P
 from .vhost_user_payloads import (
     U64,
     Config,

@@ -17,7 +17,7 @@ __all__ = ["write_payload"]
 
 GUEST = Path(__file__).parent.parent / "guest"
 #: What of the checkout the guest sees, below /run/payload/tree, which is also where the command runs.
-TREE = ("README.md", "pyproject.toml", "vdpabridge", "tests", "udev", "vm-images")
+TREE = ("README.md", "pyproject.toml", "vdpabridge", "examples", "tests", "udev", "vm-images")
 #: Pure Python modules that the root file system's Debian release has no package of: taken from this interpreter.
 MODULES = ("ioctl_opt",)
 ENVIRONMENT = {
