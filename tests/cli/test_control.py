@@ -60,7 +60,13 @@ def test_status(tmp_path):
         assert (facts["device"], facts["state"], facts["front_end"]) == ("sim:fs", "running", True)
         assert "DEVICE_STATE" in facts["capabilities"]
         assert facts["queues"]["1"] == {"size": 64, "enabled": True}
-        assert "state running" in run("status", control).stdout
+        said = run("status", control).stdout.splitlines()
+        assert said[:4] == [
+            "sim:fs: running, front-end connected",
+            "  queue 0       64 descriptors, enabled",
+            "  queue 1       64 descriptors, enabled",
+            "  features      VERSION_1",
+        ]
 
 
 def test_suspend_and_resume_under_a_front_end(tmp_path):
@@ -198,7 +204,11 @@ def test_by_path_and_statistics(tmp_path):
         with ControlClient(control, timeout_s=10) as client, ControlClient(other, timeout_s=10) as there:
             saved = client.ask("save", path=image)
             assert there.ask("load", path=image)["digest"] == saved["digest"]
-            for path, why in ((f"{image}.not", "No such file"), ("image", "no absolute path"), (5, "no absolute")):
+            for path, why in (
+                (f"{image}.not", "No such file"),
+                ("image", "not an absolute path"),
+                (5, "not an absolute"),
+            ):
                 with pytest.raises(ControlError, match=why):
                     there.ask("load", path=path)
             with pytest.raises(ControlError, match="stay 'forever'"):
@@ -208,7 +218,7 @@ def test_by_path_and_statistics(tmp_path):
         assert facts["procedures"]["save"]["state_bytes"] == saved["state_bytes"]
         assert facts["front_ends"] == 1
         assert facts["messages"] > 10
-        assert "load: done 1 failed 3" in run("statistics", other).stdout
+        assert "  load          1 done, 3 failed, " in run("statistics", other).stdout
         assert mount.read() == b"These"
 
 

@@ -133,6 +133,7 @@ def _udev_rules(parser: argparse.ArgumentParser) -> None:
 
 def _serve(parser: argparse.ArgumentParser) -> None:
     from ..drivers.names import DEVICE_HELP
+    from .log import LEVELS
 
     parser.add_argument("device", metavar="DEVICE", help=DEVICE_HELP)
     where = parser.add_mutually_exclusive_group()
@@ -148,7 +149,10 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     text = "begin with the device's state in this image; - for standard input"
     parser.add_argument("--restore", type=path, metavar="IMAGE", help=text)
     _accept(parser)
-    parser.add_argument("--trace", action="store_true", help="print every message on standard error")
+    text = "print every message, and every request to the device, on standard error"
+    parser.add_argument("--trace", action="store_true", help=text)
+    text = "how urgent what is printed on standard error must be: error, warning, info (the default) or debug"
+    parser.add_argument("--log-level", choices=LEVELS, default="info", metavar="LEVEL", help=text)
     text = "bounds every wait for the device or for a front-end in the middle of a message (default: 30)"
     parser.add_argument("--timeout", type=seconds, metavar="SECONDS", default=30.0, help=text)
 

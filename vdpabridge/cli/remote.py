@@ -15,8 +15,9 @@ from ..errors import UsageError, VdpaBridgeError
 from ..linux.files import replacing
 from ..state.image.opening import open_image
 from ..state.report import Step
-from .output import forget_output, print_records
+from .output import forget_output
 from .progress import ProgressLine
+from .readable import READABLE
 from .timeline_picture import draw
 
 __all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
@@ -109,7 +110,7 @@ def migrate(arguments: argparse.Namespace) -> None:
                 saved, loaded = move(source, destination, progress=progress, accept=arguments.accept)
             if report is not None:
                 _draw(report, arguments, saved, loaded)
-        _tell(arguments, saved | {"running": "nothing: start the destination by its front-end"})
+        _tell(arguments, saved | {"running": "nothing, until a front-end starts the destination"})
     except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
         if not saved:
             raise
@@ -152,8 +153,5 @@ def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     if arguments.json:
         print(json.dumps(result, indent=4 if arguments.pretty else None))
         return
-    facts = {name: value for name, value in result.items() if not isinstance(value, dict) and name != "steps"}
-    print_records({str(result.get("device", arguments.control)): facts})
-    for index, queue in result.get("queues", {}).items():
-        print_records({f"queue {index}": queue})
-    print_records(result.get("procedures", {}))
+    for line in READABLE[arguments.command](result):
+        print(line)

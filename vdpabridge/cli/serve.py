@@ -17,8 +17,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
-from ..control.methods import methods_of
-from ..control.server import ControlServer
+from ..control.methods import control_server
 from ..device import Device
 from ..drivers.opening import device_id_of, open_device
 from ..drivers.registry import named
@@ -31,8 +30,9 @@ from ..state.losses import Loss
 from ..state.procedures import load_state
 from ..state.transfer.channel import Limits
 from ..vhost_user.connection import Connection, is_listening
+from .events import Events
+from .log import Log
 from .progress import ProgressLine
-from .reports import Reports
 
 __all__ = ["serve"]
 
@@ -53,23 +53,27 @@ def serve(arguments: argparse.Namespace) -> None:
         raise UsageError("serve", why="it was not said where", hint="--socket-path PATH or --fd N")
     named(arguments.device)
     with ExitStack() as stack:
-        say = stack.enter_context(closing(Reports()))
+        log = stack.enter_context(closing(Log(level=arguments.log_level)))
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
         place, where = stack.enter_context(_socket(arguments))
         device = stack.enter_context(open_device(arguments.device, timeout_s=arguments.timeout))
-        trace = say.trace if arguments.trace else None
-        server = stack.enter_context(Server(device, report=say, trace=trace, timeout_s=arguments.timeout))
+        trace = log.trace if arguments.trace else None
+        if trace is not None:
+            device.trace_to(trace)
+        events = Events(log)
+        server = Server(device, report=log.warning, trace=trace, tell=events.tell, timeout_s=arguments.timeout)
+        stack.enter_context(server)
         ending.watch(device, server)
         if arguments.restore:
-            _restore(device, arguments, say)
+            _restore(device, arguments, log)
         if arguments.control:
             control = stack.enter_context(_listening(arguments.control, private=True))
-            methods = methods_of(device, server, arguments.timeout)
-            server.also_served = stack.enter_context(ControlServer(control, methods, report=say))
-        say(f"{device.name} is served at {where}")
+            answering = control_server(control, device, server, arguments.timeout, report=log.warning, tell=events.tell)
+            events.control = server.also_served = stack.enter_context(answering)
+        log.info(f"{device.name} is served at {where}")
         if named(arguments.device)[1].kind in ("vhost-vdpa", "vdpa"):
-            say(
+            log.info(
                 "hardware pins the guest's memory: switch ballooning, free page reporting and virtio-mem off in the VMM"
             )
         if place.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -117,7 +121,7 @@ def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
                     os.unlink(path)
 
 
-def _restore(device: Device, arguments: argparse.Namespace, say: Reports) -> None:
+def _restore(device: Device, arguments: argparse.Namespace, log: Log) -> None:
     """Begin with the state in an image."""
     fd = open_image(arguments.restore, arguments.timeout)
     accept = frozenset(map(Loss, arguments.accept))
@@ -129,7 +133,7 @@ def _restore(device: Device, arguments: argparse.Namespace, say: Reports) -> Non
         raise
     finally:
         os.close(fd)
-    say(f"{device.name} has its state from {arguments.restore}: {report.state_bytes} bytes")
+    log.info(f"{device.name} has its state from {arguments.restore}: {report.state_bytes} bytes")
 
 
 def _given_socket(fd: int) -> socket.socket:

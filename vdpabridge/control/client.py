@@ -78,6 +78,10 @@ class ControlClient:
             raise VdpaBridgeError(method, device=self.path, why=f"{message!r} is no answer")
         return message
 
+    def leave(self) -> None:
+        """Let the other end know that nobody waits for an answer any more; who does in another thread, stops."""
+        self._lines.end()
+
     def close(self) -> None:
         """Close. Idempotent."""
         self._lines.close()

@@ -130,6 +130,11 @@ class Lines:
         while (fd := self.take_fd()) is not None:
             discard([fd])
 
+    def end(self) -> None:
+        """End the conversation both ways; the socket stays open."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took. Idempotent."""
         discard(fd for _, fd in self._fds)

@@ -59,6 +59,12 @@ def move(
         saved.update(source.ask("save", writer, stay="connection", progress=progress, accept=list(accept)))
     except VdpaBridgeError as error:
         here.append(error)
+    except BaseException as interruption:
+        # both processes cancel what they do for a caller that has left
+        source.leave()
+        destination.leave()
+        interruption.add_note(f"nothing was moved; {source.path} resumes")
+        raise
     finally:
         os.close(writer)
         thread.join()

@@ -1,110 +1,147 @@
-"""The side of the process that owns the device."""
+"""The control socket's side in the process that owns the device.
+
+A thread of its own reads and answers, so that who asks for `status` is answered while the device's thread is busy. What
+touches the device is done by the device's thread, in the order in which it was asked for (`Errands`).
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import os
+import select
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
-from ..errors import DeadlineExceeded, MissingCapability, VdpaBridgeError
+from ..errors import VdpaBridgeError
 from ..linux.credentials import credentials_of
-from .lines import (
-    ANSWER_BYTES_MAX,
-    INVALID_PARAMS,
-    INVALID_REQUEST,
-    METHOD_NOT_FOUND,
-    PARSE_ERROR,
-    REFUSED,
-    TIMED_OUT,
-    UNABLE,
-    Lines,
-)
+from .errands import Errand, Errands
+from .lines import ANSWER_BYTES_MAX, METHOD_NOT_FOUND, REFUSED, Lines
+from .requests import Caller, InvalidRequest, Method, Params, Request, outcome, refused
 
-__all__ = ["Caller", "ControlServer", "Method"]
+__all__ = ["ControlServer"]
 
 _PAUSE_S = 0.1
+#: For how long the device's thread may be busy with something else before it is answered for.
+_BUSY_S = 0.3
+#: What one client may have asked for, and not have been answered.
+_REQUESTS_MAX = 16
 
 
-class Caller:
-    """Who asks, by ``lines`` (borrowed)."""
-
+class _Client:
     def __init__(self, lines: Lines) -> None:
-        self._lines = lines
-        self.when_gone: Callable[[], object] | None = None
-        """Called once when the connection ends."""
-
-    def take_fd(self) -> int | None:
-        """The descriptor that came with the request, owned by who takes it."""
-        return self._lines.take_fd()
-
-    def notify(self, method: str, params: dict[str, Any]) -> None:
-        """Tell of something by the way; who does not read at once misses it."""
-        self._lines.try_send({"jsonrpc": "2.0", "method": method, "params": params})
-
-
-#: What a method gets: its parameters, and who asks.
-Method = Callable[[Mapping[str, Any], Caller], Any]
+        self.lines = lines
+        self.caller = Caller()
+        self.open: list[Request] = []
+        """What it has asked for, and was not answered yet."""
 
 
 class ControlServer:
-    """Answers requests on ``listener``, which is taken. Call `serve` for each of `fds` that is readable.
+    """Answers requests on ``listener``, which is taken, in a thread of its own, from ``with`` on to `close`.
 
-    Only this user and root are listened to. ``report`` is told what no client is there to hear.
+    Who has the device calls `serve` when `fds` are readable. Only this user and root are listened to. ``report`` is
+    told what no client is there to hear.
     """
 
-    def __init__(
-        self, listener: socket.socket, methods: Mapping[str, Method], *, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, listener: socket.socket, *, report: Callable[[str], None]) -> None:
         listener.setblocking(False)
+        self.methods: Mapping[str, Method] = {}
+        """What can be asked for; to be set before the thread starts."""
         self._report = report
         self._listener = listener
-        self._methods = methods
-        self._clients: dict[int, tuple[Lines, Caller]] = {}
+        self._clients: dict[int, _Client] = {}
+        self._errands = Errands()
+        self._for_others: deque[Callable[[], None]] = deque()
+        """What other threads have the control socket's do."""
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._patient: list[tuple[float, Errand, Callable[[], None]]] = []
+        """(when, which, how): errands that are answered for if the device's thread does not come to them."""
+        self._running: Request | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="vdpabridge-control", daemon=True)
+
+    # --- for the device's thread ---
 
     def fds(self) -> list[int]:
-        """What to wait for; borrowed."""
-        return [self._listener.fileno(), *self._clients]
+        """What the device's thread is to wait for; borrowed."""
+        return [self._errands.fileno()]
 
-    def serve(self, fd: int) -> None:
-        """Do what there is to be done for ``fd``."""
-        if fd == self._listener.fileno():
-            self._accept()
-            return
-        client, caller = self._clients[fd]
-        try:
-            alive = client.read()
-            while client.has_line:
-                self._answer(client, caller, client.receive() or b"")
-                client.drop_fds()
-        except VdpaBridgeError:
-            alive = False
-        if not alive:
-            self._let_go(fd)
+    def serve(self, _fd: int) -> None:
+        """Do the next thing that was asked for."""
+        self._errands.run_one()
+
+    # --- for any thread ---
+
+    @property
+    def running(self) -> Request | None:
+        """The request that the device's thread works on."""
+        return self._running
+
+    def cancel(self) -> bool:
+        """Have the request that is being done end early; whether there is one that can."""
+        running = self._running
+        return running is not None and running.cancel()
+
+    def tell(self, event: Params) -> None:
+        """Tell who listens of ``event``; a client that does not read at once misses it."""
+        self._have_done(partial(self._tell, event))
 
     def close(self) -> None:
-        """Close everything. Idempotent."""
-        for fd in list(self._clients):
-            self._let_go(fd)
+        """End the thread and close everything; what was not begun is not done. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        for client in self._clients.values():
+            self._drop(client)
+        self._clients.clear()
         self._listener.close()
-
-    def _let_go(self, fd: int) -> None:
-        client, caller = self._clients.pop(fd)
-        client.close()
-        if caller.when_gone is not None:
-            try:
-                caller.when_gone()
-            except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
-                self._report(f"when a client of the control socket had left: {error}")
+        self._errands.close()
+        os.close(self._wake)
 
     def __enter__(self) -> Self:
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # --- the control socket's thread ---
+
+    def _run(self) -> None:
+        while True:
+            ready = self._wait()
+            if self._ended:
+                return
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            while self._for_others:
+                self._for_others.popleft()()
+            self._answer_for_busy()
+            if self._listener.fileno() in ready:
+                self._accept()
+            for fd in ready.intersection(self._clients):
+                self._read(fd)
+
+    def _wait(self) -> set[int]:
+        poll = select.poll()
+        for fd in (self._listener.fileno(), self._wake, *self._clients):
+            poll.register(fd, select.POLLIN)
+        if not self._patient:
+            return {fd for fd, _ in poll.poll()}
+        left_s = max(0.0, min(when_s for when_s, _, _ in self._patient) - time.monotonic())
+        return {fd for fd, _ in poll.poll(left_s * 1000 + 1)}
+
+    def _have_done(self, act: Callable[[], None]) -> None:
+        """Have the control socket's thread do ``act``."""
+        self._for_others.append(act)
+        if not self._ended:
+            os.eventfd_write(self._wake, 1)
 
     def _accept(self) -> None:
         try:
@@ -122,66 +159,118 @@ class ControlServer:
         # whoever does not read its answers is hung up on, when they fill this
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER_BYTES_MAX)
         connection.setblocking(False)
-        client = Lines(connection)
-        self._clients[connection.fileno()] = client, Caller(client)
+        self._clients[connection.fileno()] = _Client(Lines(connection))
 
-    def _answer(self, client: Lines, caller: Caller, line: bytes) -> None:
-        answer: dict[str, Any] = {"jsonrpc": "2.0", "id": None}
+    def _read(self, fd: int) -> None:
+        client = self._clients[fd]
         try:
-            request = json.loads(line, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            client.send(answer | {"error": {"code": PARSE_ERROR, "message": str(error)}})
-            return
-        if (
-            not isinstance(request, dict)
-            or request.get("jsonrpc") != "2.0"
-            or not isinstance(request.get("method"), str)
-            or not _is_id(request.get("id"))
-        ):
-            client.send(answer | {"error": {"code": INVALID_REQUEST, "message": "that is no request"}})
-            return
-        answer["id"] = request.get("id")
-        outcome = self._perform(caller, request)
-        if "id" in request:
-            client.send(answer | outcome)
+            alive = client.lines.read()
+            while client.lines.has_line and not client.caller.gone:
+                self._take(client, client.lines.receive() or b"")
+                client.lines.drop_fds()
+        except VdpaBridgeError:
+            alive = False
+        if not alive:
+            self._let_go(fd)
 
-    def _perform(self, caller: Caller, request: dict[str, Any]) -> dict[str, Any]:
-        method = self._methods.get(request["method"])
-        params = request.get("params", {})
+    def _take(self, client: _Client, line: bytes) -> None:
+        """Take one request in."""
+        try:
+            request = Request.parse(line, client.caller)
+        except InvalidRequest as error:
+            if not error.silent:
+                client.lines.send({"jsonrpc": "2.0", "id": error.number} | error.outcome)
+            return
+        client.open.append(request)
+        method = self.methods.get(request.method)
         if method is None:
-            known = ", ".join(self._methods)
-            message = f"there is no method {request['method']!r}; there are {known}"
-            return {"error": {"code": METHOD_NOT_FOUND, "message": message}}
-        if not isinstance(params, dict):
-            return {"error": {"code": INVALID_PARAMS, "message": "parameters have names"}}
+            message = f"there is no method {request.method!r}; there are {', '.join(self.methods)}"
+            self._answer(client, request, {"error": {"code": METHOD_NOT_FOUND, "message": message}})
+        elif len(client.open) > _REQUESTS_MAX:
+            message = f"{_REQUESTS_MAX} requests of this client were not answered yet"
+            self._answer(client, request, {"error": {"code": REFUSED, "message": message}})
+        elif method.at_once:
+            self._answer(client, request, outcome(method.act, request))
+        else:
+            self._send_on_errand(client, request, method)
+
+    def _send_on_errand(self, client: _Client, request: Request, method: Method) -> None:
+        while (fd := client.lines.take_fd()) is not None:
+            request.fds.append(fd)
+        if method.cancellable:
+            try:
+                request.make_cancellable()
+            except OSError as error:
+                self._answer(client, request, refused(error))
+                return
+        request.notify = lambda name, params: self._have_done(partial(self._notify, client, name, params))
+        errand = Errand(partial(self._do, client, request, method))
+        if method.meanwhile is not None:
+            meanwhile = method.meanwhile
+            answer = lambda: self._answer(client, request, outcome(meanwhile, request))  # noqa: E731
+            self._patient.append((time.monotonic() + _BUSY_S, errand, answer))
+        self._errands.put(errand)
+
+    def _do(self, client: _Client, request: Request, method: Method) -> None:
+        """The device's thread does what was asked for."""
+        if request.caller.gone and method.cancellable:
+            # nobody waits for it, and nothing has begun
+            self._have_done(partial(self._answer, client, request, {}))
+            return
+        self._running = request
         try:
-            return {"result": method(params, caller)}
-        except Exception as error:  # noqa: BLE001  # a question must not end the process that owns the device
-            names = ("device", "what", "why", "hint", "running")
-            facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
-            if kind := _kind_of(error):
-                facts["kind"] = kind
-            return {"error": {"code": REFUSED, "message": str(error), "data": facts}}
+            result = outcome(method.act, request)
+        finally:
+            self._running = None
+        self._have_done(partial(self._answer, client, request, result))
 
+    def _answer_for_busy(self) -> None:
+        now_s = time.monotonic()
+        due = [each for each in self._patient if each[0] <= now_s]
+        self._patient = [each for each in self._patient if each[0] > now_s]
+        for _, errand, answer in due:
+            if errand.claim():
+                answer()
 
-def _no_constant(name: str) -> float:
-    """Python's JSON knows numbers that JSON does not have."""
-    raise ValueError(f"{name} is not JSON")
+    def _answer(self, client: _Client, request: Request, result: dict[str, Any]) -> None:
+        """Answer ``request``, whose caller may have left."""
+        request.close()
+        client.open.remove(request)
+        if client.caller.gone or not request.wants_answer:
+            return
+        try:
+            client.lines.send({"jsonrpc": "2.0", "id": request.number} | result)
+        except VdpaBridgeError:
+            self._let_go(client.lines.fileno())
 
+    def _notify(self, client: _Client, name: str, params: Params) -> None:
+        if not client.caller.gone:
+            client.lines.try_send({"jsonrpc": "2.0", "method": name, "params": dict(params)})
 
-def _is_id(value: object) -> bool:
-    if isinstance(value, float):
-        # 1e999 is a number in JSON, and too large for Python
-        return math.isfinite(value)
-    return value is None or isinstance(value, (str, int))
+    def _tell(self, event: Params) -> None:
+        for client in self._clients.values():
+            if client.caller.listens:
+                self._notify(client, "event", event)
 
+    def _let_go(self, fd: int) -> None:
+        client = self._clients.pop(fd, None)
+        if client is None:
+            return
+        client.caller.gone = True
+        client.lines.close()
+        for request in client.open:
+            request.cancel()
+        # after what it has asked for: that may have left something to put right
+        self._errands.put(Errand(partial(self._put_right, client.caller)))
 
-def _kind_of(error: BaseException | None) -> str:
-    """What kind of refusal it is, of those that a program tells apart; its cause may say."""
-    while error is not None:
-        if isinstance(error, DeadlineExceeded):
-            return TIMED_OUT
-        if isinstance(error, MissingCapability):
-            return UNABLE
-        error = error.__cause__
-    return ""
+    def _put_right(self, caller: Caller) -> None:
+        if caller.when_gone is not None:
+            try:
+                caller.when_gone()
+            except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
+                self._report(f"when a client of the control socket had left: {error}")
+
+    def _drop(self, client: _Client) -> None:
+        client.lines.close()
+        for request in client.open:
+            request.close()

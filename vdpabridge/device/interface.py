@@ -98,6 +98,9 @@ class Device(DeviceCore):
     def fileno(self) -> int:
         """The descriptor that stands for the device; borrowed."""
 
+    def trace_to(self, say: Callable[[str], None]) -> None:
+        """Have ``say`` told of every request to the device, a line each. A driver that makes none ignores it."""
+
     # --- negotiation and configuration space ---
 
     @_bounded

@@ -17,6 +17,7 @@ from typing import Self
 
 from ..abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, HEADER, PAYLOAD_SIZE_MAX, VERSION, VERSION_MASK
 from ..errors import ConnectionLost, DeadlineExceeded, ProtocolError
+from ..linux.credentials import credentials_of
 from ..linux.deadline import Deadline
 from ..linux.descriptors import FDS_PER_MESSAGE_MAX, discard, fds_in, hang_up
 
@@ -97,6 +98,11 @@ class Connection:
         self._part_deadline = Deadline(None)
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
+
+    @property
+    def peer_process(self) -> int:
+        """The number of the peer's process; 0 for one of another PID namespace."""
+        return credentials_of(self._socket).pid
 
     @classmethod
     def connect(cls, path: str, *, timeout_s: float | None = None) -> Self:

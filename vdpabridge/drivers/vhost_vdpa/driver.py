@@ -165,6 +165,9 @@ class VhostVdpa(Device):
     def fileno(self) -> int:
         return self._node.fileno()
 
+    def trace_to(self, say: Callable[[str], None]) -> None:
+        self._node.trace_to(say)
+
     # --- vhost-vdpa's own: queue groups, sizes, doorbells ---
 
     def queue_group(self, index: int) -> int:

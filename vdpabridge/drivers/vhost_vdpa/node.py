@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ...abi.vhost import VhostIoctl as Ioctl
 from ...errors import DeadlineExceeded, KernelError, OwnershipError
@@ -17,6 +17,7 @@ from .call_thread import CallThread
 from .explain import explain
 from .ioctls import ROWS
 from .system import LINUX, System
+from .tracing import TracedSystem
 
 __all__ = ["Node", "NodeError"]
 
@@ -66,6 +67,10 @@ class Node:
     def fileno(self) -> int:
         """The descriptor; borrowed. -1 when closed."""
         return self._fd
+
+    def trace_to(self, say: Callable[[str], None]) -> None:
+        """Have ``say`` told of every request from now on, a line each."""
+        self._system = cast(System, TracedSystem(self._system, say))
 
     def call(self, request: Ioctl | int, argument: bytearray | int = 0, queue: int | None = None) -> int:
         """Make one ioctl, also one of which nothing is known but its number; a buffer is changed in place.

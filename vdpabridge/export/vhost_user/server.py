@@ -9,8 +9,8 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable
-from typing import Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self
 
 from ...device import Device, RunState
 from ...errors import DeadlineExceeded, DeviceFailed, ProtocolError, VdpaBridgeError
@@ -100,13 +100,18 @@ class Server:
         *,
         report: Callable[[str], None],
         trace: Callable[[str], None] | None = None,
+        tell: Callable[[str, Mapping[str, Any]], None] = lambda _event, _facts: None,
         timeout_s: float | None = 10.0,
     ) -> None:
-        """``timeout_s`` bounds a message on its way; a front-end may be silent for ever between two."""
+        """``report`` is told of what goes wrong, ``trace`` of every message, ``tell`` of who comes and leaves.
+
+        ``timeout_s`` bounds a message on its way; a front-end may be silent for ever between two.
+        """
         require_servable(device)
         self._device = device
         self._report = report
         self._trace = trace
+        self._tell = tell
         self._timeout_s = timeout_s
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.also_served: AlsoServed | None = None
@@ -193,6 +198,8 @@ class Server:
             self._report(f"a front-end cannot be served: {error}")
             time.sleep(_PATIENCE_S)
             return True
+        self._tell("front-end came", {"process": connection.peer_process})
+        why = ""
         try:
             with session:
                 self.session = session
@@ -201,9 +208,11 @@ class Server:
                     session.hold()
                 return self._attend(session, listener)
         except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
-            self._report(str(error))
+            why = str(error)
+            self._report(why)
         finally:
             self.session = None
+            self._tell("front-end left", {"why": why} if why else {})
             self._gone_for_good = False
         if self._device.state is RunState.FAILED:
             why, hint = self._device.failure, "a reset did not help"

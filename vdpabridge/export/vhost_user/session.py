@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self
 
 from ...abi.vhost_user import FLAG_NEED_REPLY, FLAG_REPLY, REPLY_FLAGS, FrontendRequest, ProtocolFeature
-from ...abi.vhost_user_payloads import U64, Config, PayloadError
+from ...abi.vhost_user_payloads import U64, PayloadError
 from ...abi.vhost_user_table import FRONTEND_REQUESTS, PER_REGION, RequestSpec
 from ...device import Capability, Device
 from ...device.rules import ALTERNATIVES
@@ -20,6 +20,7 @@ from ...errors import MissingCapability, ProtocolError, VdpaBridgeError
 from ...linux.deadline import Deadline
 from ...linux.descriptors import discard
 from ...vhost_user.connection import Connection, Message
+from . import trace as tracing
 from .handlers import HANDLERS, Answer, Handlers
 
 __all__ = ["Session", "require_servable"]
@@ -174,6 +175,7 @@ class Session:
     # --- one message ---
 
     def _serve(self, message: Message) -> None:
+        begin_ns = time.time_ns()
         fds = message.take_fds()
         try:
             request, spec, payload = self._understand(message, len(fds))
@@ -184,7 +186,9 @@ class Session:
             # which may have been the front-end's end of this very connection
             self._connection.check()
         if self._trace:
-            self._trace(_line(request, payload, answer, error))
+            came = None if answer is None else answer.payload
+            device_id = self._handlers.device.identity.device_id
+            self._trace(tracing.line(request, payload, came, error, device_id=device_id, begin_ns=begin_ns))
         if answer is not None:
             self._reply(message.request, answer)
         elif error is not None and spec.reply is not None:
@@ -261,13 +265,3 @@ def require_servable(device: Device) -> None:
     if Capability.SUSPEND not in device.capabilities:
         alternative = ALTERNATIVES[Capability.SUSPEND]
         raise MissingCapability(device.name, "serve by vhost-user", Capability.SUSPEND.value, alternative)
-
-
-def _line(request: FrontendRequest, payload: Any, answer: Answer | None, error: Exception | None) -> str:
-    outcome = f"failed: {error}" if error else ("ok" if answer is None else _brief(answer.payload))
-    return f"{request.name} {_brief(payload)} -> {outcome}"
-
-
-def _brief(payload: Any) -> str:
-    """``payload`` without the content of a configuration space."""
-    return repr(replace(payload, data=b"...") if isinstance(payload, Config) else payload)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...abi.configurations import CONFIGURATIONS
 from ...abi.features import feature_names
-from ...abi.layout import Layout
-from ...abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET, device_name
-from ...abi.virtio_blk import VIRTIO_BLK_CONFIG
-from ...abi.virtio_fs import VIRTIO_FS_CONFIG
-from ...abi.virtio_net import VIRTIO_NET_CONFIG
+from ...abi.virtio import VIRTIO_ID_FS, device_name
 from ...device import PackedBase, QueueBase
 from ..snapshot import QueueSnapshot
 from .reader import ImageReader
@@ -18,11 +15,6 @@ from .writer import ImageFacts
 
 __all__ = ["Description", "describe", "differences", "identify"]
 
-_CONFIGS: Mapping[int, Layout] = {
-    VIRTIO_ID_NET: VIRTIO_NET_CONFIG,
-    VIRTIO_ID_BLOCK: VIRTIO_BLK_CONFIG,
-    VIRTIO_ID_FS: VIRTIO_FS_CONFIG,
-}
 _PASST_MAGIC = bytes.fromhex("b1bb1d1b0bb1d1b0")
 #: Enough to tell whose state it is.
 _FIRST_BYTES = 16
@@ -101,7 +93,7 @@ def _position(base: QueueBase) -> Description:
 
 def _config(config: bytes, device_id: int | None) -> Description:
     """By the fields that are not 0; as bytes where its structure is not known."""
-    layout = _CONFIGS.get(device_id or 0)
+    layout = CONFIGURATIONS.get(device_id or 0)
     if layout is None:
         return {"bytes": config.hex()}
     return {name: _plain(value) for name, value in layout.decode(config).items() if value and _plain(value)}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
-from ...abi.layout import Layout
-from ...abi.virtio import VIRTIO_F_RING_PACKED, VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
+from ...abi.configurations import CONFIGURATIONS
+from ...abi.virtio import VIRTIO_F_RING_PACKED, VIRTIO_ID_BLOCK, VIRTIO_ID_NET
 from ...abi.virtio_blk import VIRTIO_BLK_CONFIG
-from ...abi.virtio_fs import VIRTIO_FS_CONFIG
 from ...abi.virtio_net import VIRTIO_NET_CONFIG
 from ...device import Capability, Device, MemoryRegion
 from ...device.rules import ALTERNATIVES
@@ -42,16 +41,9 @@ _MAY_DIFFER = {
 }
 
 
-_CONFIGS: Mapping[int, Layout] = {
-    VIRTIO_ID_NET: VIRTIO_NET_CONFIG,
-    VIRTIO_ID_BLOCK: VIRTIO_BLK_CONFIG,
-    VIRTIO_ID_FS: VIRTIO_FS_CONFIG,
-}
-
-
 def _field_at(device_id: int | None, at: int) -> str:
     """The name of the field that byte ``at`` of the configuration space is in."""
-    layout = _CONFIGS.get(device_id or 0)
+    layout = CONFIGURATIONS.get(device_id or 0)
     before = {} if layout is None else {offset: name for name, offset in layout.offsets.items() if offset <= at}
     return before[max(before)] if before else f"byte {at}"
 
