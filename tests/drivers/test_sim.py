@@ -384,6 +384,22 @@ def test_bits_of_several_writers_are_all_kept():
         assert bytes(mapping.view) == b"\xff" * 4096
 
 
+def test_a_stopped_queue_stays_stopped_when_the_device_resumes():
+    with bench() as made:
+        made.device.accept_features(VERSION_1)
+        made.queue.attach(made.device, 0)
+        made.device.start()
+        made.device.stop_queue(0)
+        made.device.suspend()
+        made.device.resume()
+        assert made.device.queues[0].enabled is False
+        driver = BlockDriver(made.memory, made.queue)
+        driver.flush()
+        made.queue.kick()
+        time.sleep(0.1)
+        assert driver.done() == []
+
+
 # --- memory ---
 
 

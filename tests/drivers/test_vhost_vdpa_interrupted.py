@@ -279,3 +279,45 @@ def test_an_eventfd_that_the_kernel_may_have_is_taken_away_by_a_reset(what, acci
         device.reset()
         assert set(kernel.eventfds.values()) == {-1}
     os.close(eventfd)
+
+
+# --- starts ---
+
+
+@pytest.mark.parametrize("what", ["VHOST_VDPA_SET_VRING_ENABLE", STATUS])
+@pytest.mark.parametrize("then", ["disabled", "elsewhere"])
+def test_what_a_start_that_failed_has_enabled_is_not_enabled_by_the_next(what, then):
+    """And takes its place anew, if it is: a queue takes its addresses when it is enabled."""
+    kernel = Unlucky(Parent(queues=2))
+    with (
+        GuestMemory(1 << 20) as memory,
+        SplitQueue(memory, 256) as first,
+        SplitQueue(memory, 256) as second,
+        VhostVdpa.open(NODE, system=kernel, timeout_s=5) as device,
+    ):
+        device.map([memory.region])
+        device.accept_features(VERSION_1)
+        first.attach(device, 0)
+        second.attach(device, 1)
+
+        def undone():
+            kernel.status &= ~4
+            refused()
+
+        kernel.accidents = [(what, 1, refused) if what != STATUS else (what, 15, undone)]
+        with pytest.raises((KernelError, DeviceFailed)):
+            device.start()
+        assert (device.state, kernel.enabled[0]) == (RunState.CONFIGURED, True)
+        if then == "disabled":
+            device.enable_queue(0, False)
+        since = len(kernel.log)
+        device.start()
+        assert kernel.enabled == {0: then == "elsewhere", 1: True}
+        # disabled in between
+        assert kernel.log[since:].count("VHOST_VDPA_SET_VRING_ENABLE") == (3 if then == "disabled" else 4)
+        device.reset()
+        device.accept_features(VERSION_1)
+        first.attach(device, 0)
+        since = len(kernel.log)
+        device.start()
+        assert kernel.log[since:].count("VHOST_VDPA_SET_VRING_ENABLE") == 1, "a reset has forgotten it"

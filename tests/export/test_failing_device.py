@@ -223,3 +223,29 @@ def test_a_device_that_cannot_be_reset_costs_nothing_for_each_front_end():
         assert all(
             "a front-end cannot be served: /dev/vhost-vdpa-0: VHOST_VDPA_SET_STATUS: EIO" in each for each in reports
         )
+
+
+def test_a_device_that_cannot_be_asked_costs_its_front_end_only():
+    kernel, reports = Unlucky(), []
+    with serving(kernel, reports) as (device, server):
+        with guest(server) as front:
+            wait_until(lambda: kernel._running)
+            kernel.accidents = [("VHOST_VDPA_GET_STATUS", None, refused)]
+            # as a change of the configuration does, by which a device that failed says so
+            os.eventfd_write(server.session.config_changed, 1)
+            wait_until(lambda: server.session is None)
+            del front
+        assert any("GET_STATUS: EIO" in report for report in reports)
+        with guest(server):
+            wait_until(lambda: kernel._running)
+        assert device.state is not RunState.FAILED
+
+
+def test_other_features_after_a_hold_that_could_not_ask_where_the_rings_stand():
+    kernel, reports = Unlucky(Parent(resume="no", features=1 << 32 | 1 << 33 | 1 << 28)), []
+    with serving(kernel, reports) as (device, server), guest(server):
+        wait_until(lambda: kernel._running)
+        kernel.bases[0] = 20
+        server.also_served.run(device.suspend)
+        server.also_served.run(lambda: server.session._handlers.set_features(U64(1 << 32 | 1 << 28 | 1 << 30), []))
+        assert (kernel._running, kernel.bases[0]) == (True, 20)

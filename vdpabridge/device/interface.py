@@ -342,7 +342,7 @@ class Device(DeviceCore):
     def set_inflight(self, region: InflightRegion | None) -> None:
         """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed.
 
-        None: requests are not recorded any more. A back-end that cannot be told so keeps the region it has.
+        None: the requests recorded in it are not the device's any more, and nor is the region.
         """
         self._permit(Operation.SET_INFLIGHT)
         with self._adopting_inflight(region):

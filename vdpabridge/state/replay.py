@@ -74,11 +74,17 @@ def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
             for index, wires in eventfds_of(device).items()
         }
 
-        start_over(
-            device,
-            lambda: restore(device, snapshot, eventfds),
-            lambda error: ReplayFailed(device.name, str(error), snapshot),
-        )
+        try:
+            start_over(
+                device,
+                lambda: restore(device, snapshot, eventfds),
+                lambda error: ReplayFailed(device.name, str(error), snapshot),
+            )
+        except BaseException as interruption:
+            if not isinstance(interruption, Exception):
+                # also one that came as the signals did not wait any more
+                interruption.__dict__["snapshot"] = snapshot
+            raise
 
 
 def start_over(

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import vdpabridge
+from vdpabridge.device import Capability
+from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
-from vdpabridge.state.procedures import migrate, save
+from vdpabridge.state.procedures import Advice, ProcedureFailed, migrate, save
 from vdpabridge.state.procedures.transaction import Transaction
 
 from ...support.disk_lab import limits
@@ -112,3 +114,75 @@ def test_a_signal_while_things_are_put_right(what, resume):
         if told != "/dev/vhost-vdpa-0":
             silent.append((at, repr(error)))
     assert not silent
+
+
+class Interrupting(Sim):
+    """A signal that nobody has wait comes as it resumes."""
+
+    def _resume(self):
+        super()._resume()
+        signal.raise_signal(signal.SIGUSR1)
+
+
+class Refusing(Sim):
+    def _check_state(self):
+        super()._check_state()
+        raise VdpaBridgeError("check", device=self.name, why="refused")
+
+
+def test_what_is_not_known_is_not_told_as_known():
+    """Something else than SIGINT and SIGTERM interrupts, while things are put right."""
+
+    def end(*_words):
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with (
+            GuestMemory(1 << 20) as memory,
+            SplitQueue(memory, 64) as queue,
+            Interrupting.blk(1 << 20, timeout_s=5) as source,
+            Refusing.blk(1 << 20, timeout_s=5) as destination,
+        ):
+            for device in (source, destination):
+                device.map([memory.region])
+            source.accept_features(1 << 32)
+            queue.attach(source, 0)
+            source.start()
+            with pytest.raises(SystemExit) as caught:
+                migrate(source, destination, limits())
+            assert caught.value.running.startswith("not known: ")
+            assert caught.value.advice is Advice.END
+            assert caught.value.snapshot is not None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_source_that_was_not_told_to_stop_is_left_alone():
+    class Watched(Sim):
+        capabilities = frozenset(Capability) - {Capability.DEVICE_STATE}
+        suspends = 0
+
+        def _suspend(self, *, drain):
+            self.suspends += 1
+            super()._suspend(drain=drain)
+
+    class Unwilling(Watched):
+        def _set_queue(self, index, setup):
+            raise VdpaBridgeError("set up", device=self.name, why="refused")
+
+    with (
+        GuestMemory(1 << 20) as memory,
+        SplitQueue(memory, 64) as queue,
+        Watched.blk(1 << 20, timeout_s=5) as source,
+        Unwilling.blk(1 << 20, timeout_s=5) as destination,
+    ):
+        for device in (source, destination):
+            device.map([memory.region])
+        source.accept_features(1 << 32)
+        queue.attach(source, 0)
+        source.start()
+        with pytest.raises(ProcedureFailed) as caught:
+            migrate(source, destination, limits())
+        assert caught.value.running == source.name
+        assert source.suspends == 0

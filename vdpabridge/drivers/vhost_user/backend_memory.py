@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ...abi.vhost_user import MEMORY_REGIONS_MAX, FrontendRequest, ProtocolFeature
 from ...abi.vhost_user_payloads import MemoryTable, Region, SingleRegion
 from ...device.values import MemoryRegion
-from ...errors import ProtocolError
+from ...errors import DeadlineExceeded, PeerRefused, ProtocolError
 from .backend_requests import BackendRequests
 
 __all__ = ["BackendMemory"]
@@ -23,48 +23,97 @@ class BackendMemory:
         self._slots = slots
         self._mapped: dict[Region, int] = {}
         """Each region with its descriptor, borrowed from the device: tables send all of them each time."""
+        self._doubtful: list[Region] = []
+        """What the back-end may have or not: the answer to a message about it has not come."""
+        self._table_in_doubt = False
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Add ``regions``, all or none. Raises ValueError if they are too many."""
         limit = self._slots or MEMORY_REGIONS_MAX
         if len(self._mapped) + len(regions) > limit:
             raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at the most")
+        self.settle()
         if self._slots:
             self._add(regions)
-        else:
-            self._replace(self._mapped | {_region(each): each.fd for each in regions})
+            return
+        self._send_table(wanted := self._mapped | {_region(each): each.fd for each in regions})
+        self._mapped = wanted
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions``, which are mapped, away."""
+        """Take ``regions``, which are mapped, away. If this raises, some may be gone: see `has`."""
+        self.settle()
         gone = [_region(each) for each in regions]
-        kept = {region: fd for region, fd in self._mapped.items() if region not in gone}
-        if not self._slots:
-            self._replace(kept)
+        if self._slots:
+            for region in gone:
+                self._remove(region)
             return
-        for region in gone:
-            self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
-        self._mapped = kept
+        before = self._mapped
+        self._mapped = {region: fd for region, fd in before.items() if region not in gone}
+        try:
+            self._send_table(self._mapped)
+        except PeerRefused:
+            self._mapped = before
+            raise
+
+    def has(self, region: MemoryRegion) -> bool:
+        """Whether ``region`` counts as mapped."""
+        return _region(region) in self._mapped
+
+    def settle(self) -> None:
+        """Bring the back-end and these books together, after a message whose answer has not come."""
+        while self._doubtful:
+            # refused: it is not there
+            with contextlib.suppress(PeerRefused):
+                self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(self._doubtful[-1]))
+            self._doubtful.pop()
+        if self._table_in_doubt:
+            self._send_table(self._mapped)
 
     def _add(self, regions: Sequence[MemoryRegion]) -> None:
-        added: dict[Region, int] = {}
+        added: list[Region] = []
         try:
             for each in regions:
                 region = _region(each)
-                self._requests.tell(FrontendRequest.ADD_MEM_REG, SingleRegion(region), [each.fd])
-                added[region] = each.fd
+                self._doubtful.append(region)
+                try:
+                    self._requests.tell(FrontendRequest.ADD_MEM_REG, SingleRegion(region), [each.fd])
+                except PeerRefused:
+                    self._doubtful.remove(region)
+                    raise
+                self._mapped[region] = each.fd
+                self._doubtful.remove(region)
+                added.append(region)
         except BaseException:
-            with contextlib.suppress(ProtocolError):
-                for region in added:
-                    self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
+            self._doubtful += added
+            for region in added:
+                del self._mapped[region]
+            with contextlib.suppress(ProtocolError, DeadlineExceeded):
+                self.settle()
             raise
-        self._mapped |= added
 
-    def _replace(self, wanted: dict[Region, int]) -> None:
+    def _remove(self, region: Region) -> None:
+        fd = self._mapped[region]
+        self._doubtful.append(region)
+        del self._mapped[region]
+        try:
+            self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(region))
+        except PeerRefused:
+            self._mapped[region] = fd
+            self._doubtful.remove(region)
+            raise
+        self._doubtful.remove(region)
+
+    def _send_table(self, wanted: dict[Region, int]) -> None:
         # an empty table is an error to some back-ends (rust-vmm): they keep the last region, and nothing runs
-        if wanted:
-            table = MemoryTable(tuple(wanted))
-            self._requests.tell(FrontendRequest.SET_MEM_TABLE, table, list(wanted.values()))
-        self._mapped = wanted
+        if not wanted:
+            return
+        self._table_in_doubt = True
+        try:
+            self._requests.tell(FrontendRequest.SET_MEM_TABLE, MemoryTable(tuple(wanted)), list(wanted.values()))
+        except PeerRefused:
+            self._table_in_doubt = False
+            raise
+        self._table_in_doubt = False
 
 
 def _region(region: MemoryRegion) -> Region:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Self
@@ -94,6 +95,8 @@ class VhostUser(Device):
         self._rings = BackendRings(self._requests, self._features)
         self._channel: BackendChannel | None = None
         self._logging = False
+        self._inflight_size: tuple[int, int] | None = None
+        """Queues and their size, of the in-flight region that the back-end may have."""
         self._transfer = BackendState(self._requests)
 
     @classmethod
@@ -201,6 +204,9 @@ class VhostUser(Device):
         with self._asking():
             self._memory.unmap(regions)
 
+    def _still_mapped(self, regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
+        return [region for region in regions if self._memory.has(region)]
+
     # --- queues: what is told while a ring is stopped is sent when it starts ---
 
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
@@ -244,6 +250,7 @@ class VhostUser(Device):
         self._abandon_state()
         with self._asking():
             try:
+                self._memory.settle()
                 ready = {index: each for index, each in self.queues.items() if each.enabled and each.setup is not None}
                 self._rings.start(ready, self.accepted_features, logged=self._logging)
                 if self._requests.has(ProtocolFeature.STATUS):
@@ -278,6 +285,7 @@ class VhostUser(Device):
             elif self._requests.has(ProtocolFeature.STATUS):
                 self._requests.tell(FrontendRequest.SET_STATUS, U64(0))
         self._rings.forget()
+        self._replace_inflight()
         self._logging = False
         if self._channel is not None:
             self._channel.set_config_call(None)
@@ -350,10 +358,25 @@ class VhostUser(Device):
 
     def _set_inflight(self, region: InflightRegion | None) -> None:
         if region is None:
+            self._replace_inflight()
             return
         payload = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
+        # before it is told, which may be done although it raises
+        self._inflight_size = region.queue_count, region.queue_size
         with self._asking():
             self._requests.tell(FrontendRequest.SET_INFLIGHT_FD, payload, [region.fd])
+
+    def _replace_inflight(self) -> None:
+        """Have the back-end forget the requests in the region that it was given, and whoever shares that. No message
+        takes a region away: it gets a fresh one, which nobody else has."""
+        if self._inflight_size is None:
+            return
+        region = self._get_inflight(*self._inflight_size)
+        try:
+            self._set_inflight(region)
+        finally:
+            os.close(region.fd)
+        self._inflight_size = None
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

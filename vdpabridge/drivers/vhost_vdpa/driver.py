@@ -99,6 +99,8 @@ class VhostVdpa(Device):
         self._ask = KernelRequests(node)
         self._bound: set[tuple[Operation, int]] = set()
         """Eventfds that the kernel may have been given since the last reset."""
+        self._enabled: set[int] = set()
+        """Queues that the kernel may have been told to enable since then, by a start that failed."""
         super().__init__(node.path, node.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -349,9 +351,16 @@ class VhostVdpa(Device):
             raise self._fail(f"status is {status_names(status)}, and features were accepted")
         with self._in_order():
             self._regions.settle()
+        # what a start that failed has enabled may be disabled by now, or elsewhere: a queue takes its addresses and its
+        # base when it is enabled
+        for index in sorted(self._enabled):
+            self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, False)
+            self._enabled.discard(index)
         for index in self._enabled_queues():
+            self._enabled.add(index)
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, True)
         self._write_status(_LIVE)
+        self._enabled.clear()
         self._kick_enabled()
 
     @_under_one_deadline
@@ -402,6 +411,7 @@ class VhostVdpa(Device):
             else:
                 self._bind_eventfd(operation, index, None)
         self._bound.clear()
+        self._enabled.clear()
         with self._in_order():
             if self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
                 self._regions.map_missing()

@@ -135,6 +135,9 @@ class FrontendRings:
         ring.keep(Operation.SET_KICK, None)
         # the others may have waited for this one
         self.go_on()
+        if self.features is None and ring.base_word is not None:
+            # what it means is not known yet
+            return ring.base_word
         return ring.base(packed=self._packed).encode()
 
     def suspend(self) -> None:

@@ -81,6 +81,8 @@ class Handlers:
             device.reset()
         # and if it could not be taken away when that one left
         self.memory.clear()
+        if device.inflight is not None:
+            device.set_inflight(None)
         self.config_changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Signalled when the device's configuration has changed."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 from ...device import Device, RunState
-from ...errors import DeadlineExceeded, DeviceFailed, ProtocolError, VdpaBridgeError
+from ...errors import DeadlineExceeded, DeviceFailed, KernelError, ProtocolError, VdpaBridgeError
 from ...linux.descriptors import hang_up
 from ...vhost_user.connection import Connection
 from .session import Session, require_servable
@@ -207,7 +207,7 @@ class Server:
                 if self._holders:
                     session.hold()
                 return self._attend(session, listener)
-        except (ProtocolError, DeadlineExceeded, DeviceFailed) as error:
+        except (ProtocolError, DeadlineExceeded, DeviceFailed, KernelError) as error:
             why = str(error)
             self._report(why)
         finally:

@@ -75,8 +75,15 @@ class Transaction:
         except BaseException as interruption:
             if interruption is not failed:
                 # it came meanwhile, and says nothing of how this has ended
-                self._tell(interruption, self._outcome or self._after_the_end())
+                self._tell(interruption, self._outcome_now())
             raise
+
+    def _outcome_now(self) -> Outcome:
+        """How it has ended, as far as that is known: something has interrupted putting things right, too."""
+        if self._outcome is not None or self._done:
+            return self._after_the_end()
+        names = " and ".join(device.name for device in (self._source, self._destination) if device is not None)
+        return Outcome(f"{UNKNOWN}: what {names} did was being put right when that was interrupted", Advice.END)
 
     def _let_go(self) -> None:
         try:

@@ -1,0 +1,106 @@
+"""The in-flight region of a front-end that has left: the next one's ring does not have its requests done."""
+
+import os
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from vdpabridge.abi.vhost_user import FrontendRequest as F
+from vdpabridge.abi.vhost_user_payloads import U64, Inflight, MemoryTable, VringAddr, VringState
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.export.vhost_user.handlers import Handlers
+
+from ..support.front_end import MEMORY_BYTES, PROTOCOL, USER, VERSION_1, one_region
+from ..support.pair import bridged
+from ..support.transitions import shared_file
+from ..support.waiting import wait_until
+from .test_rings_walk import RingOfGuest
+
+
+class Unwilling(Sim):
+    """Does not take the region back, once."""
+
+    refusals = 0
+
+    def _set_inflight(self, region):
+        if region is None and self.refusals:
+            self.refusals -= 1
+            raise VdpaBridgeError("set the in-flight region", device=self.name, why="not now")
+        super()._set_inflight(region)
+
+
+class FrontEnd:
+    """A front-end's messages, without a socket."""
+
+    def __init__(self, device, file):
+        self.handlers = Handlers(device)
+        self.handlers.protocol_features = (1 << 64) - 1
+        self.ring = RingOfGuest(file, 0)
+        self.ask(F.SET_FEATURES, U64(VERSION_1 | PROTOCOL))
+        self.ask(F.SET_MEM_TABLE, MemoryTable(one_region()), [file])
+
+    def ask(self, request, payload, fds=()):
+        fds = [os.dup(fd) for fd in fds]
+        answer = self.handlers.perform(request, payload, fds)
+        for fd in fds:
+            os.close(fd)
+        return answer
+
+    def share_inflight(self):
+        answer = self.ask(F.GET_INFLIGHT_FD, Inflight(0, 0, 1, 64))
+        self.ask(F.SET_INFLIGHT_FD, answer.payload, answer.fds)
+        for fd in answer.fds:
+            os.close(fd)
+
+    def start(self):
+        self.ask(F.SET_VRING_NUM, VringState(0, 64))
+        self.ask(F.SET_VRING_BASE, VringState(0, 0))
+        self.ask(F.SET_VRING_ADDR, VringAddr(0, 0, USER, USER + 0x2000, USER + 0x1000, 0))
+        self.ask(F.SET_VRING_KICK, U64(0), [self.ring.kick])
+        self.ask(F.SET_VRING_ENABLE, VringState(0, 1))
+
+    def leave(self):
+        problems = self.handlers.close()
+        os.close(self.ring.kick)
+        return problems
+
+
+@contextmanager
+def device_of(sim, kind):
+    if kind == "here":
+        yield sim
+    else:
+        with bridged(sim) as device:
+            yield device
+
+
+@pytest.mark.parametrize("refusals", [0, 1], ids=["willing", "refused once"])
+@pytest.mark.parametrize("kind", ["here", "behind vhost-user"])
+def test_requests_of_a_front_end_that_has_left_are_not_the_next_ones(kind, refusals):
+    with (
+        shared_file(MEMORY_BYTES) as file,
+        shared_file(MEMORY_BYTES) as other,
+        Unwilling.blk(1 << 20, timeout_s=5) as sim,
+        device_of(sim, kind) as device,
+    ):
+        first = FrontEnd(device, file)
+        first.share_inflight()
+        first.start()
+        sim.faults.latency_s = 1
+        first.ring.submit()
+        wait_until(lambda: sim._inflight is not None and sim._engine is not None)
+        time.sleep(0.1)
+        first.ask(F.GET_VRING_BASE_SKIP_DRAIN, VringState(0, 0))
+        assert first.ring.used == 0, "it is in flight"
+        sim.refusals = refusals if kind == "here" else 0
+        assert len(first.leave()) == (refusals if kind == "here" else 0)
+        sim.faults.latency_s = 0
+        second = FrontEnd(device, other)
+        second.start()
+        second.ring.submit()
+        wait_until(lambda: second.ring.used)
+        time.sleep(0.05)
+        assert second.ring.used == 1, "its own request, and no other"
+        assert second.leave() == []
