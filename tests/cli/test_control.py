@@ -104,7 +104,7 @@ def test_save_and_go_on_elsewhere(tmp_path):
             mount.start(destination, bases)
             assert mount.read() == b"These"
     shown = run("-j", "inspect", str(image))
-    assert json.loads(shown.stdout)["device"] == "fs"
+    assert json.loads(shown.stdout)["image"][str(image)]["device"] == "fs"
 
 
 def test_save_leaves_the_guest_running(tmp_path):

@@ -26,7 +26,7 @@ def image(tmp_path):
 
 def test_a_disk(image, capsys):
     assert main(["-j", "inspect", image]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = json.loads(capsys.readouterr().out)["image"][image]
     assert facts["device"] == "block"
     assert facts["features"] == ["FLUSH", "VERSION_1"]
     assert facts["config"]["capacity"] == 2048
@@ -43,7 +43,7 @@ def test_a_table(capsys):
 
 def test_packed_rings(capsys):
     assert main(["-j", "inspect", str(GOLDEN / "version-1-packed")]) == 0
-    queue = json.loads(capsys.readouterr().out)["queues"]["1"]
+    queue = json.loads(capsys.readouterr().out)["image"][str(GOLDEN / "version-1-packed")]["queues"]["1"]
     assert (queue["avail_index"], queue["used_index"], queue["avail_wrap"], queue["used_wrap"]) == (5, 6, 0, 1)
 
 
@@ -58,9 +58,19 @@ def test_a_network_device_and_a_file_system(tmp_path, capsys):
         path = tmp_path / str(device_id)
         path.write_bytes(image_of(facts, []))
         assert main(["-j", "inspect", str(path)]) == 0
-        shown = json.loads(capsys.readouterr().out)
+        shown = json.loads(capsys.readouterr().out)["image"][str(path)]
         assert shown["config"] == expected
         assert "state" not in shown
+
+
+def test_two_images_are_one_document(capsys):
+    images = [str(GOLDEN / "version-1"), str(GOLDEN / "version-1-packed")]
+    assert main(["-j", "inspect", *images]) == 0
+    assert list(json.loads(capsys.readouterr().out)["image"]) == images
+    assert main(["inspect", *images]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == [
+        f"{each}:" for each in images
+    ]
 
 
 def test_differences(tmp_path, capsys):
@@ -70,7 +80,7 @@ def test_differences(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["WHAT", "state.size_bytes", "digest"]
     assert main(["-j", "inspect", "--diff", str(other), str(other)]) == 0
-    assert json.loads(capsys.readouterr().out) == {}
+    assert json.loads(capsys.readouterr().out) == {"diff": {}}
     assert main(["inspect", "--diff", str(other), str(tmp_path / "nothing")]) == 2, "as diff(1)"
     assert main(["inspect", "--diff", str(other)]) == 2
     assert "two images, not 1" in capsys.readouterr().err
@@ -114,4 +124,4 @@ def test_state_of_any_size(tmp_path, capsys):
             writer.state(memoryview(bytes(1 << 20)))
         writer.end()
     assert main(["-j", "inspect", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)["state"]["size_bytes"] == 5 << 20
+    assert json.loads(capsys.readouterr().out)["image"][str(path)]["state"]["size_bytes"] == 5 << 20

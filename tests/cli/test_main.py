@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vdpabridge.cli import backend_program, commands, main
+from vdpabridge.cli import backend_programs, files, main
 from vdpabridge.cli.exit_codes import TABLE, exit_code
 from vdpabridge.errors import DeadlineExceeded, MissingCapability, UsageError, VdpaBridgeError
 
@@ -84,12 +84,31 @@ def test_wrong_usage_as_json(words, capsys):
     assert json.loads(capsys.readouterr().err)["error"]["what"].startswith("vdpabridge")
 
 
-def test_the_disk_program_wants_a_place(capsys):
-    for words in (["--blk-file", "x"], ["--socket-path", "x"], ["--socket-path", "", "--blk-file", "x"]):
+@pytest.mark.parametrize(
+    ("program", "option"), [(backend_programs.blk, "--blk-file"), (backend_programs.fs, "--shared-dir")]
+)
+def test_programs_for_management_software_want_a_place_and_something_to_serve(program, option, capsys):
+    for words in ([option, "x"], ["--socket-path", "x"], ["--socket-path", "", option, "x"]):
         with pytest.raises(SystemExit) as caught:
-            backend_program.main(words)
+            program(words)
         assert caught.value.code == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["dev", "show", "blk0"], "vdpabridge show blk0"),
+        (["dev", "add", "name", "x"], "vdpabridge add name x"),
+        (["-j", "dev"], "vdpabridge list"),
+        (["mgmtdev", "show"], "vdpabridge show --mgmtdev"),
+    ],
+)
+def test_who_knows_iproute2_is_told_what_things_are_called(words, instead, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert f"try '{instead}'" in capsys.readouterr().err
 
 
 def test_help_shows_the_exit_codes(capsys):
@@ -191,7 +210,7 @@ def test_a_mistake_of_ours_is_no_traceback_either(capsys, monkeypatch):
     def wrong(_words):
         raise TypeError("something")
 
-    monkeypatch.setattr(commands, "udev_rules", wrong)
+    monkeypatch.setattr(files, "udev_rules", wrong)
     assert main(["udev-rules"]) == 1
     assert capsys.readouterr().err == (
         "vdpabridge: udev-rules: TypeError: something (a mistake in vdpabridge: VDPABRIDGE_TRACEBACK=1 shows where)\n"

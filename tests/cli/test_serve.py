@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import grp
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -16,8 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from vdpabridge.cli.files import DESCRIPTORS
+from vdpabridge.cli.main import _parse
 from vdpabridge.control.client import ControlClient
 from vdpabridge.drivers.vhost_user import VhostUser
+from vdpabridge.export.vhost_user.server import listen
 from vdpabridge.vhost_user.connection import Connection
 
 from ..support.waiting import wait_until
@@ -175,22 +181,147 @@ def test_print_capabilities_does_nothing_else(device, expected, path):
     assert not os.path.exists(path)
 
 
-def test_the_json_descriptors_describe_what_there_is():
-    folder = ROOT / "vdpabridge" / "export" / "vhost_user"
-    descriptors = sorted(folder.glob("*.json"))
-    assert descriptors
-    for descriptor in descriptors:
-        facts = json.loads(descriptor.read_text())
-        assert set(facts) <= {"description", "type", "binary", "tags"}
-        assert facts["binary"].startswith("/")
-        program = facts["binary"].rsplit("/", 1)[1]
+PROGRAM = "import sys; from vdpabridge.cli import backend_programs; sys.exit(backend_programs.{}())"
+
+
+@pytest.mark.parametrize("kind", DESCRIPTORS)
+def test_the_descriptors_for_management_software_describe_what_there_is(kind):
+    done = subprocess.run(
+        [*COMMAND, "descriptor", kind, "--binary", f"/usr/bin/vdpabridge-vhost-user-{kind}"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    facts = json.loads(done.stdout)
+    assert set(facts) == {"description", "type", "binary"}
+    assert facts["binary"] == f"/usr/bin/vdpabridge-vhost-user-{kind}"
+    # alone, and with whatever else it was called
+    for more in ([], ["--socket-path", "/nowhere/s"], ["--fd", "99", "--read-only"] if kind == "blk" else ["--xattr"]):
+        asked = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(kind), "--print-capabilities", *more],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            check=True,
+        )
+        assert json.loads(asked.stdout)["type"] == facts["type"]
+
+
+def test_a_descriptor_without_a_program(tmp_path):
+    done = run("descriptor", "fs", cwd=tmp_path) if shutil.which("vdpabridge-vhost-user-fs") is None else None
+    if done is not None:
+        assert done.returncode == 2
+        assert "--binary PATH" in done.stderr
+
+
+# --- places ---
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_who_may_connect(path):
+    group = grp.getgrgid(os.getegid()).gr_name
+    with serving("sim:fs", "--socket-path", path, "--socket-mode", "640", "--socket-group", group):
+        wait_until(lambda: is_served(path) and mode_of(path) != 0o600)
+        assert (mode_of(path), os.stat(path).st_gid) == (0o640, os.getegid())
+    with serving("sim:fs", "--socket-path", path, "--socket-group", group):
+        wait_until(lambda: is_served(path) and mode_of(path) != 0o600)
+        assert mode_of(path) == 0o660
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--socket-mode", "999"], "'999' is not a mode in octal"),
+        (["--socket-mode", "1777"], "'1777' is not a mode in octal"),
+        (["--socket-group", "no-such-group"], "there is no group 'no-such-group'"),
+    ],
+)
+def test_who_may_not_be_let_in(path, words, why):
+    assert why in refused("sim:fs", "--socket-path", path, *words, code=2)
+    assert not os.path.exists(path)
+
+
+def test_a_socket_that_is_passed_is_not_ours_to_open_up():
+    assert "are for a socket that is made here" in refused("sim:fs", "--fd", "5", "--socket-mode", "600", code=2)
+
+
+def passed(*names):
+    """Run ``serve`` as systemd does: with sockets from number 3 on, their names, and a socket to be told of."""
+    return (
+        "import os, sys\n"
+        "os.environ['LISTEN_PID'] = str(os.getpid())\n"
+        f"os.environ['LISTEN_FDS'] = '{len(names)}'\n"
+        f"os.environ['LISTEN_FDNAMES'] = {':'.join(names)!r}\n"
+        "from vdpabridge.cli import main\n"
+        "sys.exit(main(['serve', 'sim:fs', '--fd', 'systemd']))\n"
+    )
+
+
+@pytest.mark.parametrize("names", [("front-end",), ("anything",)])
+def test_a_socket_of_systemd(path, tmp_path, names):
+    notified = str(tmp_path / "notify")
+    with listen(path) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(notified)
+        told.settimeout(10)
+
+        def place():
+            os.dup2(listener.fileno(), 3)
+
+        process = subprocess.Popen(
+            [sys.executable, "-c", passed(*names)],
+            preexec_fn=place,
+            pass_fds=[3],
+            env={**ENVIRONMENT, "NOTIFY_SOCKET": notified},
+            stderr=subprocess.DEVNULL,
+        )
+        with process:
+            assert told.recv(1000).startswith(b"READY=1\nSTATUS=sim:fs is served at descriptor 3")
+            with connect(path) as device:
+                assert device.identity.queue_count == 2
+            process.terminate()
+            assert told.recv(1000) == b"STOPPING=1"
+            assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "why"), [((), "none was passed"), (("a", "b"), "2 sockets, none of them called front-end")]
+)
+def test_no_socket_of_systemd(names, why):
+    with open(os.devnull, "rb") as nothing:
+
+        def place():
+            for number in range(len(names)):
+                os.dup2(nothing.fileno(), 3 + number)
+
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.argv[0] = {program!r}; from vdpabridge.cli.backend_program import main; sys.exit(main())",
-             "--print-capabilities"],
-            capture_output=True, text=True, env=ENVIRONMENT, timeout=30, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["type"] == facts["type"]
+            [sys.executable, "-c", passed(*names)],
+            preexec_fn=place,
+            pass_fds=range(3, 3 + len(names)),
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            check=False,
+        )
+    assert (done.returncode, why in done.stderr) == (2, True), done.stderr
+
+
+def test_service_files_call_what_there_is():
+    unit = run("service-file", "service").stdout
+    begin = "ExecStart=/usr/bin/vdpabridge "
+    words = next(line for line in unit.splitlines() if line.startswith(begin)).removeprefix(begin)
+    parsed = _parse(words.replace("${DEVICE}", "sim:fs").replace(" $OPTIONS", "").replace("%i", "x").split())
+    assert (parsed.device, parsed.control) == ("sim:fs", "/run/vdpabridge/x.control")
+    socket_unit = run("service-file", "socket").stdout
+    assert "ListenStream=/run/vdpabridge/%i.sock" in socket_unit
+    assert "FileDescriptorName=front-end" in socket_unit
+    for other in ("sysusers", "tmpfiles"):
+        assert "vdpabridge" in run("service-file", other).stdout
+    assert json.loads(run("-j", "service-file", "socket").stdout)["socket"] == socket_unit
 
 
 # --- bad input ---
@@ -246,7 +377,7 @@ def test_a_directory_that_is_not_there():
         ("nonsense", "that is not the name of a device"),
         ("sim:tape", "there is no simulated 'tape'"),
         ("sim:blk,colour=red", "no option 'colour'"),
-        ("sim:blk,size=much", "size=much is no number"),
+        ("sim:blk,size=much", "size=much is not a number"),
         ("sim:blk,size=0", "size is at least 512"),
         ("sim:blk,size=-512", "size is at least 512"),
         ("sim:blk,size=1000", "a multiple of 512 bytes"),
@@ -279,7 +410,7 @@ def test_devices_that_are_none(device, why, path):
 
 
 def test_a_descriptor_that_is_no_socket():
-    assert "it is no socket" in refused("sim:fs", "--fd", "0", stdin=subprocess.DEVNULL)
+    assert "it is not a socket" in refused("sim:fs", "--fd", "0", stdin=subprocess.DEVNULL)
     assert "Bad file descriptor" in refused("sim:fs", "--fd", "99")
 
 

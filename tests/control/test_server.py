@@ -126,6 +126,9 @@ def test_what_was_asked_for_is_done_although_its_client_has_left(tmp_path):
         wait_until(lambda: client.ask("status")["procedure"] is None)
         assert client.ask("status")["state"] == "suspended"
         assert not (tmp_path / "image").exists()
+        assert client.ask("statistics")["procedures"]["save"]["failed"] == 1, (
+            "the one that was cancelled; this has not begun"
+        )
         assert client.ask("resume") == {"state": "running"}
         work.finish()
 

@@ -816,7 +816,7 @@ MUTATIONS = [
     Mutation(
         "an interruption does not say how it ended",
         "vdpabridge/state/procedures/transaction.py",
-        "                self._tell(interruption, self._outcome or self._after_the_end())",
+        "                self._tell(interruption, self._outcome_now())",
         "                pass",
         ("tests/state/procedures/test_faults.py",),
     ),

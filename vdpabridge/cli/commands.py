@@ -8,7 +8,7 @@ from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
 
-__all__ = ["add", "bind", "delete", "list", "show", "udev_rules"]
+__all__ = ["add", "bind", "delete", "list", "show"]
 
 
 def list(arguments: argparse.Namespace) -> None:  # the subcommand's name
@@ -65,19 +65,6 @@ def bind(arguments: argparse.Namespace) -> None:
     bus = Bus()
     device = bus.bind(bus.device(arguments.device).name, arguments.driver, force=arguments.force)
     _print_place(device, arguments)
-
-
-def udev_rules(arguments: argparse.Namespace) -> None:
-    """``vdpabridge udev-rules``."""
-    from ..bus.udev_files import helper, rules
-
-    text = helper() if arguments.helper else rules()
-    if arguments.json:
-        import json
-
-        print(json.dumps({"helper" if arguments.helper else "rules": text}))
-    else:
-        print(text, end="")
 
 
 def _place(device: BusDevice) -> dict[str, object]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..control.server import ControlServer
 from .log import Log
+from .readable import bytes_text, duration_text
 
 __all__ = ["Events"]
 
@@ -21,17 +22,16 @@ class Events:
     def tell(self, event: str, facts: Mapping[str, Any]) -> None:
         """``event`` has happened; ``facts`` say more of it."""
         level = "warning" if event.endswith("failed") else "info"
-        self._log.say(level, f"{event}{_text(facts)}")
+        details = [_FACTS[name](value) for name, value in facts.items() if name in _FACTS]
+        self._log.say(level, ": ".join((event, ", ".join(details))) if details else event)
         if self.control is not None:
             self.control.tell({"event": event, **facts})
 
 
-def _text(facts: Mapping[str, Any]) -> str:
-    words = [
-        f"{value:.3f} s" if name == "seconds" else f"{_LABELS.get(name, '')}{value}" for name, value in facts.items()
-    ]
-    return f": {', '.join(words)}" if words else ""
-
-
-#: Fact -> what is said before its value, for those that need it.
-_LABELS = {"process": "process ", "state_bytes": "bytes of device state: "}
+#: Fact -> its words in the log; what is not here is said by the event itself.
+_FACTS: Mapping[str, Callable[[Any], str]] = {
+    "process": "process {}".format,
+    "why": str,
+    "state_bytes": lambda count: f"{bytes_text(count)} of device state",
+    "seconds": duration_text,
+}

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UsageError, VdpaBridgeError
 from ..linux.deadline import Deadline
 from ..state.image.description import Description, describe, differences
+from ..state.image.opening import open_image
 from ..state.image.reader import ImageReader
 from ..state.transfer.channel import Limits
 from ..state.transfer.stream import reading
@@ -31,21 +32,20 @@ def inspect(arguments: argparse.Namespace) -> int:
         except VdpaBridgeError as error:
             raise UsageError(error.what, device=error.device, why=error.why, hint=error.hint) from error
         return int(_print_differences(before, after, arguments))
+    if arguments.json:
+        described = {path: _read(path) for path in arguments.images}
+        print(json.dumps({"image": described}, indent=4 if arguments.pretty else None))
+        return 0
     for path in arguments.images:
-        described = _read(path)
-        if arguments.json:
-            print(json.dumps(described, indent=4 if arguments.pretty else None))
-        else:
-            print_table(("WHAT", "VALUE"), list(_rows(described)))
+        if len(arguments.images) > 1:
+            print(f"{path}:")
+        print_table(("WHAT", "VALUE"), list(_rows(_read(path))))
     return 0
 
 
 def _read(path: str) -> Description:
     """The image at ``path``, ``-`` for standard input."""
-    try:
-        fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise VdpaBridgeError("inspect", device=path, why=os.strerror(error.errno or 0)) from error
+    fd = open_image(path, None)
     try:
         return describe(ImageReader(reading(fd, _NO_LIMITS)))
     except VdpaBridgeError as error:
@@ -59,7 +59,7 @@ def _print_differences(before: Description, after: Description, arguments: argpa
     found = differences(before, after)
     if arguments.json:
         indent = 4 if arguments.pretty else None
-        print(json.dumps({what: {"before": old, "after": new} for what, old, new in found}, indent=indent))
+        print(json.dumps({"diff": {what: {"before": old, "after": new} for what, old, new in found}}, indent=indent))
     elif found:
         print_table(("WHAT", "BEFORE", "AFTER"), [(what, _text(old), _text(new)) for what, old, new in found])
     return bool(found)

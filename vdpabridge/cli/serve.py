@@ -7,13 +7,11 @@ Source: docs/interop/vhost-user.rst, "Backend program conventions": in the foreg
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
@@ -22,16 +20,18 @@ from ..device import Device
 from ..drivers.opening import device_id_of, open_device
 from ..drivers.registry import named
 from ..errors import UsageError, VdpaBridgeError
-from ..export.vhost_user.server import Server, listen
+from ..export.vhost_user.server import Server
 from ..linux.deadline import Deadline
 from ..linux.signals import harmless
+from ..linux.systemd import notify
 from ..state.image.opening import open_image
 from ..state.losses import Loss
 from ..state.procedures import load_state
 from ..state.transfer.channel import Limits
-from ..vhost_user.connection import Connection, is_listening
+from ..vhost_user.connection import Connection
 from .events import Events
 from .log import Log
+from .places import listening, place_of
 from .progress import ProgressLine
 
 __all__ = ["serve"]
@@ -56,7 +56,7 @@ def serve(arguments: argparse.Namespace) -> None:
         log = stack.enter_context(closing(Log(level=arguments.log_level)))
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
-        place, where = stack.enter_context(_socket(arguments))
+        place, where = stack.enter_context(place_of(arguments))
         device = stack.enter_context(open_device(arguments.device, timeout_s=arguments.timeout))
         trace = log.trace if arguments.trace else None
         if trace is not None:
@@ -68,10 +68,11 @@ def serve(arguments: argparse.Namespace) -> None:
         if arguments.restore:
             _restore(device, arguments, log)
         if arguments.control:
-            control = stack.enter_context(_listening(arguments.control, private=True))
+            control = stack.enter_context(listening(arguments.control, mode=0o600))
             answering = control_server(control, device, server, arguments.timeout, report=log.warning, tell=events.tell)
             events.control = server.also_served = stack.enter_context(answering)
         log.info(f"{device.name} is served at {where}")
+        notify(f"READY=1\nSTATUS={device.name} is served at {where}")
         if named(arguments.device)[1].kind in ("vhost-vdpa", "vdpa"):
             log.info(
                 "hardware pins the guest's memory: switch ballooning, free page reporting and virtio-mem off in the VMM"
@@ -90,37 +91,6 @@ def _print_capabilities(device: str) -> None:
     print(json.dumps({"type": kind, "features": _FEATURES.get(kind, [])}))
 
 
-@contextmanager
-def _socket(arguments: argparse.Namespace) -> Iterator[tuple[socket.socket, str]]:
-    """The socket to serve at, and its name. A path is removed at the end."""
-    if arguments.fd is not None:
-        with _given_socket(arguments.fd) as given:
-            yield given, f"descriptor {arguments.fd}"
-        return
-    with _listening(arguments.socket_path) as listener:
-        yield listener, arguments.socket_path
-
-
-@contextmanager
-def _listening(path: str, *, private: bool = False) -> Iterator[socket.socket]:
-    """A socket that listens at ``path``, whose file is removed at the end. ``private``: nobody else may connect."""
-    before = os.umask(0o177) if private else None
-    try:
-        listener = listen(path)
-    finally:
-        if before is not None:
-            os.umask(before)
-    with listener:
-        mine = os.stat(path).st_ino
-        try:
-            yield listener
-        finally:
-            # somebody may have put another one there
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == mine:
-                    os.unlink(path)
-
-
 def _restore(device: Device, arguments: argparse.Namespace, log: Log) -> None:
     """Begin with the state in an image."""
     fd = open_image(arguments.restore, arguments.timeout)
@@ -134,17 +104,6 @@ def _restore(device: Device, arguments: argparse.Namespace, log: Log) -> None:
     finally:
         os.close(fd)
     log.info(f"{device.name} has its state from {arguments.restore}: {report.state_bytes} bytes")
-
-
-def _given_socket(fd: int) -> socket.socket:
-    try:
-        is_listening(fd)
-    except OSError as error:
-        why = f"it is no socket: {os.strerror(error.errno or 0)}"
-        raise VdpaBridgeError(
-            "serve", device=f"descriptor {fd}", why=why, hint="--fd wants an open UNIX socket"
-        ) from None
-    return socket.socket(fileno=fd)
 
 
 class _Ending:
@@ -188,6 +147,7 @@ class _Ending:
         signal.alarm(_GRACE_S)
         device.timeout_s = _GRACE_S
         server.stop()
+        notify("STOPPING=1")
 
     def _hurry(self, *_: object) -> None:
         signal.alarm(_GRACE_S)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from _typeshed import SupportsWrite
 
-__all__ = ["Parser", "descriptor", "path", "seconds"]
+__all__ = ["SYSTEMD", "Parser", "descriptor", "mode", "passed_descriptor", "path", "seconds"]
 
+#: In place of a descriptor's number: the one that systemd has opened.
+SYSTEMD = -1
 #: Some eleven days: more than poll(2) can wait (24.8 days) helps nobody.
 SECONDS_MAX = 1_000_000
 
@@ -62,3 +64,19 @@ def descriptor(word: str) -> int:
     if not word.isascii() or not word.isdigit() or int(word) >= 1 << 31:
         raise argparse.ArgumentTypeError(f"{word!r} is not the number of a descriptor")
     return int(word)
+
+
+def passed_descriptor(word: str) -> int:
+    """The number of an open file, or ``systemd``."""
+    return SYSTEMD if word == "systemd" else descriptor(word)
+
+
+def mode(word: str) -> int:
+    """Permissions of a file, in octal."""
+    try:
+        value = int(word, 8)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 0o777:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a mode in octal, as 660")
+    return value

@@ -9,9 +9,13 @@ from ..errors import VdpaBridgeError
 from .names import DEVICE_IDS, DeviceName, DeviceNameError
 from .registry import Driver
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .sim.tree import Directory
+
 __all__ = ["DRIVERS"]
 
-_SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", "tag")}
+_SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", "tag", "dir")}
 
 
 def _check_bus(name: DeviceName) -> None:
@@ -61,14 +65,23 @@ def _open_sim(name: DeviceName, timeout_s: float | None) -> Device:
     from .sim import Sim
 
     if name.target == "fs":
-        from .sim.tree import default_tree
-
-        return Sim.fs(default_tree(name.integer("files", 10)), tag=name.options.get("tag", ""), timeout_s=timeout_s)
+        return Sim.fs(_tree_of(name), tag=name.options.get("tag", ""), timeout_s=timeout_s)
     queue_count = name.integer("queues", 1)
     if "file" not in name.options:
         return Sim.blk(name.integer("size", 64 << 20), queue_count=queue_count, timeout_s=timeout_s)
     read_only = "read-only" in name.options
     return Sim.blk_file(name.options["file"], read_only=read_only, queue_count=queue_count, timeout_s=timeout_s)
+
+
+def _tree_of(name: DeviceName) -> Directory:
+    from .sim.folder import Folder
+    from .sim.tree import default_tree
+
+    if "dir" not in name.options:
+        return default_tree(name.integer("files", 10))
+    if "files" in name.options:
+        raise DeviceNameError(name.text, "files= is for the files in memory, which dir= replaces")
+    return Folder(name.options["dir"])
 
 
 def _device_id_on_bus(name: DeviceName) -> int | None:

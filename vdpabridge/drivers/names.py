@@ -11,7 +11,7 @@ __all__ = ["DEVICE_HELP", "DEVICE_IDS", "DeviceName", "DeviceNameError"]
 
 DEVICE_HELP = (
     "/dev/vhost-vdpa-N, vdpa:NAME, vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
-    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N][,tag=NAME], "
+    "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N|,dir=FOLDER][,tag=NAME], "
     "or a kind of another package"
 )
 #: Name -> virtio device id.
@@ -82,7 +82,7 @@ class DeviceName:
         try:
             return int(word[:-1]) << _UNITS[word[-1]] if word[-1:] in _UNITS else int(word)
         except ValueError:
-            raise DeviceNameError(self.text, f"{option}={word} is no number") from None
+            raise DeviceNameError(self.text, f"{option}={word} is not a number") from None
 
     @property
     def device_id(self) -> int | None:

@@ -82,7 +82,7 @@ class FuseDriver:
 
     def lookup(self, parent: int, name: str) -> Entry:
         """The file called ``name`` in directory ``parent``; the server knows it from now on, until `forget`."""
-        body = name.encode() + b"\0"
+        body = name.encode(errors="surrogateescape") + b"\0"
         answer = self._ask(FuseOpcode.FUSE_LOOKUP, parent, body, FUSE_ENTRY_OUT.size_bytes)
         nodeid, *_, attributes = FUSE_ENTRY_OUT.unpack(answer)
         if not nodeid:  # how FUSE says for how long there is none
@@ -132,7 +132,7 @@ class FuseDriver:
             while at < len(listing):
                 _, offset, length, _ = FUSE_DIRENT.unpack(listing, at)
                 at += FUSE_DIRENT.size_bytes
-                yield listing[at : at + length].decode()
+                yield listing[at : at + length].decode(errors="surrogateescape")
                 at += -(-length // DIRENT_ALIGN_BYTES) * DIRENT_ALIGN_BYTES
 
     def release(self, nodeid: int, handle: int, *, directory: bool = False) -> None:

@@ -68,7 +68,7 @@ def drain(fd, into):
 @pytest.mark.parametrize("ways", ["as the kernel can", "by hand"])
 def test_every_kind_to_every_kind(kind, to, ways, tmp_path, monkeypatch):
     if ways == "by hand":
-        monkeypatch.setattr(channel, "_ways", lambda source, sink: [])
+        monkeypatch.setattr(channel, "_methods", lambda source, sink: [])
     with ExitStack() as stack:
         source, source_writer = pair(kind, stack, tmp_path, "source")
         sink_reader, sink = pair(to, stack, tmp_path, "sink")

@@ -35,7 +35,7 @@ from ...abi.fuse import (
     FuseOpcode,
 )
 from .fuse_session import KNOWN_MAX, FuseSession, Handle, Inode
-from .tree import Directory, File, Node, find
+from .tree import Directory, Node, find
 
 __all__ = ["FuseServer"]
 
@@ -130,7 +130,7 @@ class FuseServer:
 
     def _lookup(self, nodeid: int, body: bytes) -> bytes:
         parent = self._inode(nodeid)
-        name = body.split(b"\0")[0].decode(errors="replace")
+        name = body.split(b"\0")[0].decode(errors="surrogateescape")
         if not name or "/" in name:
             raise _Refused(errno.EINVAL)
         path = f"{parent.path}/{name}".lstrip("/")
@@ -214,7 +214,12 @@ class FuseServer:
     def _read(self, _nodeid: int, body: bytes) -> bytes:
         number, offset, size, *_ = FUSE_READ_IN.unpack(_exactly(body, FUSE_READ_IN.size_bytes))
         node = self._node(self._handle(number, directory=False).nodeid)
-        return node.data[offset : offset + size] if isinstance(node, File) else b""
+        if isinstance(node, Directory):
+            return b""
+        try:
+            return node.read(offset, size)
+        except OSError as error:
+            raise _Refused(error.errno or errno.EIO) from error
 
     def _readdir(self, _nodeid: int, body: bytes) -> bytes:
         number, offset, size, *_ = FUSE_READ_IN.unpack(_exactly(body, FUSE_READ_IN.size_bytes))
@@ -224,7 +229,7 @@ class FuseServer:
             if position <= offset:
                 continue
             name, kind = entry
-            encoded = name.encode()
+            encoded = name.encode(errors="surrogateescape")
             known = self._number_of(f"{inode.path}/{name}".lstrip("/"))
             record = FUSE_DIRENT.pack(known or _UNKNOWN_INODE, position, len(encoded), kind) + encoded
             record += bytes(-len(record) % DIRENT_ALIGN_BYTES)
@@ -239,8 +244,8 @@ class FuseServer:
         yield from ((".", _DT_DIR), ("..", _DT_DIR))
         directory = find(self._tree, path)
         if isinstance(directory, Directory):
-            for name, node in directory.entries.items():
-                yield name, _DT_DIR if isinstance(node, Directory) else _DT_REG
+            for name in directory.names():
+                yield name, _DT_DIR if isinstance(directory.entry(name), Directory) else _DT_REG
 
     def _release(self, _nodeid: int, body: bytes) -> bytes:
         number, *_ = FUSE_RELEASE_IN.unpack(_exactly(body, FUSE_RELEASE_IN.size_bytes))
@@ -296,7 +301,7 @@ _CHANGES = {
 
 def _attributes(number: int, node: Node) -> bytes:
     directory = isinstance(node, Directory)
-    size = 0 if isinstance(node, Directory) else len(node.data)
+    size = 0 if isinstance(node, Directory) else node.size_bytes
     mode = stat.S_IFDIR | 0o555 if directory else stat.S_IFREG | 0o444
     blocks = -(-size // 512)
     links = 2 if directory else 1

@@ -69,7 +69,7 @@ def pack_session(session: FuseSession) -> Iterator[bytes]:
 
 
 def _pack_inode(number: int, inode: Inode) -> bytes:
-    path = inode.path.encode()
+    path = inode.path.encode(errors="surrogateescape")
     return _INODE.pack(number, inode.lookups, len(path)) + path
 
 
@@ -120,7 +120,7 @@ def _take_inode(session: FuseSession, chunk: bytes, at: int, is_shared: Callable
     path = chunk[begin:end]
     if len(path) < path_bytes or number in session.inodes:
         raise StateRefused(f"inode {number} is cut off, or comes twice")
-    name = path.decode()
+    name = path.decode(errors="surrogateescape")
     if not is_shared(name):
         raise StateRefused(f"inode {number} is {name[:_NAME_SHOWN]!r}, which is not shared here")
     session.inodes[number] = Inode(name, lookups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from ...abi.state_image import PART_VALUE_BYTES_MAX
 from ...device import Device, StateDirection, StatePhase
@@ -13,7 +14,7 @@ from ...linux.mappings import memory_file
 from ..image.reader import ImageReader
 from ..image.writer import ImageWriter
 from ..report import Report
-from .channel import READ_AND_WRITE, Limits, copy, enlarge, read_some, write_all
+from .channel import READ_AND_WRITE, ChannelError, Limits, copy, enlarge, read_some, write_all
 
 __all__ = ["carry_state", "keep_state", "read_state", "spool_state", "write_state"]
 
@@ -49,7 +50,8 @@ def write_state(device: Device, spool: int, limits: Limits, report: Report) -> N
     try:
         enlarge(fd)
         os.lseek(spool, 0, os.SEEK_SET)
-        report.copied_by = copy(spool, fd, limits).copied_by
+        with _own_words(device):
+            report.copied_by = copy(spool, fd, limits).copied_by
     finally:
         os.close(fd)
 
@@ -62,11 +64,23 @@ def carry_state(source: Device, destination: Device, limits: Limits, report: Rep
         try:
             enlarge(reader)
             enlarge(writer)
-            report.state_bytes, report.copied_by = copy(reader, writer, limits)
+            with _own_words(destination):
+                report.state_bytes, report.copied_by = copy(reader, writer, limits)
         finally:
             os.close(writer)
     finally:
         os.close(reader)
+
+
+@contextmanager
+def _own_words(device: Device) -> Iterator[None]:
+    """The body writes into ``device``. If the device stops reading, it is asked why: a broken pipe does not say."""
+    try:
+        yield
+    except ChannelError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            device.check_state()
+        raise
 
 
 def spool_state(reader: ImageReader, limits: Limits, report: Report) -> int:

@@ -1,0 +1,108 @@
+"""A real folder as a simulated file server: what is in it, as it is, and nothing else."""
+
+import os
+import stat
+from contextlib import contextmanager
+
+import pytest
+
+from vdpabridge.drivers.names import DeviceNameError
+from vdpabridge.drivers.opening import open_device
+from vdpabridge.drivers.sim.folder import Folder
+from vdpabridge.drivers.sim.tree import find
+from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.guest.fuse import FuseDriver, FuseError
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
+
+ROOT = 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shared = tmp_path / "shared"
+    (shared / "below").mkdir(parents=True)
+    (shared / "file").write_text("what is in it")
+    (shared / "below" / "other").write_text("below")
+    (tmp_path / "secret").write_text("not shared")
+    (shared / "link").symlink_to(tmp_path / "secret")
+    (shared / "links").symlink_to(tmp_path)
+    os.mkfifo(shared / "fifo")
+    with open(bytes(shared) + b"/odd-\xff", "wb"):
+        return shared
+
+
+@contextmanager
+def mounted(device):
+    with GuestMemory(1 << 20) as memory, SplitQueue(memory, 64) as hiprio, SplitQueue(memory, 64) as requests:
+        device.map([memory.region])
+        device.accept_features(1 << 32)
+        hiprio.attach(device, 0)
+        requests.attach(device, 1)
+        device.start()
+        fuse = FuseDriver(memory, hiprio, requests, timeout_s=5)
+        fuse.init()
+        yield fuse
+        device.reset()
+
+
+def test_files(folder):
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        names = list(fuse.readdir(ROOT, fuse.opendir(ROOT)))
+        assert names == [".", "..", "below", "file", os.fsdecode(b"odd-\xff")]
+        entry = fuse.walk("file")
+        assert (entry.size_bytes, stat.S_ISREG(entry.mode)) == (13, True)
+        handle = fuse.open(entry.nodeid)
+        assert fuse.read(entry.nodeid, handle, 5, 100) == b"is in it"
+        other = fuse.walk("below/other")
+        assert fuse.read(other.nodeid, fuse.open(other.nodeid), 0, 100) == b"below"
+        # as it is now
+        (folder / "file").write_text("something else, and longer")
+        assert fuse.getattr(entry.nodeid).size_bytes == 26
+        assert fuse.read(entry.nodeid, handle, 0, 9) == b"something"
+        (folder / "file").unlink()
+        with pytest.raises(FuseError, match=r"ESTALE|ENOENT"):
+            fuse.read(entry.nodeid, handle, 0, 9)
+
+
+@pytest.mark.parametrize("name", ["link", "links", "fifo", "..", ".", "nothing"])
+def test_what_is_not_shared(folder, name):
+    with (
+        open_device(f"sim:fs,dir={folder}", timeout_s=5) as device,
+        mounted(device) as fuse,
+        pytest.raises(FuseError, match=r"ENOENT|EINVAL"),
+    ):
+        fuse.lookup(ROOT, name)
+
+
+@pytest.mark.parametrize("path", ["../secret", "links/secret", "below/../../secret", "a\0b"])
+def test_no_path_leads_out(folder, path):
+    assert find(Folder(str(folder)), path) is None
+    assert find(Folder(str(folder)), "below/other").read(0, 5) == b"below"
+
+
+def test_its_state_goes_into_another_process(folder, tmp_path):
+    """Files are known by their paths: another server of the same folder takes them."""
+    import vdpabridge
+
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        fuse.open(fuse.walk("below/other").nodeid)
+        vdpabridge.save(device, tmp_path / "image")
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device:
+        vdpabridge.load_state(device, tmp_path / "image")
+    (tmp_path / "empty").mkdir()
+    with (
+        open_device(f"sim:fs,dir={tmp_path}/empty", timeout_s=5) as device,
+        pytest.raises(VdpaBridgeError, match="which is not shared here"),
+    ):
+        vdpabridge.load_state(device, tmp_path / "image")
+
+
+def test_what_cannot_be_shared(tmp_path):
+    with pytest.raises(VdpaBridgeError, match="No such file or directory"):
+        open_device(f"sim:fs,dir={tmp_path}/nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VdpaBridgeError, match="Not a directory"):
+        open_device(f"sim:fs,dir={tmp_path}/file")
+    with pytest.raises(DeviceNameError, match="which dir= replaces"):
+        open_device(f"sim:fs,dir={tmp_path},files=3")
