@@ -418,6 +418,25 @@ def test_a_migration_that_fails_says_whose_fault_it_was_and_what_runs(tmp_path):
         assert f"{control} is running; nothing was moved" in said
 
 
+def test_a_migration_that_fails_is_drawn_too(tmp_path):
+    with (
+        controlled(tmp_path, "a", device="sim:fs,files=5") as (path, control, _),
+        controlled(tmp_path, "b", device="sim:fs,files=1") as (_, other, _),
+        ExitStack() as stack,
+        VhostUser.open(path, device_id=26, timeout_s=10) as device,
+    ):
+        mount = Mount(stack, device)
+        mount.fuse.open(mount.fuse.walk("many/00004").nodeid)
+        picture = tmp_path / "picture.svg"
+        done = run("migrate", control, other, "--report", str(picture))
+        assert done.returncode == 1
+        assert "which is not shared here" in done.stderr
+        drawn = picture.read_text()
+        assert f"{control} to {other}: failed" in drawn
+        assert "suspend" in drawn
+        assert "undo: reset the destination" in drawn
+
+
 def test_save_and_stay_with_a_file_that_cannot_be_written(tmp_path):
     """The image is not there: nobody is to wait for it with a device that stays suspended."""
     with mounted(tmp_path) as (mount, control):

@@ -73,9 +73,10 @@ READABLE: Mapping[str, Callable[[Facts], Iterable[str]]] = {
 
 def duration_text(seconds: float) -> str:
     """``seconds`` in the unit that suits them."""
-    if seconds < 0.001:
+    # what would be rounded to 1000 of a unit is 1 of the next
+    if seconds < 0.0009995:
         return f"{seconds * 1e6:.0f} us"
-    if seconds < 1:
+    if seconds < 0.99995:
         return f"{seconds * 1000:.1f} ms"
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 

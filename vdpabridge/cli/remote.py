@@ -6,18 +6,19 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
 from ..control.client import ControlClient, ControlError
-from ..control.moving import move
+from ..control.moving import MoveFailed, move
 from ..errors import UsageError, VdpaBridgeError
 from ..linux.files import replacing
 from ..state.image.opening import open_image
 from ..state.report import Step
 from .output import forget_output
 from .progress import ProgressLine
-from .readable import READABLE
+from .readable import READABLE, bytes_text
 from .timeline_picture import draw
 
 __all__ = ["load", "migrate", "resume", "save", "statistics", "status", "suspend"]
@@ -109,9 +110,12 @@ def migrate(arguments: argparse.Namespace) -> None:
             with ProgressLine("migrate") as progress:
                 saved, loaded = move(source, destination, progress=progress, accept=arguments.accept)
             if report is not None:
-                _draw(report, arguments, saved, loaded)
+                lanes = {"source": saved["steps"], "destination": loaded["steps"]}
+                _draw(report, arguments, f"{bytes_text(saved['state_bytes'])} of state", lanes)
         _tell(arguments, saved | {"running": "nothing, until a front-end starts the destination"})
     except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, MoveFailed):
+            _draw_failure(error, arguments)
         if not saved:
             raise
         hint = "the state was moved all the same: start the destination by its front-end"
@@ -125,11 +129,16 @@ def migrate(arguments: argparse.Namespace) -> None:
         raise VdpaBridgeError("write the report", device=arguments.report, why=why, hint=hint) from error
 
 
-def _draw(fd: int, arguments: argparse.Namespace, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
-    lanes = {
-        name: [Step(**step) for step in facts["steps"]] for name, facts in (("source", saved), ("destination", loaded))
-    }
-    picture = draw(f"{arguments.control} to {arguments.destination}: {saved['state_bytes']} bytes of state", lanes)
+def _draw_failure(error: MoveFailed, arguments: argparse.Namespace) -> None:
+    """Draw what was done, if that is known; what goes wrong with that is not what the user has to hear of."""
+    if arguments.report and any(error.steps.values()):
+        with suppress(VdpaBridgeError, OSError), replacing(arguments.report) as fd:
+            _draw(fd, arguments, "failed", error.steps)
+
+
+def _draw(fd: int, arguments: argparse.Namespace, what: str, lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    drawn = {name: [Step(**step) for step in steps] for name, steps in lanes.items()}
+    picture = draw(f"{arguments.control} to {arguments.destination}: {what}", drawn)
     with open(fd, "w", encoding="utf-8", closefd=False) as file:
         file.write(picture)
 

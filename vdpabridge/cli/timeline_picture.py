@@ -1,16 +1,23 @@
-"""A procedure to scale, as a picture: who did what and when, and how long nobody ran."""
+"""A procedure to scale, as a picture: who did what and when, and how long no device worked."""
 
 from __future__ import annotations
 
+import math
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
 from ..state.report import Step
+from .readable import duration_text
 
 __all__ = ["draw"]
 
-_WIDTH, _LEFT, _RIGHT, _LANE, _TOP, _BAR = 960, 110, 20, 64, 60, 26
+_WIDTH, _LEFT, _RIGHT, _TOP, _BAR, _ROW = 960, 110, 20, 84, 22, 18
+_GAP, _LEGEND = 14, 34
 _FONT = 'font-family="sans-serif" font-size="12"'
+_CHARACTER = 7.0
+#: Step -> colour, and what the legend says of it.
 _COLOURS = {
     "suspend": "#c0392b",
     "device state": "#2980b9",
@@ -19,92 +26,155 @@ _COLOURS = {
     "start": "#27ae60",
     "resume": "#27ae60",
 }
-_OTHER, _UNDO, _FAILED, _NESTED = "#7f8c8d", "#e67e22", "#8e44ad", "#2c3e50"
-#: After which a device is at work.
-_GOING_ON = ("start", "resume", "undo: resume")
+_OTHER, _UNDO, _FAILED, _NESTED, _DARK = "#7f8c8d", "#e67e22", "#8e44ad", "#2c3e50", "#eceff1"
+_LEGEND_ENTRIES = (
+    ("suspend", "#c0392b"),
+    ("device state", "#2980b9"),
+    ("check", "#16a085"),
+    ("place", "#b8860b"),
+    ("start, resume", "#27ae60"),
+    ("other", _OTHER),
+    ("undo", _UNDO),
+    ("failed", _FAILED),
+    ("blackout", _DARK),
+)
+#: Steps after which a device works.
+_RESUMING = ("start", "resume", "undo: resume")
 _TICKS = 6
 
 
 def draw(title: str, lanes: Mapping[str, Sequence[Step]]) -> str:
     """An SVG picture of ``lanes``: a name and its steps, whose times are of one clock.
 
-    The blackout is shaded: from the first ``suspend`` to the end of the last step that lets a device go on, or of all
-    where there is none. Steps within others are drawn as thinner bars.
+    The blackout is shaded: from the first ``suspend`` to the end of the last step after which a device works. If there
+    is none, or one has failed, its length is a lower bound, and the picture says so. Every bar has a name. Steps within
+    others are drawn as thinner bars. Raises ValueError if there are no steps.
     """
     steps = [step for lane in lanes.values() for step in lane]
     if not steps:
         raise ValueError("nothing was done: there is nothing to draw")
     begin_s, end_s = min(step.begin_s for step in steps), max(step.end_s for step in steps)
-    scale = _Scale(begin_s, max(end_s - begin_s, 1e-9))
-    height = _TOP + _LANE * len(lanes) + 40
-    dark_s = min((step.begin_s for step in steps if step.name == "suspend"), default=begin_s)
-    light_s = max((step.end_s for step in steps if step.name in _GOING_ON), default=end_s)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" {_FONT}>',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="15">{escape(title)}</text>',
-        _rectangle(scale.x(dark_s), _TOP - 14, scale.x(light_s) - scale.x(dark_s), _LANE * len(lanes) + 14, "#eceff1"),
-        f'<text x="{scale.x(dark_s) + 4:.1f}" y="{_TOP - 18}">blackout {_duration(light_s - dark_s)}</text>',
-    ]
-    parts += _axis(scale, _TOP + _LANE * len(lanes) + 14)
-    for row, (name, lane) in enumerate(lanes.items()):
-        y = _TOP + _LANE * row
-        parts.append(f'<text x="8" y="{y + 18}">{escape(name)}</text>')
-        parts += _lane(lane, y, scale)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    scale = _Scale(begin_s, end_s)
+    parts: list[str] = []
+    y = _TOP
+    for name, lane in lanes.items():
+        drawn, height = _lane(lane, y, scale)
+        parts += [f'<text x="8" y="{y + 16}">{escape(name)}</text>', *drawn]
+        y += height + _GAP
+    height = y + 24 + _LEGEND
+    return (
+        "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
+                f'height="{height}" {_FONT}>',
+                '<rect width="100%" height="100%" fill="white"/>',
+                f'<text x="8" y="20" font-size="15">{escape(title)}</text>',
+                f'<text x="8" y="38" fill="#546e7a">{escape(_when_and_where())}</text>',
+                *_blackout(steps, scale, y),
+                *_axis(scale, y),
+                *parts,
+                *_legend(height - _LEGEND + 12),
+                "</svg>",
+            ]
+        )
+        + "\n"
+    )
 
 
 class _Scale:
-    def __init__(self, begin_s: float, width_s: float) -> None:
+    """Seconds to pixels, with round ticks."""
+
+    def __init__(self, begin_s: float, end_s: float) -> None:
         self.begin_s = begin_s
-        self.width_s = width_s
+        self.end_s = end_s
+        self._width_s = max(end_s - begin_s, 1e-9)
+        least_s = self._width_s / _TICKS
+        power = 10 ** math.floor(math.log10(least_s))
+        self.tick_s = next(each * power for each in (1, 2, 5, 10) if each * power >= least_s)
 
     def x(self, time_s: float) -> float:
-        return _LEFT + (time_s - self.begin_s) / self.width_s * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (time_s - self.begin_s) / self._width_s * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> list[str]:
-    """Bars, with a name where it fits: within its bar, or below it where nothing else stands."""
-    parts = []
-    free_x = 0.0
+def _when_and_where() -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} on {socket.gethostname()}"
+
+
+def _blackout(steps: Sequence[Step], scale: _Scale, bottom: int) -> list[str]:
+    suspends = [step.begin_s for step in steps if step.name == "suspend"]
+    if not suspends:
+        return []
+    dark_s = min(suspends)
+    ends = [step.end_s for step in steps if step.name in _RESUMING and not step.failed]
+    light_s = max(ends, default=scale.end_s)
+    known = bool(ends) and not any(step.failed for step in steps if step.name in _RESUMING)
+    # what no step has ended lasts on: nobody here knows when a front-end starts the device
+    text = f"blackout {'' if known else 'at least '}{duration_text(light_s - dark_s)}"
+    x, width = scale.x(dark_s), scale.x(light_s) - scale.x(dark_s)
+    place = min(x + 4, _WIDTH - _CHARACTER * len(text))
+    return [
+        _rectangle(x, _TOP - 14, width, bottom - _TOP + 8, _DARK),
+        f'<text x="{place:.1f}" y="{_TOP - 20}">{text}</text>',
+    ]
+
+
+def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> tuple[list[str], int]:
+    """The bars of a lane, each with its name: in the bar, or on a line of its own below. Returns their height too."""
+    parts: list[str] = []
+    lines: list[float] = []
     # a step that has others within it ends after them, and must not hide them
     for step in sorted(lane, key=lambda step: (step.begin_s, -step.end_s)):
-        if any(_within(step, other) for other in lane):
+        if any(_is_within(step, other) for other in lane):
             parts.append(_nested(step, y, scale))
             continue
         x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s), 1.0)
-        label = f"{step.name} {_duration(step.end_s - step.begin_s)}"
-        bar = _rectangle(x, y, width, _BAR, _colour(step))
+        label = f"{step.name} {duration_text(step.end_s - step.begin_s)}"
         tip = escape(label + (f": {step.failed}" if step.failed else ""))
-        parts.append(f"<g>{bar}<title>{tip}</title></g>")
-        room = 6.6 * len(label)
-        if room < width:
-            parts.append(f'<text x="{x + 4:.1f}" y="{y + 17}" fill="white">{escape(label)}</text>')
-        elif x >= free_x and x + room < _WIDTH:
-            parts.append(f'<text x="{x:.1f}" y="{y + _BAR + 14}">{escape(label)}</text>')
-            free_x = x + room
-    return parts
+        parts.append(f"<g>{_rectangle(x, y, width, _BAR, _colour(step))}<title>{tip}</title></g>")
+        room = _CHARACTER * len(label)
+        if room + 8 < width:
+            parts.append(f'<text x="{x + 4:.1f}" y="{y + 15}" fill="white">{escape(label)}</text>')
+            continue
+        begin = min(x, _WIDTH - room)
+        line = next((number for number, free in enumerate(lines) if free <= begin), len(lines))
+        if line == len(lines):
+            lines.append(0.0)
+        lines[line] = begin + room + 6
+        below = y + _BAR + _ROW * (line + 1) - 4
+        parts.append(f'<line x1="{x:.1f}" y1="{y + _BAR}" x2="{x:.1f}" y2="{below - 10}" stroke="{_colour(step)}"/>')
+        parts.append(f'<text x="{begin:.1f}" y="{below}">{escape(label)}</text>')
+    return parts, _BAR + _ROW * len(lines)
 
 
-def _within(step: Step, other: Step) -> bool:
+def _is_within(step: Step, other: Step) -> bool:
     longer = other.end_s - other.begin_s > step.end_s - step.begin_s
     return longer and other.begin_s <= step.begin_s and step.end_s <= other.end_s
 
 
 def _nested(step: Step, y: int, scale: _Scale) -> str:
     x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s) - 1, 1.0)
-    tip = escape(f"{step.name} {_duration(step.end_s - step.begin_s)}")
+    tip = escape(f"{step.name} {duration_text(step.end_s - step.begin_s)}")
     return f"<g>{_rectangle(x, y + _BAR - 6, width, 6, _NESTED)}<title>{tip}</title></g>"
 
 
 def _axis(scale: _Scale, y: int) -> list[str]:
     parts = []
-    for tick in range(_TICKS + 1):
-        time_s = scale.width_s * tick / _TICKS
+    time_s = 0.0
+    while scale.begin_s + time_s <= scale.end_s:
         x = scale.x(scale.begin_s + time_s)
-        parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 14}" x2="{x:.1f}" y2="{y - 12}" stroke="#cfd8dc"/>')
-        anchor = "end" if tick == _TICKS else "middle" if tick else "start"
-        parts.append(f'<text x="{x:.1f}" y="{y + 4}" text-anchor="{anchor}">{_duration(time_s)}</text>')
+        parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 14}" x2="{x:.1f}" y2="{y - 4}" stroke="#cfd8dc"/>')
+        anchor = "middle" if time_s and x < _WIDTH - 40 else "end" if time_s else "start"
+        parts.append(f'<text x="{x:.1f}" y="{y + 10}" text-anchor="{anchor}">{duration_text(time_s)}</text>')
+        time_s += scale.tick_s
+    return parts
+
+
+def _legend(y: int) -> list[str]:
+    parts, x = [], float(_LEFT)
+    for name, colour in _LEGEND_ENTRIES:
+        parts.append(_rectangle(x, y, 10, 10, colour))
+        parts.append(f'<text x="{x + 14:.1f}" y="{y + 9}">{name}</text>')
+        x += 14 + _CHARACTER * len(name) + 16
     return parts
 
 
@@ -116,9 +186,3 @@ def _colour(step: Step) -> str:
     if step.failed:
         return _FAILED
     return _UNDO if step.name.startswith("undo: ") else _COLOURS.get(step.name, _OTHER)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 0.001:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1000:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"

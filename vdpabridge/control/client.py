@@ -28,6 +28,8 @@ class ControlError(VdpaBridgeError):
         )
         self.code: int = error["code"]
         self.kind: str = facts.get("kind", "")
+        self.steps: list[dict[str, Any]] = facts.get("steps", [])
+        """What a procedure had done before it failed."""
 
 
 class ControlClient:

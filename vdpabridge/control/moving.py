@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError, VdpaBridgeError
@@ -15,12 +15,22 @@ __all__ = ["MoveFailed", "move"]
 
 
 class MoveFailed(VdpaBridgeError):
-    """State that was not moved: ``side`` is the control socket of whoever caused it."""
+    """State that was not moved: ``side`` is the control socket of whoever caused it.
 
-    def __init__(self, side: ControlClient, cause: Exception, hint: str) -> None:
+    ``steps`` are what each side has done, as far as it has said so.
+    """
+
+    def __init__(
+        self,
+        side: ControlClient,
+        cause: Exception,
+        hint: str,
+        steps: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
         super().__init__("migrate", device=side.path, why=str(cause) or type(cause).__name__, hint=hint)
         self.side = side.path
         self.kind = getattr(cause, "kind", "")
+        self.steps = steps or {}
 
 
 def move(
@@ -72,7 +82,9 @@ def move(
         # a destination that refuses does not read on, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
         causes = (there or here) if broken else (here or there)
-        raise MoveFailed(source if causes is here else destination, causes[0], _give_back(source)) from causes[0]
+        steps = {"source": _steps(saved, here), "destination": _steps(loaded, there)}
+        side = source if causes is here else destination
+        raise MoveFailed(side, causes[0], _give_back(source), steps) from causes[0]
     hint = (
         f"it is not known whether it stays suspended: 'vdpabridge status {source.path}' says \"moved\", or end its "
         "process; only then start the destination"
@@ -85,6 +97,11 @@ def move(
         interruption.add_note(hint)
         raise
     return saved, loaded
+
+
+def _steps(result: Mapping[str, Any], errors: Sequence[Exception]) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = result.get("steps") or getattr(errors[0] if errors else None, "steps", [])
+    return steps
 
 
 def _are_the_same(path: str, other: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..errors import DeadlineExceeded, MissingCapability
 from ..linux.descriptors import discard
+from ..state.report import Report
 from .lines import INVALID_PARAMS, INVALID_REQUEST, PARSE_ERROR, REFUSED, TIMED_OUT, UNABLE
 
 __all__ = ["Caller", "InvalidRequest", "Method", "Params", "Request", "outcome", "refused"]
@@ -128,6 +130,8 @@ def refused(error: Exception) -> Outcome:
     facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
     if kind := _kind_of(error):
         facts["kind"] = kind
+    if isinstance(report := getattr(error, "report", None), Report):
+        facts["steps"] = [dataclasses.asdict(step) for step in report.steps]
     return {"error": {"code": REFUSED, "message": str(error), "data": facts}}
 
 
