@@ -20,7 +20,7 @@ SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(NAMED:%=image-%) $(NAMED:%=test-kernel-%)
+.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(NAMED:%=image-%) $(NAMED:%=test-kernel-%)
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -53,6 +53,14 @@ bench: image-6.12
 fuzz:
 	corpus=$$(mktemp -d) && trap 'rm -rf "$$corpus"' EXIT && "$$(.ci/environment fuzz)" -m tests.fuzz -max_total_time=$(FUZZ_S) \
 		-max_len=600 -verbosity=0 -artifact_prefix=tests/fuzz/regressions/found- "$$corpus" tests/fuzz/regressions
+
+# HTML of the public API, man pages and shell completion, in build/docs
+docs:
+	.ci/docs "$$(.ci/environment docs)"
+
+# what goes to a package index, checked; CONTRIBUTING.md has the other steps of a release
+release:
+	.ci/release "$$(.ci/environment release)"
 
 # one mistake at a time in a copy of the code: does a test notice? Takes some minutes
 mutations:

@@ -8,10 +8,15 @@ chmod 755 "$place"
 # no symbolic link to a Python that another user may not reach
 "$VDPABRIDGE_PYTHON" -m venv --copies "$place/venv"
 "$place/venv/bin/python" -m pip install --quiet --disable-pip-version-check .
-for program in vdpabridge vdpabridge-vhost-user-blk; do
+for program in vdpabridge vdpabridge-vhost-user-blk vdpabridge-vhost-user-fs; do
     "$place/venv/bin/$program" --help >"$place/help"
 done
 "$place/venv/bin/vdpabridge-vhost-user-blk" --print-capabilities
+for file in service socket sysusers tmpfiles; do
+    "$place/venv/bin/vdpabridge" service-file "$file" >"$place/help"
+done
+PATH="$place/venv/bin:$PATH" vdpabridge descriptor fs
+"$place/venv/bin/python" -c 'import vdpabridge; vdpabridge.open("sim:blk").close()'
 cd /
 if [ "$(id -u)" = 0 ]; then
     nobody="setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs"

@@ -23,7 +23,7 @@ from .exit_codes import REFUSED
 from .main import main as command
 from .usage import Parser, descriptor, path
 
-__all__ = ["blk", "fs"]
+__all__ = ["blk", "blk_parser", "fs", "fs_parser"]
 
 _BLK_CAPABILITIES = {"type": "block", "features": ["blk-file", "read-only"]}
 _FS_CAPABILITIES = {"type": "fs", "features": ["migrate-precopy", "separate-options"]}
@@ -34,9 +34,7 @@ _START_S, _END_S, _PAUSE_S = 10.0, 5.0, 0.01
 
 def blk(argv: Sequence[str] | None = None) -> int:
     """``vdpabridge-vhost-user-blk``: serve the disk in ``--blk-file``, as ``vdpabridge serve sim:blk,file=…`` does."""
-    parser = _parser("vdpabridge-vhost-user-blk", "serve a file as a vhost-user disk")
-    parser.add_argument("--blk-file", type=path, metavar="PATH", help="the disk")
-    parser.add_argument("--read-only", action="store_true", help="let nobody write it")
+    parser = blk_parser()
     arguments = parser.parse_args(argv)
     if arguments.print_capabilities:
         print(json.dumps(_BLK_CAPABILITIES))
@@ -54,12 +52,7 @@ def fs(argv: Sequence[str] | None = None) -> int:
 
     What it does not know it hands to virtiofsd. Its device can be suspended, saved and migrated by ``--control``.
     """
-    parser = _parser("vdpabridge-vhost-user-fs", "share a folder by virtiofsd, behind vdpabridge")
-    parser.add_argument("--shared-dir", type=path, metavar="PATH", help="the folder")
-    parser.add_argument("--tag", metavar="TAG", help="what the guest calls it")
-    parser.add_argument("--control", type=path, metavar="PATH", help="a control socket, as of 'vdpabridge serve'")
-    parser.add_argument("--virtiofsd", type=path, metavar="PATH", help="the program (default: the distribution's)")
-    parser.epilog = "Other options go to virtiofsd as they are, for instance --migration-mode find-paths."
+    parser = fs_parser()
     arguments, others = parser.parse_known_args(argv)
     if arguments.print_capabilities:
         print(json.dumps(_FS_CAPABILITIES))
@@ -78,6 +71,25 @@ def fs(argv: Sequence[str] | None = None) -> int:
     except VdpaBridgeError as error:
         print(f"vdpabridge-vhost-user-fs: {error}", file=sys.stderr)
         return REFUSED
+
+
+def blk_parser() -> Parser:
+    """The options of `blk`."""
+    parser = _parser("vdpabridge-vhost-user-blk", "serve a file as a vhost-user disk")
+    parser.add_argument("--blk-file", type=path, metavar="PATH", help="the disk")
+    parser.add_argument("--read-only", action="store_true", help="let nobody write it")
+    return parser
+
+
+def fs_parser() -> Parser:
+    """The options of `fs`, without those that it hands on."""
+    parser = _parser("vdpabridge-vhost-user-fs", "share a folder by virtiofsd, behind vdpabridge")
+    parser.add_argument("--shared-dir", type=path, metavar="PATH", help="the folder")
+    parser.add_argument("--tag", metavar="TAG", help="what the guest calls it")
+    parser.add_argument("--control", type=path, metavar="PATH", help="a control socket, as of 'vdpabridge serve'")
+    parser.add_argument("--virtiofsd", type=path, metavar="PATH", help="the program (default: the distribution's)")
+    parser.epilog = "Other options go to virtiofsd as they are, for instance --migration-mode find-paths."
+    return parser
 
 
 def _parser(name: str, description: str) -> Parser:

@@ -15,7 +15,7 @@ from .exit_codes import DONE, INTERRUPTED, REFUSED, TABLE, exit_code
 from .output import forget_output
 from .usage import Parser
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,10 +129,19 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, width=columns - 2)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The whole parser, for what is made of it: man pages, completion."""
+    return _build(None, with_arguments=True, as_json=False)
+
+
 def _parser(arguments: Sequence[str]) -> Parser:
     """A parser for ``arguments``: of the commands, only what they can need is made."""
-    only = _command_of(arguments)
-    whole = any(word in COMMANDS for word in arguments)
+    with_arguments = any(word in COMMANDS for word in arguments)
+    return _build(_command_of(arguments), with_arguments=with_arguments, as_json=_wants_json(arguments))
+
+
+def _build(only: str | None, *, with_arguments: bool, as_json: bool) -> Parser:
+    """A parser of the command ``only``, or of all."""
     codes = ", ".join(f"{code} {meaning}" for code, meaning in TABLE.items())
     parser = Parser(
         prog="vdpabridge",
@@ -141,7 +150,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
         formatter_class=_formatter,
         allow_abbrev=False,
     )
-    parser.as_json = _wants_json(arguments)
+    parser.as_json = as_json
     parser.add_argument("-V", "--version", action="version", version=f"vdpabridge {__version__}")
     text = "print JSON, in the shape of iproute2's vdpa; errors too"
     parser.add_argument("-j", "--json", action="store_true", help=text)
@@ -158,6 +167,6 @@ def _parser(arguments: Sequence[str]) -> Parser:
         sub.add_argument(
             "-p", "--pretty", action="store_true", default=argparse.SUPPRESS, help="with --json: indent it"
         )
-        if whole:
+        if with_arguments:
             add_arguments(sub)
     return parser
