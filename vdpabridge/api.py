@@ -82,7 +82,7 @@ def load(
     was touched; after that `ProcedureFailed`, and the device is reset.
     """
     limits = Limits(Deadline(timeout_s), size_bytes=size_limit_bytes, progress=progress)
-    with _opened(image, timeout_s) as fd:
+    with _opened(image, limits) as fd:
         return procedures.load(device, fd, limits, eventfds or {}, start=start, accept=frozenset(accept))
 
 
@@ -100,7 +100,7 @@ def load_state(
     Raises as `load` does.
     """
     limits = Limits(Deadline(timeout_s), size_bytes=size_limit_bytes, progress=progress)
-    with _opened(image, timeout_s) as fd:
+    with _opened(image, limits) as fd:
         return procedures.load_state(device, fd, limits, accept=frozenset(accept))
 
 
@@ -130,16 +130,17 @@ def inspect(image: Image, *, timeout_s: float | None = 300.0) -> dict[str, Any]:
     from .state.image.reader import ImageReader
     from .state.transfer.stream import reading
 
-    with _opened(image, timeout_s) as fd:
-        return describe(ImageReader(reading(fd, Limits(Deadline(timeout_s)))))
+    limits = Limits(Deadline(timeout_s))
+    with _opened(image, limits) as fd:
+        return describe(ImageReader(reading(fd, limits)))
 
 
 @contextmanager
-def _opened(image: Image, timeout_s: float | None) -> Iterator[int]:
+def _opened(image: Image, limits: Limits) -> Iterator[int]:
     if isinstance(image, int):
         yield image
         return
-    fd = open_image(os.fspath(image), timeout_s)
+    fd = open_image(os.fspath(image), limits)
     try:
         yield fd
     finally:

@@ -291,16 +291,17 @@ def test_a_failed_device_is_the_guests_again_when_it_has_reset_it(tmp_path):
 
 
 def test_who_holds_it_by_a_connection_holds_it_until_the_last_one(tmp_path):
-    """Two migrations at once: the first one's end does not let the device run while the second loads its state."""
+    """Two migrations at once: there is one at a time, and whatever others ask, its device does not run meanwhile."""
     with serving(tmp_path) as those, open(os.devnull, "wb") as nowhere:
         work, watcher = those.at_work(), those.client()
         first, second = those.client(), those.client()
-        for client in (first, second):
-            client.ask("save", nowhere.fileno(), stay="connection")
-        first.close()
+        first.ask("save", nowhere.fileno(), stay="connection")
+        with pytest.raises(ControlError, match="another client is moving its state"):
+            second.ask("save", nowhere.fileno(), stay="connection")
+        second.close()
         watcher.ask("resume")
         assert watcher.ask("status")["state"] == "suspended"
-        second.close()
+        first.close()
         wait_until(lambda: watcher.ask("status")["state"] == "running")
         work.finish()
 

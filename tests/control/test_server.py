@@ -1,20 +1,26 @@
 """The control socket while the device's thread is busy: it answers, cancels, tells of events, and keeps its limits."""
 
+import errno
 import fcntl
 import json
 import os
 import select
 import socket
 import threading
+import time
 
 import pytest
 
+from vdpabridge.control import server as control_server
 from vdpabridge.control.client import ControlError
 from vdpabridge.control.errands import Errand, Errands
-from vdpabridge.control.moving import move
+from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.requests import Caller, InvalidRequest, Request
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import VdpaBridgeError
 from vdpabridge.state.transfer.channel import PIPE_BYTES
 
+from ..linux.test_descriptors import lingering
 from ..support.waiting import wait_until
 from .test_methods import raw, serving
 
@@ -212,6 +218,205 @@ def test_a_move_that_is_interrupted_cancels_both_ends(tmp_path, monkeypatch):
         assert caught.value.__notes__ == [f"nothing was moved; {those.control} resumes"]
         wait_until(lambda: there.ask("status")["procedure"] is None)
         assert client.ask("status")["state"] == "running"
+        work.finish()
+
+
+def moving(client, there):
+    """What a mover does before it says `moved`: the state is in both, and the source is held by its connection."""
+    reader, writer = os.pipe()
+    loaded = []
+    thread = threading.Thread(target=lambda: loaded.append(there.ask("load", reader)))
+    thread.start()
+    client.ask("save", writer, stay="connection")
+    os.close(writer)
+    thread.join()
+    os.close(reader)
+    assert loaded
+
+
+def test_two_movers_never_both_have_it_moved(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    with serving(tmp_path) as those, serving(tmp_path / "first") as others, serving(tmp_path / "second") as third:
+        work = those.at_work()
+        first, second = those.client(), those.client()
+        moving(first, others.client())
+        with pytest.raises(MoveFailed, match="another client is moving its state"):
+            move(second, third.client())
+        with pytest.raises(ControlError, match="another client is moving its state"):
+            second.ask("moved")
+        assert first.ask("moved") == {"state": "suspended"}
+        with pytest.raises(ControlError, match="its state was moved to another device before"):
+            second.ask("moved")
+        with pytest.raises(ControlError, match="its state was moved"):
+            second.ask("save", path=str(tmp_path / "image"))
+        assert second.ask("resume", force=True) == {"state": "running"}
+        work.finish()
+
+
+@pytest.mark.parametrize("method", ["status", "statistics", "suspend", "save"])
+def test_a_client_that_only_sends_and_then_listens_is_answered(tmp_path, method):
+    """As `nc -N` does: it has closed its sending side before it reads."""
+    with serving(tmp_path) as those:
+        work = those.at_work()
+        params = {"path": str(tmp_path / "image")} if method == "save" else {}
+        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        for _ in range(5):
+            with raw(those) as client:
+                client.sendall(json.dumps(request).encode() + b"\n")
+                client.shutdown(socket.SHUT_WR)
+                lines = client.makefile("r")
+                assert "result" in json.loads(lines.readline())
+                assert lines.readline() == "", "and is hung up on then"
+        those.client().ask("resume")
+        work.finish()
+
+
+def test_a_move_that_is_interrupted_while_the_destination_loads(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path, timeout_s=60) as those, serving(tmp_path / "b", timeout_s=60) as others:
+        work, source, destination = those.at_work(), those.client(), others.client()
+        join = threading.Thread.join
+
+        def interrupted(thread, timeout=None):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            move(source, destination)
+        assert threading.Thread.join is join
+        assert caught.value.__notes__ == [f"nothing was moved; {those.control} resumes"]
+        wait_until(lambda: those.client().ask("status")["state"] == "running")
+        work.finish()
+
+
+def test_descriptors_of_one_request_are_not_the_next_ones(tmp_path):
+    with serving(tmp_path) as those, raw(those) as client, open(os.devnull, "wb") as nothing:
+        those.at_work()
+        lines = client.makefile("r")
+        for method in ("statistics", "nonsense"):
+            line = b'{"jsonrpc": "2.0", "id": 1, "method": "%s"}\n' % method.encode()
+            socket.send_fds(client, [line], [nothing.fileno()])
+            lines.readline()
+        client.sendall(b'{"jsonrpc": "2.0", "id": 2, "method": "save"}\n')
+        assert "no descriptor came with the request" in json.loads(lines.readline())["error"]["message"]
+
+
+def test_descriptors_that_are_slow_to_close_stop_nobody(tmp_path):
+    """More than a request can have, and one that a procedure is done with."""
+    slow, peer = lingering()
+    with serving(tmp_path) as those, raw(those) as client, open(os.devnull, "wb") as nothing, peer:
+        work, other = those.at_work(), those.client()
+        socket.send_fds(client, [b"x"], [nothing.fileno()] * 4 + [slow])
+        line = b'{"jsonrpc": "2.0", "id": 1, "method": "save", "params": {"stay": 5}}\n'
+        with raw(those) as second:
+            socket.send_fds(second, [line], [slow])
+            os.close(slow)
+            assert "error" in json.loads(second.makefile("r").readline())
+        begin_s = time.monotonic()
+        assert other.ask("status")["state"] == "running"
+        assert time.monotonic() - begin_s < 5, "it would be 10 s"
+        work.finish()
+        peer.recv(1 << 20)
+
+
+def test_nobody_is_answered_who_does_not_want_to_be(tmp_path):
+    with serving(tmp_path) as those, raw(those) as client:
+        client.sendall(
+            b'{"jsonrpc": "2.0", "method": "status"}\n'
+            b'{"jsonrpc": "2.0", "method": "status", "params": []}\n'
+            b'{"jsonrpc": "2.0", "id": 3, "method": "statistics"}\n'
+        )
+        assert json.loads(client.makefile("r").readline())["id"] == 3
+
+
+def test_no_descriptor_is_left_to_cancel_by(tmp_path, monkeypatch):
+    def none_left(_request):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+        with monkeypatch.context() as patch:
+            patch.setattr(Request, "make_cancellable", none_left)
+            with pytest.raises(ControlError, match="Too many open files"):
+                client.ask("save", path=str(tmp_path / "image"))
+        assert client.ask("status")["state"] == "running"
+        work.finish()
+
+
+def test_a_second_save_that_fails_does_not_give_back_what_the_first_holds(tmp_path):
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+        client.ask("save", path=str(tmp_path / "image"), stay="connection")
+        with pytest.raises(ControlError):
+            client.ask("save", path="/nowhere/image", stay="connection")
+        assert client.ask("status")["state"] == "suspended"
+        client.ask("resume")
+        work.finish()
+
+
+def test_a_load_from_a_fifo_that_nobody_writes_to_is_cancelled(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with serving(tmp_path, timeout_s=60) as those, raw(those) as asking:
+        client = those.client()
+        params = json.dumps({"path": str(tmp_path / "fifo")})
+        asking.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "load", "params": %s}\n' % params.encode())
+        wait_until(lambda: client.ask("status")["procedure"] is not None)
+        assert client.ask("cancel") == {"cancelled": True}
+        assert "it was cancelled" in json.loads(asking.makefile("r").readline())["error"]["message"]
+
+
+class SlowToCheck(Sim):
+    checking = None
+
+    def _check_state(self):
+        if self.checking is not None:
+            self.checking.set()
+            time.sleep(0.5)
+        super()._check_state()
+
+
+def test_a_load_that_is_cancelled_in_its_last_step_is_not_done(tmp_path):
+    with serving(tmp_path) as those:
+        those.at_work()
+        those.client().ask("save", path=str(tmp_path / "image"))
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path / "b", SlowToCheck) as those, raw(those) as asking:
+        client = those.client()
+        those.device.checking = threading.Event()
+        params = json.dumps({"path": str(tmp_path / "image")})
+        asking.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "load", "params": %s}\n' % params.encode())
+        assert those.device.checking.wait(10)
+        assert client.ask("cancel") == {"cancelled": True}
+        assert "it was cancelled" in json.loads(asking.makefile("r").readline())["error"]["message"]
+        assert client.ask("status")["state"] == "reset"
+
+
+class HardToResume(Sim):
+    """Cannot be resumed, as often as ``refusals`` says."""
+
+    refusals = 0
+
+    def _resume(self):
+        if self.refusals:
+            self.refusals -= 1
+            raise VdpaBridgeError("resume", device=self.name, why="not now")
+        super()._resume()
+
+
+def test_who_has_left_is_put_right_as_soon_as_that_is_possible(tmp_path, monkeypatch):
+    monkeypatch.setattr(control_server, "_AGAIN_S", 0.05)
+    with serving(tmp_path, HardToResume) as those:
+        work, client = those.at_work(), those.client()
+        with raw(those) as holding:
+            params = json.dumps({"path": str(tmp_path / "image"), "stay": "connection"})
+            holding.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "save", "params": %s}\n' % params.encode())
+            assert "result" in json.loads(holding.makefile("r").readline())
+            those.device.refusals = 3
+        wait_until(lambda: client.ask("status")["state"] == "running")
+        assert client.ask("status")["held"] is False
+        assert len([report for report in those.reports if "had left" in report]) == 1
         work.finish()
 
 

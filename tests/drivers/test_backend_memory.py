@@ -6,7 +6,7 @@ import pytest
 
 from vdpabridge.device import MemoryRegion, RunState
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.errors import PeerRefused
+from vdpabridge.errors import DeadlineExceeded, PeerRefused
 
 from ..support.pair import bridged
 from ..support.transitions import shared_file
@@ -140,3 +140,61 @@ def test_memory_in_doubt_is_settled_before_a_start():
         wait_until(lambda: places(inner) == list(PLACES))
         device.start()
         assert places(inner) == [PLACES[0]]
+
+
+def test_what_could_not_be_mapped_takes_no_slot():
+    with bench() as (device, inner, regions):
+        device._memory._slots = 2
+        beyond = MemoryRegion(0x4000_0000, 2 * SIZE_BYTES, regions[0].fd)
+        for _ in range(3):
+            with pytest.raises(PeerRefused):
+                device.map([regions[0], beyond])
+        device.map(regions)
+        assert places(device) == places(inner) == list(PLACES)
+        with pytest.raises(ValueError, match="takes 2 memory regions"):
+            device.map([MemoryRegion(0x5000_0000, 4096, regions[0].fd)])
+
+
+def test_a_table_that_is_refused_leaves_the_one_before():
+    with bench(slots=False) as (device, inner, regions):
+        device.map(regions)
+        inner.refusals = 1
+        with pytest.raises(PeerRefused):
+            device.unmap(regions[:1])
+        assert places(device) == places(inner) == list(PLACES)
+        since = len(device._requests._asked)
+        device.accept_features(1 << 32)
+        device.start()
+        assert len(device._requests._asked) == since
+        device.suspend()
+        device.unmap(regions[:1])
+        assert places(device) == places(inner) == [PLACES[1]]
+
+
+def test_what_is_in_doubt_is_gone_before_anything_else_goes():
+    with bench() as (device, inner, regions):
+        device.map(regions[:1])
+        with interrupted_at_reply(device, 1, 2):
+            device.map(regions[1:])
+        wait_until(lambda: places(inner) == list(PLACES))
+        device.unmap(regions[:1])
+        assert places(inner) == []
+
+
+def test_a_map_that_is_refused_and_cannot_be_taken_back_says_why_it_was_refused():
+    """Not what came up while it was taken back."""
+    with bench() as (device, _, regions):
+        beyond = MemoryRegion(0x4000_0000, 2 * SIZE_BYTES, regions[0].fd)
+        connection = device._requests.connection
+        receive = connection.receive
+        count = [0]
+
+        def late(*words, **options):
+            count[0] += 1
+            if count[0] == 3:
+                raise DeadlineExceeded("receive", 1)
+            return receive(*words, **options)
+
+        connection.receive = late
+        with pytest.raises(PeerRefused):
+            device.map([regions[0], beyond])

@@ -8,12 +8,16 @@ import pytest
 
 from vdpabridge.abi.vhost_user import FrontendRequest as F
 from vdpabridge.abi.vhost_user_payloads import U64, Inflight, MemoryTable, VringAddr, VringState
+from vdpabridge.device import InflightRegion, RunState
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.drivers.vhost_user import VhostUser
+from vdpabridge.errors import PeerRefused, VdpaBridgeError
 from vdpabridge.export.vhost_user.handlers import Handlers
+from vdpabridge.vhost_user.connection import Connection
 
 from ..support.front_end import MEMORY_BYTES, PROTOCOL, USER, VERSION_1, one_region
 from ..support.pair import bridged
+from ..support.scripted import scripted
 from ..support.transitions import shared_file
 from ..support.waiting import wait_until
 from .test_rings_walk import RingOfGuest
@@ -104,3 +108,48 @@ def test_requests_of_a_front_end_that_has_left_are_not_the_next_ones(kind, refus
         time.sleep(0.05)
         assert second.ring.used == 1, "its own request, and no other"
         assert second.leave() == []
+
+
+# --- back-ends that do not want one ---
+
+
+@contextmanager
+def driven():
+    with scripted() as (back_end, ours):
+        connection = Connection(ours, "the back-end", timeout_s=5)
+        with VhostUser(connection, device_id=2, config_size_bytes=60, timeout_s=5) as device:
+            device.accept_features(VERSION_1)
+            yield back_end, device
+
+
+def test_a_region_that_was_refused_is_not_taken_away():
+    with driven() as (back_end, device), shared_file(4096) as file:
+        back_end.answers[F.SET_INFLIGHT_FD] = lambda _message: [(F.SET_INFLIGHT_FD, 5, U64(1).pack(), ())]
+        with pytest.raises(PeerRefused):
+            device.set_inflight(InflightRegion(file, 4096, 0, 2, 64))
+        since = len(back_end.log)
+        device.reset()
+        assert back_end.names(since) == ["RESET_DEVICE"]
+
+
+def test_a_reset_replaces_the_region_and_then_has_nothing_more_to_replace():
+    with driven() as (back_end, device), shared_file(4096) as file:
+        device.set_inflight(InflightRegion(file, 4096, 0, 2, 64))
+        since = len(back_end.log)
+        device.reset()
+        assert back_end.names(since) == ["RESET_DEVICE", "GET_INFLIGHT_FD", "SET_INFLIGHT_FD"]
+        since = len(back_end.log)
+        device.reset()
+        assert back_end.names(since) == ["RESET_DEVICE"]
+
+
+def test_a_back_end_that_keeps_the_region_of_another_guest_is_of_no_use():
+    """It has taken one, and gives none in its place: requests of a guest could be done in the ring of another."""
+    with driven() as (back_end, device), shared_file(4096) as file:
+        device.set_inflight(InflightRegion(file, 4096, 0, 2, 64))
+        back_end.answers[F.GET_INFLIGHT_FD] = lambda _message: [
+            (F.GET_INFLIGHT_FD, 5, Inflight(0, 0, 2, 64).pack(), ())
+        ]
+        with pytest.raises(PeerRefused, match="no descriptor came with it"):
+            device.reset()
+        assert device.state is RunState.FAILED

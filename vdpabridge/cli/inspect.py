@@ -45,7 +45,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def _read(path: str) -> Description:
     """The image at ``path``, ``-`` for standard input."""
-    fd = open_image(path, None)
+    fd = open_image(path, _NO_LIMITS)
     try:
         return describe(ImageReader(reading(fd, _NO_LIMITS)))
     except VdpaBridgeError as error:

@@ -13,9 +13,11 @@ from typing import Any
 from ..control.client import ControlClient, ControlError
 from ..control.moving import MoveFailed, move
 from ..errors import UsageError, VdpaBridgeError
+from ..linux.deadline import Deadline
 from ..linux.files import replacing
 from ..state.image.opening import open_image
 from ..state.report import Step
+from ..state.transfer.channel import Limits
 from .output import forget_output
 from .progress import ProgressLine
 from .readable import READABLE, bytes_text
@@ -84,7 +86,7 @@ def _save(client: ControlClient, fd: int, arguments: argparse.Namespace) -> dict
 
 def load(arguments: argparse.Namespace) -> None:
     """``vdpabridge load``: from a file, or from standard input."""
-    fd = open_image(arguments.image, arguments.timeout)
+    fd = open_image(arguments.image, Limits(Deadline(arguments.timeout)))
     try:
         with ControlClient(arguments.control, timeout_s=arguments.timeout) as client:
             with ProgressLine("load") as progress:

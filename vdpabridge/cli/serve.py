@@ -93,7 +93,7 @@ def _print_capabilities(device: str) -> None:
 
 def _restore(device: Device, arguments: argparse.Namespace, log: Log) -> None:
     """Begin with the state in an image."""
-    fd = open_image(arguments.restore, arguments.timeout)
+    fd = open_image(arguments.restore, Limits(Deadline(arguments.timeout)))
     accept = frozenset(map(Loss, arguments.accept))
     try:
         with ProgressLine("restore") as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -17,8 +16,6 @@ class Errand:
     def __init__(self, act: Callable[[], object]) -> None:
         self._act = act
         self._claimed = threading.Lock()
-        self.since_s = time.monotonic()
-        """When it was asked for, and from when on it is done, when that began."""
 
     def claim(self) -> bool:
         """Whether it is the caller's to do, or to answer for: the first one's who asks."""
@@ -26,17 +23,15 @@ class Errand:
 
     def run(self) -> None:
         """Do it."""
-        self.since_s = time.monotonic()
         self._act()
 
 
 class Errands:
-    """A queue of errands. `put` and `running` are for any thread, the rest is for the device's."""
+    """A queue of errands. `put` is for any thread, the rest is for the device's."""
 
     def __init__(self) -> None:
         self._waiting: deque[Errand] = deque()
         self._count = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
-        self.running: Errand | None = None
 
     def put(self, errand: Errand) -> None:
         """Have ``errand`` done after those that were put before."""
@@ -51,13 +46,8 @@ class Errands:
         """Do the next one."""
         os.eventfd_read(self._count)
         errand = self._waiting.popleft()
-        if not errand.claim():
-            return
-        self.running = errand
-        try:
+        if errand.claim():
             errand.run()
-        finally:
-            self.running = None
 
     def close(self) -> None:
         """Forget what was not done. Idempotent."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import DeadlineExceeded, VdpaBridgeError
 from ..linux.deadline import NOW
-from ..linux.descriptors import discard, fds_in, hang_up
+from ..linux.descriptors import FDS_PER_MESSAGE_MAX, discard, fds_in, hang_up
 
 __all__ = [
     "ANSWER_BYTES_MAX",
@@ -92,7 +92,8 @@ class Lines:
 
     def read(self) -> bool:
         """Take in what is there, waiting for something; False at the end."""
-        space = socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
+        # room for as many as can come: the kernel closes the rest, here, however long that lasts
+        space = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * array.array("i").itemsize)
         try:
             data, ancillary, _, _ = self._socket.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:

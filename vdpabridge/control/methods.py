@@ -17,7 +17,7 @@ from ..state.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .parameters import accepted, choice, flag, limits, shown, sink, source
-from .requests import Method, Request
+from .requests import Caller, Method, Request
 from .server import ControlServer
 
 __all__ = ["Controlled", "control_server", "methods_of"]
@@ -130,6 +130,10 @@ class Controlled:
 
     def moved(self, request: Request) -> dict[str, Any]:
         """What was saved is another device's now: suspended, unless `resume` is forced or `load` replaces it."""
+        if self._server.holds(_MOVED):
+            why, hint = "its state was moved to another device before", "start that one only"
+            raise VdpaBridgeError("moved", device=self._device.name, why=why, hint=hint)
+        self._refuse_while_moving(request)
         self._server.hold(_MOVED)
         self._server.release(request.caller)
         self._server.release(_EVERYBODY)
@@ -160,6 +164,8 @@ class Controlled:
             why = "its state was moved to another device: what is here is old"
             hint = "'resume --force' first, if the other device does not run and never will"
             raise VdpaBridgeError("save", device=self._device.name, why=why, hint=hint)
+        if stay == "connection":
+            self._refuse_while_moving(request)
         holder = {False: object(), True: _EVERYBODY, "connection": request.caller}[stay]
         was_held = self._server.holds(holder)
         report = Report()
@@ -187,12 +193,18 @@ class Controlled:
 
         Its queues are its front-end's to set up.
         """
-        with self._procedure_of(request) as (bounds, note), source(request, self._timeout_s) as fd:
+        with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
             loaded = load_state(self._device, fd, bounds, accept=accepted(request))
             note(loaded)
         # what it has now was not moved anywhere
         self._server.release(_MOVED)
         return {**shown(loaded), "device": self._device.name}
+
+    def _refuse_while_moving(self, request: Request) -> None:
+        """Raise if another client holds the device by its connection: it may be moving the state."""
+        if any(isinstance(holder, Caller) and holder is not request.caller for holder in self._server.holders):
+            why, hint = "another client is moving its state", "try again when that has ended"
+            raise VdpaBridgeError(request.method, device=self._device.name, why=why, hint=hint)
 
     def _told(self, event: str) -> dict[str, Any]:
         result = {"state": self._device.state.value}

@@ -66,18 +66,20 @@ def move(
     thread = threading.Thread(target=load_there)
     thread.start()
     try:
-        saved.update(source.ask("save", writer, stay="connection", progress=progress, accept=list(accept)))
-    except VdpaBridgeError as error:
-        here.append(error)
+        try:
+            saved.update(source.ask("save", writer, stay="connection", progress=progress, accept=list(accept)))
+        except VdpaBridgeError as error:
+            here.append(error)
+        finally:
+            os.close(writer)
+        thread.join()
     except BaseException as interruption:
         # both processes cancel what they do for a caller that has left
         source.leave()
         destination.leave()
         interruption.add_note(f"nothing was moved; {source.path} resumes")
-        raise
-    finally:
-        os.close(writer)
         thread.join()
+        raise
     if here or there:
         # a destination that refuses does not read on, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import VdpaBridgeError
 from ..linux.deadline import Deadline
+from ..linux.descriptors import discard
 from ..linux.files import replacing
 from ..state.image.opening import open_image
 from ..state.losses import Loss
@@ -61,13 +62,16 @@ def sink(request: Request) -> Iterator[int]:
 
 
 @contextmanager
-def source(request: Request, timeout_s: float | None) -> Iterator[int]:
-    """Where an image is to come from: the descriptor that came with ``request``, or the file ``path``."""
+def source(request: Request, bounds: Limits) -> Iterator[int]:
+    """Where an image is to come from: the descriptor that came with ``request``, or the file ``path``.
+
+    If nobody writes to that yet, it is waited for within ``bounds``.
+    """
     if (path := _path(request)) is None:
         with _given(request) as fd:
             yield fd
         return
-    fd = open_image(path, timeout_s)
+    fd = open_image(path, bounds)
     try:
         yield fd
     finally:
@@ -103,7 +107,8 @@ def _given(request: Request) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        # the client's own, which may be slow to close
+        discard([fd])
 
 
 def _path(request: Request) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from ..errors import VdpaBridgeError
 from ..linux.credentials import credentials_of
+from ..linux.deadline import NOW
 from .errands import Errand, Errands
 from .lines import ANSWER_BYTES_MAX, METHOD_NOT_FOUND, REFUSED, Lines
 from .requests import Caller, InvalidRequest, Method, Params, Request, outcome, refused
@@ -27,6 +28,8 @@ __all__ = ["ControlServer"]
 _PAUSE_S = 0.1
 #: For how long the device's thread may be busy with something else before it is answered for.
 _BUSY_S = 0.3
+#: After which it is tried again to put right what a client has left.
+_AGAIN_S = 1.0
 #: What one client may have asked for, and not have been answered.
 _REQUESTS_MAX = 16
 
@@ -37,6 +40,8 @@ class _Client:
         self.caller = Caller()
         self.open: list[Request] = []
         """What it has asked for, and was not answered yet."""
+        self.ended = False
+        """Whether it will ask for nothing more; it may still read answers."""
 
 
 class ControlServer:
@@ -57,8 +62,8 @@ class ControlServer:
         self._for_others: deque[Callable[[], None]] = deque()
         """What other threads have the control socket's do."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._patient: list[tuple[float, Errand, Callable[[], None]]] = []
-        """(when, which, how): errands that are answered for if the device's thread does not come to them."""
+        self._later: list[tuple[float, Callable[[], None]]] = []
+        """(when, what): for the control socket's thread to do."""
         self._running: Request | None = None
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="vdpabridge-control", daemon=True)
@@ -122,7 +127,7 @@ class ControlServer:
                 os.eventfd_read(self._wake)
             while self._for_others:
                 self._for_others.popleft()()
-            self._answer_for_busy()
+            self._do_what_is_due()
             if self._listener.fileno() in ready:
                 self._accept()
             for fd in ready.intersection(self._clients):
@@ -130,11 +135,14 @@ class ControlServer:
 
     def _wait(self) -> set[int]:
         poll = select.poll()
-        for fd in (self._listener.fileno(), self._wake, *self._clients):
+        for fd in (self._listener.fileno(), self._wake):
             poll.register(fd, select.POLLIN)
-        if not self._patient:
+        for fd, client in self._clients.items():
+            # of one that has ended only that it is gone
+            poll.register(fd, 0 if client.ended else select.POLLIN)
+        if not self._later:
             return {fd for fd, _ in poll.poll()}
-        left_s = max(0.0, min(when_s for when_s, _, _ in self._patient) - time.monotonic())
+        left_s = max(0.0, min(when_s for when_s, _ in self._later) - time.monotonic())
         return {fd for fd, _ in poll.poll(left_s * 1000 + 1)}
 
     def _have_done(self, act: Callable[[], None]) -> None:
@@ -163,14 +171,19 @@ class ControlServer:
 
     def _read(self, fd: int) -> None:
         client = self._clients[fd]
+        if client.ended:
+            self._let_go(fd)
+            return
         try:
-            alive = client.lines.read()
+            client.ended = not client.lines.read()
             while client.lines.has_line and not client.caller.gone:
                 self._take(client, client.lines.receive() or b"")
                 client.lines.drop_fds()
         except VdpaBridgeError:
-            alive = False
-        if not alive:
+            self._let_go(fd)
+            return
+        # one that has closed its sending side only waits for its answers
+        if client.ended and (not client.open or NOW.wait({fd: 0})):
             self._let_go(fd)
 
     def _take(self, client: _Client, line: bytes) -> None:
@@ -207,8 +220,12 @@ class ControlServer:
         errand = Errand(partial(self._do, client, request, method))
         if method.meanwhile is not None:
             meanwhile = method.meanwhile
-            answer = lambda: self._answer(client, request, outcome(meanwhile, request))  # noqa: E731
-            self._patient.append((time.monotonic() + _BUSY_S, errand, answer))
+
+            def answer_for_it() -> None:
+                if errand.claim():
+                    self._answer(client, request, outcome(meanwhile, request))
+
+            self._later.append((time.monotonic() + _BUSY_S, answer_for_it))
         self._errands.put(errand)
 
     def _do(self, client: _Client, request: Request, method: Method) -> None:
@@ -224,13 +241,12 @@ class ControlServer:
             self._running = None
         self._have_done(partial(self._answer, client, request, result))
 
-    def _answer_for_busy(self) -> None:
+    def _do_what_is_due(self) -> None:
         now_s = time.monotonic()
-        due = [each for each in self._patient if each[0] <= now_s]
-        self._patient = [each for each in self._patient if each[0] > now_s]
-        for _, errand, answer in due:
-            if errand.claim():
-                answer()
+        due = [act for when_s, act in self._later if when_s <= now_s]
+        self._later = [each for each in self._later if each[0] > now_s]
+        for act in due:
+            act()
 
     def _answer(self, client: _Client, request: Request, result: dict[str, Any]) -> None:
         """Answer ``request``, whose caller may have left."""
@@ -241,6 +257,9 @@ class ControlServer:
         try:
             client.lines.send({"jsonrpc": "2.0", "id": request.number} | result)
         except VdpaBridgeError:
+            self._let_go(client.lines.fileno())
+            return
+        if client.ended and not client.open:
             self._let_go(client.lines.fileno())
 
     def _notify(self, client: _Client, name: str, params: Params) -> None:
@@ -263,12 +282,18 @@ class ControlServer:
         # after what it has asked for: that may have left something to put right
         self._errands.put(Errand(partial(self._put_right, client.caller)))
 
-    def _put_right(self, caller: Caller) -> None:
-        if caller.when_gone is not None:
-            try:
-                caller.when_gone()
-            except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
+    def _put_right(self, caller: Caller, *, again: bool = False) -> None:
+        """What the device's thread does when ``caller`` has left; until it succeeds, since nobody else will do it."""
+        if caller.when_gone is None:
+            return
+        try:
+            caller.when_gone()
+        except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
+            if not again:
                 self._report(f"when a client of the control socket had left: {error}")
+            errand = Errand(partial(self._put_right, caller, again=True))
+            due = time.monotonic() + _AGAIN_S, partial(self._errands.put, errand)
+            self._have_done(partial(self._later.append, due))
 
     def _drop(self, client: _Client) -> None:
         client.lines.close()

@@ -105,7 +105,7 @@ def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) ->
                     at = _take_handle(session, chunk, at)
                 else:
                     raise StateRefused("it has more inodes or handles than it says")
-    except (struct.error, UnicodeDecodeError) as error:
+    except struct.error as error:
         raise StateRefused(f"it is not a session of a file server: {error}") from None
     if (len(session.inodes), len(session.handles)) != (inode_count, handle_count):
         raise StateRefused("it has fewer inodes or handles than it says")

@@ -362,9 +362,13 @@ class VhostUser(Device):
             return
         payload = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
         # before it is told, which may be done although it raises
-        self._inflight_size = region.queue_count, region.queue_size
-        with self._asking():
-            self._requests.tell(FrontendRequest.SET_INFLIGHT_FD, payload, [region.fd])
+        before, self._inflight_size = self._inflight_size, (region.queue_count, region.queue_size)
+        try:
+            with self._asking():
+                self._requests.tell(FrontendRequest.SET_INFLIGHT_FD, payload, [region.fd])
+        except PeerRefused:
+            self._inflight_size = before
+            raise
 
     def _replace_inflight(self) -> None:
         """Have the back-end forget the requests in the region that it was given, and whoever shares that. No message

@@ -139,6 +139,11 @@ class Server:
         """Whether the device is to stay suspended."""
         return bool(self._holders) or (self.session is not None and self.session.held)
 
+    @property
+    def holders(self) -> frozenset[object]:
+        """Who has called `hold`, and not `release`."""
+        return frozenset(self._holders)
+
     def hold(self, holder: object) -> None:
         """Have the device suspended, whatever its front-end does, until each holder has called `release`.
 

@@ -6,16 +6,16 @@ import os
 import select
 
 from ...errors import DeadlineExceeded, VdpaBridgeError
-from ...linux.deadline import Deadline
 from ..transfer.channel import Limits, wait
 
 __all__ = ["open_image"]
 
 
-def open_image(path: str, timeout_s: float | None) -> int:
+def open_image(path: str, limits: Limits) -> int:
     """A descriptor to read the image at ``path`` from (``-``: standard input), owned by the caller.
 
-    A FIFO that nobody writes to is waited for, up to ``timeout_s``. Raises `VdpaBridgeError`, `DeadlineExceeded`.
+    A FIFO that nobody writes to is waited for, within ``limits``. Raises `VdpaBridgeError`, `DeadlineExceeded`,
+    `Cancelled`.
     """
     try:
         if path == "-":
@@ -24,7 +24,7 @@ def open_image(path: str, timeout_s: float | None) -> int:
     except OSError as error:
         raise VdpaBridgeError("read", device=path, why=os.strerror(error.errno or 0)) from error
     try:
-        wait(fd, select.POLLIN, Limits(Deadline(timeout_s)))
+        wait(fd, select.POLLIN, limits)
     except DeadlineExceeded as error:
         os.close(fd)
         raise DeadlineExceeded("read", error.timeout_s, device=path, hint="nobody writes to it") from None

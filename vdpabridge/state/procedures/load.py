@@ -97,6 +97,7 @@ def _load(
                 with report.step("restore"):
                     restore(device, reader.facts.snapshot, eventfds)
             snapshot = reader.facts.snapshot
+            limits.check_cancelled()
             with uninterrupted():
                 if start or (start is None and snapshot.started is not False):
                     start_from(device, snapshot, transaction)

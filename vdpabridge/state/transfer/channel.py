@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...errors import DeadlineExceeded, VdpaBridgeError
-from ...linux.deadline import Deadline
+from ...linux.deadline import NOW, Deadline
 
 __all__ = [
     "READ_AND_WRITE",
@@ -58,6 +58,11 @@ class Limits:
     cancel_fd: int | None = None
     progress: Callable[[int], None] | None = None
     """Called with the number of bytes so far."""
+
+    def check_cancelled(self) -> None:
+        """Raise `Cancelled` if it is to end: for who has nothing to wait for."""
+        if self.cancel_fd is not None and NOW.wait({self.cancel_fd: select.POLLIN}):
+            raise Cancelled("transfer", why="it was cancelled")
 
     def check(self, done: int) -> None:
         """Note that ``done`` bytes have come. Raises `ChannelError` for too many."""
