@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose. Each carries its facts as attributes and reads as one line."""
+"""Every error that this package raises on purpose: each has its facts as attributes, and its text is one line."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class VdpaBridgeError(Exception):
 
 
 class UsageError(VdpaBridgeError):
-    """What was asked for makes no sense, whatever the device; nothing was done."""
+    """A request that makes no sense for any device; nothing was done."""
 
     nothing_done = True
 
 
 class StateError(VdpaBridgeError):
-    """An operation that the device's run state does not permit; nothing was done. See `transitions.RULES`."""
+    """An operation that the device's run state does not permit; nothing was done. See `device.rules.RULES`."""
 
     nothing_done = True
 
@@ -96,11 +96,11 @@ class FeatureError(VdpaBridgeError):
 
 
 class DeviceFailed(VdpaBridgeError):
-    """The device itself gave up (NEEDS_RESET, FAILED, or it vanished). Only a reset or a close is left."""
+    """The device itself gave up (NEEDS_RESET, FAILED, or it vanished). Only a reset or a close helps."""
 
 
 class OwnershipError(VdpaBridgeError):
-    """The process that calls is not the one that owns the device."""
+    """The calling process does not own the device."""
 
 
 class DeadlineExceeded(VdpaBridgeError, TimeoutError):
@@ -121,8 +121,8 @@ class DeadlineExceeded(VdpaBridgeError, TimeoutError):
         self.nothing_done = nothing_done
 
 
-#: The kernel does not know the request, the device's driver does not have it, or the caller may not make it: it was
-#: not begun. Any other errno can come out of the middle of it. Source: drivers/vhost/vdpa.c.
+#: The kernel does not know the request, the device's driver does not have it, or the caller may not make it: the kernel
+#: did not begin it. Any other errno can come from the middle of a request. Source: drivers/vhost/vdpa.c.
 _NOT_BEGUN = frozenset({errno_names.ENOTTY, errno_names.EOPNOTSUPP, errno_names.EPERM, errno_names.EBADF})
 
 
@@ -160,7 +160,7 @@ class NoSuchDevice(VdpaBridgeError):
 
 
 class DeviceBusy(VdpaBridgeError):
-    """Somebody uses the device, who would lose it or keep it."""
+    """The device has a user, which would lose it or would not let go of it."""
 
     nothing_done = True
 
@@ -170,7 +170,7 @@ class DeviceHeld(DeviceBusy):
 
     def __init__(self, device: str, what: str, node: str, holders: Sequence[object]) -> None:
         why = f"{node} is held by {', '.join(map(str, holders))}"
-        hint = "end it first; forcing this blocks, and with it every vDPA command on the machine, until it lets go"
+        hint = "end it first; forcing it blocks this and every other vDPA command on the machine until it lets go"
         super().__init__(what, device=device, why=why, hint=hint)
         self.node = node
         self.holders = holders
@@ -190,7 +190,7 @@ class ProtocolError(VdpaBridgeError):
 
 
 class PeerRefused(ProtocolError):
-    """The peer understood a request and said no; ``code`` is what it said. The connection is as good as before."""
+    """The peer understood a request and refused it; ``code`` is its answer. The connection is still usable."""
 
 
 class ConnectionLost(ProtocolError, ConnectionError):

@@ -74,7 +74,7 @@ def test_regions_that_can_be_mapped(regions):
 def test_what_is_mapped_is_found_by_address_size_and_space():
     assert check_mapped("dev", [region(0x8000, 0x1000, space=1)], MAPPED) == [MAPPED[1]]
     for wrong in (region(0x1000, 0x800), region(0x1001, 0x1000), region(0x1000, 0x1000, space=1)):
-        with pytest.raises(ValueError, match=r"^dev: nothing of "):
+        with pytest.raises(ValueError, match=r"^dev: no region of "):
             check_mapped("dev", [wrong], MAPPED)
     with pytest.raises(ValueError, match=r"^dev: a region is named twice$"):
         check_mapped("dev", [MAPPED[0], MAPPED[0]], MAPPED)

@@ -99,7 +99,7 @@ def test_suspend_is_not_asked_of_a_device_that_is_not_live():
         device.accept_features(1 << 32)
         device.start()
         kernel.status = 0xB
-        with pytest.raises(DeviceFailed, match="and the device was started"):
+        with pytest.raises(DeviceFailed, match="but the device was started"):
             device.suspend()
 
 

@@ -76,7 +76,7 @@ def test_a_reset_that_was_not_seen_to_its_end_makes_the_device_useless_until_ano
         kernel.accidents = [(STATUS, 0, ACCIDENTS[accident])]
         has_an_accident(device, device.reset)
         assert device.state is RunState.FAILED
-        assert device.failure.startswith("a reset was not seen to its end")
+        assert device.failure.startswith("a reset did not complete")
         for operation in (lambda: device.accept_features(VERSION_1), device.start, device.resume):
             with pytest.raises((DeviceFailed, StateError)):
                 operation()

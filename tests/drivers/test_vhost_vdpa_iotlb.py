@@ -179,7 +179,7 @@ def test_what_cannot_be_put_right_is_a_failure():
         wait_until(lambda: not device._node.stuck)
         kernel.arm(1, after=False, error=OSError(EIO, "Input/output error"))
         device.timeout_s = 5
-        with pytest.raises(DeviceFailed, match=r"what is mapped is not known.*EIO"):
+        with pytest.raises(DeviceFailed, match=r"it is not known what is mapped.*EIO"):
             device.map(regions[3:])
         assert device.state is RunState.FAILED
 
@@ -353,7 +353,7 @@ def test_a_device_that_lost_its_features_does_not_start():
             device.reset()
         # and it took no notice of the failure either
         device._state = RunState.CONFIGURED
-        with pytest.raises(DeviceFailed, match="status is reset, and features were accepted"):
+        with pytest.raises(DeviceFailed, match="status is reset, but features were accepted"):
             device.start()
         device.reset()
         device.accept_features(1 << 32)

@@ -363,7 +363,7 @@ def test_locked_memory_is_named_as_the_cause():
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, hard))
     try:
         with GuestMemory(1 << 20) as memory, opened(parent) as (_, device):
-            with pytest.raises(KernelError, match=f"where pages are pinned: {1 << 20} bytes needed, limit {1 << 16}"):
+            with pytest.raises(KernelError, match=f"if pages are pinned: {1 << 20} bytes needed, limit {1 << 16}"):
                 device.map([memory.region])
             assert device.regions == []
     finally:

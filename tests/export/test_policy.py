@@ -746,7 +746,7 @@ def test_a_device_that_does_not_suspend_is_reset():
         wait_until(lambda: front.sim._engine.workers[0].ring.taken)
 
     with left_by(get_stuck) as (sim, reports, file):
-        assert "in flight still" in reports[-1]
+        assert "still in flight" in reports[-1]
         assert (sim.state, sim.regions) == (RunState.RESET, [])
         sim.faults.latency_s = 0
         with front_on(sim, file) as front:

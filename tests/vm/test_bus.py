@@ -264,7 +264,7 @@ def test_add_bind_del_by_command():
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"mac": "nonsense"}, "no MAC address"),
+        ({"mac": "nonsense"}, "not a MAC address"),
         ({"mtu": 70000}, "an MTU is 68 to 65535, not 70000"),
         ({"mtu": 0}, "an MTU is"),
     ],

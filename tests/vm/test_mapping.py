@@ -74,7 +74,7 @@ def test_all_or_none(device):
 
 
 def test_unmapping_what_is_not_mapped(device):
-    with GuestMemory(PAGE) as memory, pytest.raises(ValueError, match="nothing of 4096 bytes is mapped"):
+    with GuestMemory(PAGE) as memory, pytest.raises(ValueError, match="no region of 4096 bytes is mapped"):
         device.unmap([memory.region])
 
 
@@ -93,7 +93,7 @@ def test_locked_memory_limit_is_named(device):
     with GuestMemory(64 * PAGE) as memory, memlock(8 * PAGE):
         if PINS:
             with pytest.raises(
-                KernelError, match=f"where pages are pinned: {64 * PAGE} bytes needed, limit {8 * PAGE}"
+                KernelError, match=f"if pages are pinned: {64 * PAGE} bytes needed, limit {8 * PAGE}"
             ) as caught:
                 device.map([memory.region])
             assert caught.value.errno == errno.EFAULT

@@ -25,6 +25,6 @@ DEVICE_FEATURES = {
 
 
 def feature_names(features: int, device_id: int | None = None) -> list[str]:
-    """The names of the set bits, lowest first; ``bit_N`` for one that has none, as iproute2 writes it."""
+    """The names of the set bits, lowest first; ``bit_N`` for a bit without a name, as iproute2 writes it."""
     names = COMMON_FEATURES | DEVICE_FEATURES.get(device_id or 0, {})
     return [names.get(bit, f"bit_{bit}") for bit in range(features.bit_length()) if features >> bit & 1]

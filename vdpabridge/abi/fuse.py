@@ -59,7 +59,7 @@ FUSE_INIT_OUT = Layout(
         ("max_pages", "H"),
         ("map_alignment", "H"),
         ("flags2", "I"),
-        # two members and a spare that 7.2 took from what was all spare before
+        # Linux 7.2 has two members and a spare here; older kernels have only a spare
         ("", "28x"),
     ),
 )

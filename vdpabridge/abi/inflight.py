@@ -1,7 +1,7 @@
-"""The in-flight region: what a back-end notes there about requests it has taken, split rings.
+"""The in-flight region of split rings: a back-end notes in it which requests it has taken.
 
-Source: docs/interop/vhost-user.rst, "Inflight I/O tracking". The back-end that makes a region chooses where in it each
-queue's part lies; parts follow each other here, each aligned to 64 bytes, as libvhost-user has them.
+Source: docs/interop/vhost-user.rst, "Inflight I/O tracking". The back-end that makes a region chooses where each
+queue's part lies in it. Here the parts follow each other, each aligned to 64 bytes, as in libvhost-user.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""ioctl numbers by ioctl-opt, where ioctl-opt gets them right.
+"""ioctl numbers from ioctl-opt, on the machines for which it gets them right.
 
-It knows only the asm-generic encoding; powerpc, mips, sparc, alpha and parisc number the direction bits differently
-(include/uapi/asm-generic/ioctl.h against arch/*/include/uapi/asm/ioctl.h), so there every number would be wrong.
+ioctl-opt knows only the asm-generic encoding. powerpc, mips, sparc, alpha and parisc number the direction bits
+differently (include/uapi/asm-generic/ioctl.h against arch/*/include/uapi/asm/ioctl.h), so every number would be wrong
+there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _OTHER_ENCODING = ("ppc", "powerpc", "mips", "sparc", "alpha", "parisc", "hppa")
 
 
 def check_machine(machine: str) -> None:
-    """Raise ImportError where ``machine`` (``uname -m``) encodes ioctl numbers in a way ioctl-opt does not know."""
+    """Raise ImportError if ``machine`` (``uname -m``) encodes ioctl numbers in a way ioctl-opt does not know."""
     if machine.startswith(_OTHER_ENCODING):
         raise ImportError(
             f"vdpabridge: {machine}: this architecture encodes ioctl numbers in its own way, which ioctl-opt does not "

@@ -1,7 +1,7 @@
 """The state image: magic, part headers and parts. `vdpabridge/state/IMAGE.md` is the specification.
 
-Source: VIRTIO 1.4 "Device parts" for the header of a part and for types 0x100 to 0x104; the rest is of this project.
-All little-endian.
+Source: VIRTIO 1.4 "Device parts" for the header of a part and for types 0x100 to 0x104; this project defines the rest.
+Everything is little-endian.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PART_HEADER = Layout(
     "virtio_dev_part_hdr", "<", (("type", "H"), ("flags", "B"), ("reserved", "B"), ("selector", "8s"), ("length", "I"))
 )
 PART_OPTIONAL = 1
-#: So that a reader needs no more memory than this, however large the image is.
+#: A limit, so that a reader needs no more memory than this, however large the image is.
 PART_VALUE_BYTES_MAX = 1 << 20
 #: A selector that is a queue's index, or a number.
 SELECTOR_INDEX = Layout("selector", "<", (("index", "I"), ("reserved", "I")))
@@ -100,15 +100,15 @@ VQ_POSITION = Layout("vq_position", "<", (("word", "I"), ("packed", "I")))
 DIGEST_BYTES = 32
 END = Layout("end", "<", (("parts", "Q"), ("state_bytes", "Q"), ("digest", f"{DIGEST_BYTES}s")))
 
-#: What DEVICE_STATUS may be: of a device that was set up, and of one that was at work.
+#: The values that DEVICE_STATUS may have: for a device that was set up, and for one that was running.
 STATUS_CONFIGURED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
 STATUS_STARTED = STATUS_CONFIGURED | VIRTIO_CONFIG_S_DRIVER_OK
 
-#: Types of which there is more than one part.
+#: Types of which an image may have more than one part.
 REPEATED_PARTS = frozenset({PartType.VQ_CFG, PartType.VQ_POSITION, PartType.DEVICE_STATE})
 OPTIONAL_PARTS = frozenset({PartType.DEV_FEATURES, PartType.DEVICE_STATUS})
 REQUIRED_PARTS = frozenset({PartType.IDENTITY, PartType.DRV_FEATURES, PartType.END})
-#: Of the types whose value has one.
+#: The size of a value in bytes, for the types whose values all have one size.
 PART_SIZES = {
     PartType.IDENTITY: IDENTITY.size_bytes,
     PartType.DEV_FEATURES: 8,

@@ -1,7 +1,7 @@
 """The ``vdpa`` generic-netlink family: commands and attributes.
 
-Source: include/uapi/linux/vdpa.h of Linux 7.2. Attribute 21 was "provisioned features" under another name up to 6.1
-and a block capacity from 6.12 on; none of those is read here.
+Source: include/uapi/linux/vdpa.h of Linux 7.2. Up to 6.1, attribute 21 is "provisioned features" under another name;
+from 6.12 on it is a block capacity. This package reads neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ VDPA_GENL_VERSION = 1
 
 
 class VdpaCommand(IntEnum):
-    """``enum vdpa_command``. Replies carry the *_NEW number of what they answer (DEV_GET is answered by DEV_NEW)."""
+    """``enum vdpa_command``. A reply carries the *_NEW number of the command (DEV_NEW answers DEV_GET)."""
 
     VDPA_CMD_UNSPEC = 0
     VDPA_CMD_MGMTDEV_NEW = 1

@@ -94,13 +94,13 @@ _U8, _U16, _U32, _U64, _INT = (struct.Struct("=" + code) for code in "BHIQi")
 
 
 class VhostIoctl(IntEnum):
-    """Every vhost request by the name of its C macro. Linux 7.2; a comment names the release where it is not 5.7.
+    """Every vhost request by the name of its C macro. Linux 7.2; a comment names the release if it is newer than 5.7.
 
-    Those below VHOST_VDPA_GET_DEVICE_ID are common to all vhost devices; vhost-vdpa refuses some of them.
+    The requests before VHOST_VDPA_GET_DEVICE_ID are those of vhost devices in general; vhost-vdpa refuses some of them.
     """
 
     carries: struct.Struct | None
-    """What its argument points to; the configuration space's own bytes come after that."""
+    """What the request's argument points to; the bytes of the configuration space follow that."""
 
     def __new__(cls, direction: Callable[..., int], number: int, carries: struct.Struct | None = None) -> VhostIoctl:
         value = direction(VHOST_VIRTIO, number) if carries is None else direction(VHOST_VIRTIO, number, carries)

@@ -30,14 +30,14 @@ __all__ = [
     "ProtocolFeature",
 ]
 
-#: Virtio feature bit that says that protocol features can be negotiated; never a guest's business.
+#: The virtio feature bit that says that protocol features can be negotiated. It is never for a guest.
 VHOST_USER_F_PROTOCOL_FEATURES = 30
 
 VERSION = 1
 VERSION_MASK = 0x3
 FLAG_REPLY = 0x4
 FLAG_NEED_REPLY = 0x8
-#: What QEMU insists on in every reply: version 1, REPLY, and NEED_REPLY taken away.
+#: The flags that QEMU requires in every reply: version 1 and REPLY, without NEED_REPLY.
 REPLY_FLAGS = VERSION | FLAG_REPLY
 
 #: In the word of SET_VRING_KICK, CALL and ERR: the queue, and "no descriptor comes with this".
@@ -46,12 +46,12 @@ VRING_NO_FD = 0x100
 #: In the reply to SET_DEVICE_STATE_FD: "no descriptor comes with this, use yours". Bits 0 to 7 are the error.
 DEVICE_STATE_NO_FD = 0x100
 
-#: QEMU's limit; a reply of another size is an error there.
+#: QEMU's limit; to QEMU a reply of another size is an error.
 CONFIG_SIZE_MAX = 256
 #: Regions in one memory table, without CONFIGURE_MEM_SLOTS.
 MEMORY_REGIONS_MAX = 8
 SHMEM_REGIONS = 256
-#: rust-vmm's limit, and beyond what any message needs (2056 is the largest: GET_SHMEM_CONFIG).
+#: rust-vmm's limit, and more than any message needs (2056 is the largest: GET_SHMEM_CONFIG).
 PAYLOAD_SIZE_MAX = 4096
 
 

@@ -1,6 +1,7 @@
-"""vhost-user payloads: one type each, with ``pack`` and ``unpack``. Lengths are checked here, meaning elsewhere.
+"""vhost-user payloads: one type each, with ``pack`` and ``unpack``.
 
-Source: docs/interop/vhost-user.rst of QEMU, "Message Specification"; padding where the C structures have it.
+Source: docs/interop/vhost-user.rst of QEMU, "Message Specification"; padding where the C structures have it. This
+module checks the lengths; other modules check what the values mean.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ __all__ = [
 
 
 class PayloadError(ValueError):
-    """Bytes that are no such payload."""
+    """Bytes that are not a payload of the expected type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Payload:
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """The payload in ``data``, which must be all of it. Raises `PayloadError`."""
+        """The payload in ``data``, which must hold nothing else. Raises `PayloadError`."""
         if len(data) != cls.LAYOUT.size_bytes:
             raise PayloadError(f"{cls.__name__} has {cls.LAYOUT.size_bytes} bytes, not {len(data)}")
         return cls(*cls.LAYOUT.unpack(data))
@@ -136,13 +137,13 @@ class SingleRegion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryTable:
-    """The whole of the guest's memory; as many descriptors come with it as it has regions."""
+    """All of the guest's memory; one descriptor for each region comes with it."""
 
     regions: tuple[Region, ...]
     LAYOUT = _fields("VhostUserMemory", ("nregions", "I"), ("padding", "I"))
 
     def pack(self) -> bytes:
-        """The payload's bytes: the regions there are, not the eight that the specification draws."""
+        """The payload's bytes: only the regions that exist, not the eight that the specification shows."""
         return self.LAYOUT.pack(len(self.regions), 0) + b"".join(region.pack() for region in self.regions)
 
     @classmethod
@@ -180,7 +181,7 @@ class Iotlb(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A piece of the configuration space; ``size`` is what the header says, ``data`` what follows it."""
+    """A piece of the configuration space; ``size_bytes`` is what the header says, ``data`` what follows the header."""
 
     offset: int
     size_bytes: int
@@ -194,7 +195,7 @@ class Config:
 
     @classmethod
     def unpack(cls, data: bytes) -> Config:
-        """The payload in ``data``: ``size_bytes`` of content, or none, by which a back-end says no. `PayloadError`."""
+        """The payload in ``data``: ``size_bytes`` of content, or none if a back-end refuses. Raises `PayloadError`."""
         head = cls.LAYOUT.size_bytes
         if len(data) < head:
             raise PayloadError(f"Config has at least {head} bytes, not {len(data)}")
@@ -251,7 +252,7 @@ class DeviceStateTransfer(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Mmap(Payload):
-    """A piece of a file to be shown in a shared memory region. Bit 0 of ``flags``: writable."""
+    """A piece of a file to be mapped into a shared memory region. Bit 0 of ``flags``: writable."""
 
     shmid: int
     fd_offset: int
@@ -271,7 +272,7 @@ class Mmap(Payload):
 
 @dataclass(frozen=True, slots=True)
 class ShmemConfig:
-    """The sizes of the shared memory regions, by id; 0 for one that there is not."""
+    """The sizes of the shared memory regions, by id; 0 for a region that does not exist."""
 
     sizes_bytes: tuple[int, ...]
     LAYOUT = _fields(

@@ -1,7 +1,7 @@
 """What belongs to each vhost-user request: payload, reply, descriptors, and the protocol feature it needs.
 
-One table for each direction; dispatch, validation, errors and tracing read it, and nothing else knows it. Where the
-specification's text and its implementations differ, the comment says so.
+There is one table for each direction. Dispatch, validation, errors and tracing read it, and nothing repeats it. If the
+specification's text and its implementations differ, a comment says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PER_REGION = -1
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """One row: ``reply`` is the payload of the request's own reply, None where there is only the optional U64 one."""
+    """One row: ``reply`` is the payload of the request's own reply, None if the only reply is the optional U64 one."""
 
     payload: Any
     reply: Any = None
@@ -87,7 +87,7 @@ FRONTEND_REQUESTS: dict[F, RequestSpec] = {
     F.RESET_DEVICE: RequestSpec(Empty, needs=P.RESET_DEVICE),
     F.VRING_KICK: RequestSpec(VringState, needs=P.INBAND_NOTIFICATIONS),
     F.GET_MAX_MEM_SLOTS: RequestSpec(Empty, U64, needs=P.CONFIGURE_MEM_SLOTS),
-    # the specification lists the region as the reply of these two; it is the request
+    # the specification lists the region as the reply of these two, but it is the payload of the request
     F.ADD_MEM_REG: RequestSpec(SingleRegion, fds=_ONE, needs=P.CONFIGURE_MEM_SLOTS),
     F.REM_MEM_REG: RequestSpec(SingleRegion, fds=_MAY, needs=P.CONFIGURE_MEM_SLOTS),
     F.SET_STATUS: RequestSpec(U64, needs=P.STATUS),

@@ -76,14 +76,14 @@ VIRTIO_F_ADMIN_VQ = 41
 VIRTIO_F_SUSPEND = 43
 VIRTIO_CONFIG_S_SUSPEND = 0x10
 
-#: Virtio device id -> name, as iproute2's ``vdpa`` and QEMU spell it where they know the device.
+#: Virtio device id -> name, as iproute2's ``vdpa`` and QEMU spell it, if they know the device.
 DEVICE_NAMES = {
     value: name.removeprefix("VIRTIO_ID_").lower().replace("_", "-")
     for name, value in list(globals().items())
     if name.startswith("VIRTIO_ID_")
 } | {VIRTIO_ID_NET: "network", VIRTIO_ID_9P: "9p"}
 
-#: What ``vdpa mgmtdev show`` calls a device class: net, where a device's type is "network".
+#: What ``vdpa mgmtdev show`` calls a device class: "net", although a device's type is "network".
 CLASS_NAMES = DEVICE_NAMES | {VIRTIO_ID_NET: "net"}
 
 #: Bit of the status byte -> name.
@@ -101,7 +101,7 @@ __all__ = [name for name in globals() if name.startswith("VIRTIO_") or name.ends
 
 
 def device_name(device_id: int) -> str:
-    """The name of a virtio device id; ``id-N`` for one that has none."""
+    """The name of a virtio device id; ``id-N`` for an id without a name."""
     return DEVICE_NAMES.get(device_id, f"id-{device_id}")
 
 

@@ -1,4 +1,4 @@
-"""Where a virtqueue stands: the 32-bit word of VHOST_GET/SET_VRING_BASE, which vhost-user uses alike.
+"""Where a virtqueue stands: the 32-bit word of VHOST_GET/SET_VRING_BASE, which vhost-user uses too.
 
 Source: drivers/vhost/vhost.c and vdpa.c (vhost_vdpa_vring_ioctl), vhost-user.rst "Vring descriptor indices".
 """
@@ -19,7 +19,7 @@ class SplitBase:
     avail_index: int = 0
 
     def encode(self) -> int:
-        """The word; ValueError where the index does not fit."""
+        """The word; ValueError if the index does not fit."""
         if not 0 <= self.avail_index <= 0xFFFF:
             raise ValueError(f"split ring index {self.avail_index} does not fit 16 bits")
         return self.avail_index
@@ -35,7 +35,7 @@ class PackedBase:
     used_wrap: bool = True
 
     def encode(self) -> int:
-        """The word: available half below, used half above; ValueError where an index does not fit."""
+        """The word: available half below, used half above; ValueError if an index does not fit."""
         for index in (self.avail_index, self.used_index):
             if not 0 <= index <= _INDEX_15:
                 raise ValueError(f"packed ring index {index} does not fit 15 bits")
@@ -48,7 +48,7 @@ QueueBase = SplitBase | PackedBase
 def decode_base(word: int, *, packed: bool) -> QueueBase:
     """The base that ``word`` stands for. ``packed``: VIRTIO_F_RING_PACKED was accepted.
 
-    The upper half of a split ring's word is no index and is dropped.
+    The upper half of a split ring's word is not an index; it is dropped.
     """
     if not packed:
         return SplitBase(word & 0xFFFF)

@@ -17,18 +17,18 @@ from .users import users
 
 __all__ = ["DRIVERS", "Bus", "BusDevice"]
 
-#: The drivers of the bus: the device's user is a process, or this kernel itself.
+#: The drivers of the bus. With the first, a process uses the device; with the second, this kernel itself.
 DRIVERS = ("vhost_vdpa", "virtio_vdpa")
 
-#: For udev's own looks, which take a moment.
+#: How long udev may take to look into a new disk.
 _PROBING_S = 2.0
-_NO_BUS = "'modprobe vdpa' loads it, and the module of the device's parent (vdpa_sim_blk, mlx5_vdpa, vduse ...)"
+_NO_BUS = "'modprobe vdpa' loads it; also load the module of the device's parent (vdpa_sim_blk, mlx5_vdpa, vduse ...)"
 
 
 class BusDevice:
     """A device as sysfs shows it.
 
-    ``driver`` is the one it is bound to, or None; ``node`` is ``/dev/vhost-vdpa-N`` while that is vhost_vdpa.
+    ``driver`` is the one it is bound to, or None; ``node`` is ``/dev/vhost-vdpa-N`` if that is vhost_vdpa.
     """
 
     __slots__ = ("driver", "name", "node")
@@ -43,16 +43,16 @@ class BusDevice:
 
 
 class Bus:
-    """The vDPA bus. ``sys`` and ``dev`` are where sysfs and the nodes are."""
+    """The vDPA bus. ``sys`` and ``dev`` are the folders of sysfs and of the nodes."""
 
     def __init__(self, sys: str = "/sys", dev: str = "/dev") -> None:
-        # plain strings: pathlib would be half of what 'vdpabridge list' costs
+        # plain strings: pathlib would take half of the time of 'vdpabridge list'
         self._bus = f"{sys}/bus/vdpa"
         self._char = f"{sys}/dev/char"
         self._dev = dev
 
     def devices(self) -> list[BusDevice]:
-        """All devices, by name. Raises `NoSuchDevice` where the kernel has no vDPA bus."""
+        """All devices, by name. Raises `NoSuchDevice` if the kernel has no vDPA bus."""
         try:
             names = os.listdir(f"{self._bus}/devices")
         except FileNotFoundError:
@@ -63,12 +63,12 @@ class Bus:
         """The device called ``name_or_node``, or whose node that path is (or leads to). Raises `NoSuchDevice`."""
         name = self._name_of(name_or_node) if "/" in name_or_node else name_or_node
         if name in ("", ".", "..") or not os.path.exists(f"{self._bus}/devices/{name}"):
-            self.devices()  # says so where there is no bus
+            self.devices()  # raises if there is no bus
             raise NoSuchDevice("no such device", device=name, hint="'vdpabridge list' shows the devices")
         return self._describe(name)
 
     def node(self, name: str) -> str:
-        """The node of device ``name``. Raises `NoSuchDevice` where it has none, not being bound to vhost_vdpa."""
+        """The node of device ``name``. Raises `NoSuchDevice` if it has none, because it is not bound to vhost_vdpa."""
         device = self.device(name)
         if device.node is None:
             why = f"no node: its driver is {device.driver or 'none'}"
@@ -78,9 +78,9 @@ class Bus:
         return device.node
 
     def bind(self, name: str, driver: str, *, force: bool = False) -> BusDevice:
-        """Hand device ``name`` to ``driver``, away from the one that has it.
+        """Bind device ``name`` to ``driver``, after unbinding it from the driver that has it.
 
-        Raises `DeviceBusy` where somebody uses it, unless ``force``d; `BusError` where the kernel refuses.
+        Raises `DeviceBusy` if it is in use, unless ``force`` is set; `BusError` if the kernel refuses.
         """
         what = f"bind to {driver}"
         device = self.device(name)
@@ -109,11 +109,12 @@ class Bus:
         self._write(name, "drivers_probe", name, what)
 
     def check_idle(self, name: str, what: str, *, force: bool = False) -> None:
-        """Raise `DeviceBusy` where somebody uses device ``name``, unless ``force``d.
+        """Raise `DeviceBusy` if device ``name`` is in use, unless ``force`` is set.
 
         With vhost_vdpa the kernel waits in vhost_vdpa_remove, uninterruptibly, until the node is closed; a deletion
-        waits with the lock of all vDPA netlink requests held. With virtio_vdpa nothing waits: the users lose it. The
-        node is not opened to find out: that resets the device, and waits for a VDUSE daemon that may not answer.
+        waits while it holds the lock of all vDPA netlink requests. With virtio_vdpa nothing waits: the users lose the
+        device. This does not open the node to find out: that would reset the device, and wait for a VDUSE daemon that
+        may not answer.
         """
         if force:
             return
@@ -121,11 +122,11 @@ class Bus:
         if node is not None and (who := holders(node)):
             raise DeviceHeld(name, what, node, who)
         if node is None and (uses := self._lasting_users(name)):
-            hint = "end that first; forcing this takes it away all the same, and what was not written is lost"
+            hint = "end that first; forcing this takes the device away anyway, and data not yet written is lost"
             raise DeviceBusy(what, device=name, why="; ".join(uses), hint=hint)
 
     def _lasting_users(self, name: str) -> list[str]:
-        """Those of device ``name`` that stay: udev looks into a disk that is new."""
+        """The users of device ``name`` that stay: udev opens a new disk only for a moment."""
         end_s = time.monotonic() + _PROBING_S
         while uses := users(f"{self._bus}/devices/{name}", self._dev):
             if time.monotonic() >= end_s:

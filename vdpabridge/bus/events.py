@@ -1,7 +1,7 @@
 """Hot-plug events of the vDPA bus, straight from the kernel.
 
-The netlink family has no multicast group and the char device sends no event; what there is are uevents of subsystem
-``vdpa``: add, bind, unbind, remove (and change, if somebody asks for one).
+The netlink family has no multicast group and the char device sends no event. The kernel sends uevents of subsystem
+``vdpa``: add, bind, unbind, remove (and change, if a process asks for one).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BusEvent:
     """``add``, ``bind``, ``unbind``, ``remove``."""
     name: str
     driver: str | None
-    """The driver that the event is about, where it names one."""
+    """The driver that the event is about, if it names one."""
 
 
 class BusEvents:
@@ -48,11 +48,11 @@ class BusEvents:
         return self._socket.fileno()
 
     def next(self, timeout_s: float | None = None) -> BusEvent | None:
-        """The next event; None where none came in time. Raises OSError (ENOBUFS) where events were lost."""
+        """The next event; None if none came in time. Raises OSError (ENOBUFS) if events were lost."""
         deadline = Deadline(timeout_s)
         while deadline.wait({self._socket.fileno(): select.POLLIN}):
             message, (sender_pid, _groups) = self._socket.recvfrom(_LARGEST_BYTES)
-            # user space can send to the group as well; the kernel's number is 0
+            # other processes can send to the group as well; the kernel's number is 0
             if sender_pid == 0 and (event := parse_uevent(message)):
                 return event
         return None
@@ -69,7 +69,7 @@ class BusEvents:
 
 
 def parse_uevent(message: bytes) -> BusEvent | None:
-    """The event in a uevent message; None where it is not of the vDPA bus. Source: lib/kobject_uevent.c."""
+    """The event in a uevent message; None if it is not of the vDPA bus. Source: lib/kobject_uevent.c."""
     _head, *pairs = message.decode(errors="replace").split("\0")
     values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     if values.get("SUBSYSTEM") != "vdpa":

@@ -1,4 +1,4 @@
-"""The ``vdpa`` netlink family: parents that can make devices, and devices made and deleted.
+"""The ``vdpa`` netlink family: lists the parents that can make devices, makes devices and deletes them.
 
 pyroute2 is imported when a socket is opened, not before: it takes a fifth of a second. Only what pyroute2 0.7.7
 (Debian stable) and 0.9 have in common is used. The family answers in the initial network namespace only.
@@ -24,7 +24,7 @@ class ManagementDevice:
 
     handle: str
     classes: tuple[int, ...]
-    """Virtio device ids that it says it can make; VDUSE makes fs (26) as well, without saying so."""
+    """Virtio device ids that it says it can make; VDUSE also makes fs (26), but does not say so."""
     max_queues: int
     features: int
 
@@ -42,7 +42,7 @@ class NetlinkDevice:
     min_queue_size: int
 
 
-#: Attribute -> pyroute2's type. All that are not read stay undecoded.
+#: Attribute -> pyroute2's type. Attributes that are not read stay undecoded.
 _TYPES = {
     Attribute.VDPA_ATTR_MGMTDEV_BUS_NAME: "asciiz",
     Attribute.VDPA_ATTR_MGMTDEV_DEV_NAME: "asciiz",
@@ -72,14 +72,14 @@ _MEANINGS: dict[tuple[Command | None, int], tuple[str, str]] = {
         "VDUSE: its daemon must have set the device up first; others: an attribute or feature does not fit",
     ),
     (Command.VDPA_CMD_DEV_NEW, errno.ENOSPC): ("the parent can make no more devices", "delete one"),
-    (Command.VDPA_CMD_DEV_NEW, errno.EOPNOTSUPP): ("the parent knows no such attribute", "leave it out"),
+    (Command.VDPA_CMD_DEV_NEW, errno.EOPNOTSUPP): ("the parent does not know one of the attributes", "leave it out"),
     (Command.VDPA_CMD_DEV_DEL, errno.ENODEV): ("no such device", "'vdpabridge list' shows the devices"),
     (Command.VDPA_CMD_DEV_DEL, errno.EINVAL): ("it was not made by a management device", "its parent's driver owns it"),
 }
 
 
 class VdpaNetlink:
-    """A connection to the family. Raises `NoSuchDevice` where the kernel has none. One thread at a time."""
+    """A connection to the family. Raises `NoSuchDevice` if the kernel has no such family. One thread at a time."""
 
     def __init__(self) -> None:
         self._socket, self._message = _connect()
@@ -95,7 +95,7 @@ class VdpaNetlink:
         return sorted((_device(reply) for reply in replies), key=lambda device: device.name)
 
     def add(self, name: str, management_device: str, *, mac: str | None = None, mtu: int | None = None) -> None:
-        """Make device ``name``; ``mac`` and ``mtu`` are for net. Raises `BusError`, and its parent for bad values."""
+        """Make device ``name`` (``mac`` and ``mtu``: of net). Raises `BusError`; `VdpaBridgeError` for bad values."""
         _check_values(name, mac, mtu)
         bus, _, parent = management_device.rpartition("/")
         attributes: dict[Attribute, object] = {
@@ -111,7 +111,7 @@ class VdpaNetlink:
         self._request(Command.VDPA_CMD_DEV_NEW, attributes, device=name)
 
     def delete(self, name: str) -> None:
-        """Delete device ``name``. Blocks, and every vDPA request with it, while its node is open: `Bus.check_idle`."""
+        """Delete device ``name``. Blocks, as does every vDPA request, while its node is open: see `Bus.check_idle`."""
         self._request(Command.VDPA_CMD_DEV_DEL, {Attribute.VDPA_ATTR_DEV_NAME: name}, device=name)
 
     def close(self) -> None:
@@ -143,13 +143,13 @@ class VdpaNetlink:
 
 
 def _check_values(name: str, mac: str | None, mtu: int | None) -> None:
-    """What the kernel would take without a word and make something odd of, or pyroute2 stumble over."""
+    """Raise `VdpaBridgeError` for values that the kernel would silently misread, or that pyroute2 fails on."""
     what = "make a device"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name) or name in (".", ".."):
         why = "a device's name is made of letters, digits, '.', '_' and '-', up to 63"
         raise VdpaBridgeError(what, device=name or "''", why=why)
     if mac is not None and not re.fullmatch(r"([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}", mac):
-        raise VdpaBridgeError(what, device=name, why=f"{mac!r} is no MAC address", hint="like 52:54:00:12:34:56")
+        raise VdpaBridgeError(what, device=name, why=f"{mac!r} is not a MAC address", hint="like 52:54:00:12:34:56")
     if mtu is not None and not 68 <= mtu <= 65535:
         raise VdpaBridgeError(what, device=name, why=f"an MTU is 68 to 65535, not {mtu}")
 

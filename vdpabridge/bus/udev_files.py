@@ -1,4 +1,4 @@
-"""The udev rules and their helper, wherever this package was installed from."""
+"""The udev rules and their helper, however this package was installed."""
 
 from __future__ import annotations
 

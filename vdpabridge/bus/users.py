@@ -1,6 +1,6 @@
-"""What this kernel itself, or a process, does with a virtio device that it has by virtio_vdpa.
+"""How this kernel itself, or a process, uses a virtio device that is bound to virtio_vdpa.
 
-Nothing waits for it to end: a disk that is mounted is taken from under its file system.
+The kernel takes a device away without waiting for its users: a mounted disk disappears from under its file system.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _IFF_UP = 1
 
 
 def users(folder: str, dev: str = "/dev") -> list[str]:
-    """What uses the device in sysfs ``folder`` (``…/bus/vdpa/devices/NAME``), each in words; empty where nothing does.
+    """What uses the device in sysfs ``folder`` (``…/bus/vdpa/devices/NAME``), each in words; empty if nothing does.
 
     Disks that are mounted, claimed (device mapper, swap, RAID) or open, and network interfaces that are up.
     """
@@ -37,7 +37,7 @@ def _users_of_disk(folder: str, disk: str, dev: str) -> list[str]:
         f"{name} is open in {', '.join(map(str, who))}" for name in (disk, *parts) if (who := holders(f"{dev}/{name}"))
     ]
     try:
-        # whoever mounts a disk, or a part of it, claims it; in whatever namespace that is
+        # mounting a disk, or a part of it, claims the disk, whatever the namespace is
         os.close(os.open(f"{dev}/{disk}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         if error.errno == errno.EBUSY:
@@ -56,5 +56,5 @@ def _flags(path: str) -> int:
 def _entries(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
-    except OSError:  # there is none
+    except OSError:  # no such folder
         return []

@@ -1,6 +1,6 @@
-"""The waist: the one interface to a virtio device that somebody else's guest is using.
+"""The waist: the one interface to a virtio device that another program's guest is using.
 
-Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it and know no driver.
+Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it, and do not depend on any driver.
 """
 
 from ..abi.vring_base import PackedBase, QueueBase, SplitBase, decode_base

@@ -1,4 +1,4 @@
-"""What no device can do, whichever driver it has: refused here as ValueError, so that all devices refuse it alike."""
+"""Checks for what no device can do, whichever driver it has; they raise the same ValueError for all devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def overlap(spans: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
 def check_regions(
     device: str, regions: Sequence[MemoryRegion], mapped: Sequence[MemoryRegion], address_space_count: int
 ) -> None:
-    """Whether ``regions`` can be mapped beside those that are ``mapped``."""
+    """Raise ValueError unless ``regions`` can be mapped beside those that are ``mapped``."""
     for region in regions:
         check_address_space(device, region.address_space, address_space_count)
         if not 0 <= region.guest_address < region.guest_address + region.size_bytes <= _ADDRESSES:
@@ -37,31 +37,31 @@ def check_regions(
 
 
 def check_mapped(device: str, regions: Sequence[MemoryRegion], mapped: Sequence[MemoryRegion]) -> list[MemoryRegion]:
-    """Those of ``mapped`` that ``regions`` are, by address, size and address space."""
+    """The regions of ``mapped`` that ``regions`` name, by address, size and address space. Raises ValueError."""
     keys = [_key(region) for region in regions]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{device}: a region is named twice")
     known = {_key(region): region for region in mapped}
     for address, size, space in keys:
         if (address, size, space) not in known:
-            raise ValueError(f"{device}: nothing of {size} bytes is mapped at {address:#x} in address space {space}")
+            raise ValueError(f"{device}: no region of {size} bytes is mapped at {address:#x} in address space {space}")
     return [known[key] for key in keys]
 
 
 def check_address_space(device: str, address_space: int, count: int) -> None:
-    """Whether a device with ``count`` address spaces has ``address_space``."""
+    """Raise ValueError unless a device with ``count`` address spaces has ``address_space``."""
     if not 0 <= address_space < count:
         raise ValueError(f"{device}: no address space {address_space}: the device has {count}, numbered from 0")
 
 
 def check_queue(device: str, index: int, count: int) -> None:
-    """Whether a device with ``count`` queues has queue ``index``."""
+    """Raise ValueError unless a device with ``count`` queues has queue ``index``."""
     if not 0 <= index < count:
         raise ValueError(f"{device}: no queue {index}: the device has {count}, numbered from 0")
 
 
 def check_config_range(device: str, offset: int, size: int, whole: int) -> None:
-    """Whether ``size`` bytes at ``offset`` are in a configuration space of ``whole`` bytes."""
+    """Raise ValueError unless ``size`` bytes at ``offset`` are in a configuration space of ``whole`` bytes."""
     if offset < 0 or size <= 0 or offset + size > whole:
         raise ValueError(f"{device}: {size} bytes at {offset} are outside the configuration space of {whole} bytes")
 

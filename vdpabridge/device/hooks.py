@@ -1,7 +1,7 @@
 """What a driver implements: the hooks that `vdpabridge.device.Device` calls once it has found an operation legal.
 
-Each does what the public method of the same name promises, and nothing of what that has done already: the run state,
-the capability, the queue's number and the range are checked.
+Each hook does what the public method of the same name promises. The public method has already checked the run state,
+the capability, the queue's number and the range.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["DriverHooks"]
 
 
 class DriverHooks(ABC):
-    """The hooks. Those that need a capability say here that the device lacks it; who claims it overrides them."""
+    """The hooks. Those that need a capability raise `MissingCapability` here; a driver that has it overrides them."""
 
     name: str
 
@@ -58,7 +58,7 @@ class DriverHooks(ABC):
     def _is_idle(self) -> bool: ...
 
     def _still_mapped(self, regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
-        """Of ``regions``, which `_unmap` was to take away and failed, those that count as mapped all the same."""
+        """Those of ``regions`` that still count as mapped after `_unmap` of ``regions`` failed."""
         return regions
 
     def _give_up(self) -> bool:

@@ -1,7 +1,7 @@
-"""The waist: the one interface to a virtio device that somebody else's guest is using.
+"""The waist: the one interface to a virtio device that another program's guest is using.
 
-Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it and know no driver. Addresses are
-the guest's own (what a transport calls IOVA or user address is the driver's affair).
+Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it, and do not depend on any driver.
+Addresses are the guest's own; only a driver knows what its transport calls IOVA or user address.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 def _bounded(
     method: Callable[Concatenate[Device, Arguments], Value],
 ) -> Callable[Concatenate[Device, Arguments], Value]:
-    """Have everything that ``method`` waits for end by one deadline."""
+    """Put everything that ``method`` waits for under one deadline."""
 
     @functools.wraps(method)
     def operation(self: Device, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
@@ -54,17 +54,18 @@ def _bounded(
 class Device(DeviceCore):
     """A virtio device under control.
 
-    Public methods check `transitions.RULES` and then call the driver's hook of the same name with an underscore. An
+    Public methods check `rules.RULES` and then call the driver's hook of the same name with an underscore. An
     operation that fails leaves the run state as it was, unless the device itself failed. But a start or resume that
-    fails may have been done all the same: unless the opposite is certain the device is taken for one that runs.
-    Suspend or reset it to be certain.
+    fails may have taken effect: the run state becomes RUNNING unless it is certain that the device does not run.
+    Suspend or reset the device to be certain.
 
     Every operation can raise `StateError` (not in this run state), `MissingCapability` (the device cannot do it),
     `DeadlineExceeded`, `DeviceFailed` (the device gave up), and what its transport raises: `KernelError` for
-    vhost-vdpa, `ProtocolError` and `ConnectionLost` for vhost-user. What more an operation raises is said there.
+    vhost-vdpa, `ProtocolError` and `ConnectionLost` for vhost-user. The docstring of an operation says what else it
+    raises.
 
     ``timeout_s`` bounds each operation as a whole; None waits for ever. An instance belongs to one thread at a time.
-    The device is held until `close`, which resets it; use it as a context manager.
+    An instance holds the device until `close`, which resets the device; use it as a context manager.
     """
 
     # --- what it is ---
@@ -87,11 +88,11 @@ class Device(DeviceCore):
     @property
     @abstractmethod
     def offered_features(self) -> int:
-        """Virtio features the device offers a guest; bits that only the transport needs are taken out."""
+        """Virtio features the device offers a guest; without the bits that only the transport needs."""
 
     @property
     def address_space_count(self) -> int:
-        """How many memories the device's queues can see; 1 for all but some vDPA devices."""
+        """How many address spaces the device's queues can see; 1 for all but some vDPA devices."""
         return 1
 
     @abstractmethod
@@ -99,7 +100,7 @@ class Device(DeviceCore):
         """The descriptor that stands for the device; borrowed."""
 
     def trace_to(self, say: Callable[[str], None]) -> None:
-        """Have ``say`` told of every request to the device, a line each. A driver that makes none ignores it."""
+        """Call ``say`` with one line for each request to the device. A driver that makes no requests ignores it."""
 
     # --- negotiation and configuration space ---
 
@@ -122,14 +123,14 @@ class Device(DeviceCore):
 
     @_bounded
     def write_config(self, offset: int, data: bytes) -> None:
-        """Write into the configuration space. A device ignores what is read-only without saying so."""
+        """Write into the configuration space. A device ignores writes to read-only fields, without an error."""
         self._permit(Operation.WRITE_CONFIG)
         check_config_range(self.name, offset, len(data), self.identity.config_size_bytes)
         self._write_config(offset, data)
 
     @_bounded
     def set_config_call(self, eventfd: int | None) -> None:
-        """Have ``eventfd`` (borrowed) signalled when the configuration changes; None for no notification."""
+        """Have the device signal ``eventfd`` (borrowed) when the configuration changes; None for no notification."""
         self._permit(Operation.SET_CONFIG_CALL)
         with self._adopting_config_call(eventfd):
             self._set_config_call(eventfd)
@@ -138,7 +139,7 @@ class Device(DeviceCore):
 
     @_bounded
     def map(self, regions: Sequence[MemoryRegion]) -> None:
-        """Show ``regions`` (fds are borrowed) to the device: all of them, or none where this raises.
+        """Map ``regions`` (fds are borrowed) into the device: all of them, or none if this raises.
 
         Raises ValueError for regions that overlap, or are in an address space that the device does not have;
         `MappingError` or `KernelError` if the device cannot reach one; OSError (EINVAL) for one that goes beyond the
@@ -151,7 +152,7 @@ class Device(DeviceCore):
 
     @_bounded
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions`` away, matched by address, size and address space. ValueError for one that is not mapped."""
+        """Unmap ``regions``, matched by address, size and address space. ValueError for one that is not mapped."""
         self._permit(Operation.UNMAP)
         gone = check_mapped(self.name, regions, self.regions)
         try:
@@ -168,7 +169,7 @@ class Device(DeviceCore):
     def set_queue(self, index: int, setup: QueueSetup) -> None:
         """Give queue ``index`` its size and addresses.
 
-        Raises ValueError for a queue that the device does not have, here and in all that is done with a queue.
+        Raises ValueError for a queue that the device does not have, as do all methods that take a queue's index.
         """
         self._permit_queue(Operation.SET_QUEUE, index)
         check_address_space(self.name, setup.address_space, self.address_space_count)
@@ -177,7 +178,7 @@ class Device(DeviceCore):
 
     @_bounded
     def set_base(self, index: int, base: QueueBase) -> None:
-        """Have queue ``index`` go on at ``base``."""
+        """Have queue ``index`` continue at ``base``."""
         self._permit_queue(Operation.SET_BASE, index)
         self._set_base(index, base)
         self._record(index).base = base
@@ -202,14 +203,14 @@ class Device(DeviceCore):
 
     @_bounded
     def enable_queue(self, index: int, enabled: bool = True) -> None:
-        """Let queue ``index`` be processed while the device runs, or not. One that was not set up never is."""
+        """Let the device process queue ``index`` while it runs, or not; it never processes one that was not set up."""
         self._permit_queue(Operation.ENABLE_QUEUE, index)
         self._enable_queue(index, enabled)
         self._record(index).enabled = enabled
 
     @_bounded
     def stop_queue(self, index: int, *, drain: bool = True) -> QueueBase:
-        """Stop queue ``index`` alone and return where it stands. Set its base and enable it to have it go on.
+        """Stop queue ``index`` alone and return where it stands. To have it continue, set its base and enable it.
 
         ``drain`` is as for `suspend`.
         """
@@ -224,9 +225,9 @@ class Device(DeviceCore):
 
     @_bounded
     def start(self) -> None:
-        """Process enabled queues. Buffers that were made available before are found without another kick.
+        """Process enabled queues. The device finds buffers that the guest made available before, without another kick.
 
-        Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
+        If this raises, the device may run: `state` is RUNNING unless it is certain that the device does not run.
         """
         after = self._permit(Operation.START)
         with self._leading_to(after):
@@ -236,10 +237,10 @@ class Device(DeviceCore):
 
     @_bounded
     def suspend(self, *, drain: bool = True) -> None:
-        """Stop, and remember everything; on return nothing more happens. Idempotent.
+        """Stop, and remember everything; on return the device does nothing more. Idempotent.
 
-        Requests that the device has taken are finished first. With ``drain`` off they are left where they are, recorded
-        in the in-flight region (`set_inflight`), which takes a device that can (SKIP_DRAIN).
+        The device first finishes the requests that it has taken. With ``drain`` off it leaves them unfinished, recorded
+        in the in-flight region (`set_inflight`); this needs a device with SKIP_DRAIN.
         """
         after = self._permit(Operation.SUSPEND)
         self._check_drain(Operation.SUSPEND, drain)
@@ -250,9 +251,9 @@ class Device(DeviceCore):
 
     @_bounded
     def resume(self) -> None:
-        """Work on after `suspend`. Requests that the guest has made since are done without another kick.
+        """Continue after `suspend`. The device does the requests that the guest has made since, without another kick.
 
-        Where this raises, the device may run all the same: its `state` says RUNNING unless the opposite is certain.
+        If this raises, the device may run: `state` is RUNNING unless it is certain that the device does not run.
         """
         after = self._permit(Operation.RESUME)
         with self._leading_to(after):
@@ -264,8 +265,8 @@ class Device(DeviceCore):
     def reset(self) -> None:
         """Forget features, queues and eventfds. Mapped memory stays mapped.
 
-        The device's own state is forgotten too where the device can do that (STATE_RESET). Where this raises the device
-        has failed, until another reset succeeds: nobody knows what of this one was done.
+        The device also forgets its own state, if it can (STATE_RESET). If this raises, the device counts as failed
+        until another reset succeeds, because it is not known how much of this one was done.
         """
         after = self._permit(Operation.RESET)
         with self._resetting():
@@ -275,13 +276,13 @@ class Device(DeviceCore):
 
     @_bounded
     def check_health(self) -> None:
-        """Ask whether the device has failed by itself. Raises `DeviceFailed` where it has; legal at any time."""
+        """Ask whether the device has failed by itself. Raises `DeviceFailed` if it has; legal at any time."""
         if self._state is RunState.FAILED:
             raise self._fail(self.failure)
         self._check_health()
 
     def condemn(self, why: str) -> DeviceFailed:
-        """Note that the device is of no use until it is reset: for somebody who knows what the device itself does not.
+        """Note that the device is unusable until it is reset, because of a failure that only the caller knows of.
 
         Returns the error for the caller to raise.
         """
@@ -293,10 +294,10 @@ class Device(DeviceCore):
     def set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
         """Begin a transfer of the device's internal state through ``fd``, a pipe or anything that reads like one.
 
-        Takes ``fd``, also where it raises. Returns None where the transfer goes through ``fd``, or a descriptor of
-        the device's own choice, owned by the caller, to be used instead of the caller's end. The writer closes its
-        end when all is written; then call `check_state`. Starting, resuming or resetting the device, and beginning
-        another transfer, end one that was not checked as `abandon_state` does.
+        Takes ownership of ``fd``, also if this raises. Returns None if the transfer goes through ``fd``; otherwise a
+        descriptor of the device's own choice, owned by the caller, to be used instead of the caller's end. The writer
+        closes its end when everything is written; then call `check_state`. Start, resume, reset and another transfer
+        end a transfer that was not checked, as `abandon_state` does.
         """
         try:
             self._permit(Operation.SET_STATE_FD)
@@ -307,7 +308,7 @@ class Device(DeviceCore):
 
     @_bounded
     def check_state(self) -> None:
-        """Wait for the end of a transfer. Only where this does not raise has the state arrived whole.
+        """Wait for the end of a transfer. All of the state has arrived only if this does not raise.
 
         Raises `StateRefused` or `PeerRefused` if the device did not take or give it.
         """
@@ -316,9 +317,10 @@ class Device(DeviceCore):
 
     @_bounded
     def abandon_state(self) -> None:
-        """End a transfer that nobody will check; nothing happens where there is none.
+        """End a transfer that the caller will not check; does nothing if there is none.
 
-        The device is as it was before. A back-end that cannot be told so and has all of a load already keeps it.
+        The device is as it was before the transfer. But a back-end that cannot be told to end it keeps a load that it
+        has received completely.
         """
         self._permit(Operation.ABANDON_STATE)
         self._abandon_state()
@@ -327,22 +329,22 @@ class Device(DeviceCore):
 
     @_bounded
     def set_dirty_log(self, log: DirtyLog | None) -> None:
-        """Record the pages that the device writes from now on in ``log``; None ends that."""
+        """Have the device record in ``log`` the pages that it writes from now on; None ends that."""
         self._permit(Operation.SET_DIRTY_LOG)
         with self._adopting_dirty_log(log):
             self._set_dirty_log(log)
 
     @_bounded
     def get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
-        """A region of the device's for ``queue_count`` queues of ``queue_size``; the caller owns its descriptor."""
+        """An in-flight region for ``queue_count`` queues of ``queue_size``; the caller owns its descriptor."""
         self._permit(Operation.GET_INFLIGHT)
         return self._get_inflight(queue_count, queue_size)
 
     @_bounded
     def set_inflight(self, region: InflightRegion | None) -> None:
-        """Give a region back to the device, which goes on with the requests recorded there; its ``fd`` is borrowed.
+        """Give a region back to the device, which continues the requests recorded there; its ``fd`` is borrowed.
 
-        None: the requests recorded in it are not the device's any more, and nor is the region.
+        None: the device forgets its region and the requests recorded there.
         """
         self._permit(Operation.SET_INFLIGHT)
         with self._adopting_inflight(region):
@@ -352,16 +354,16 @@ class Device(DeviceCore):
 
     @_bounded
     def close(self) -> None:
-        """Let go of the device; what the transport does to one without an owner (a reset) happens now. Idempotent."""
+        """Let go of the device; the transport now does what it does to one without an owner (a reset). Idempotent."""
         with self._letting_go():
             self._close()
 
     @_bounded
     def give_up(self) -> bool:
-        """Let go of a device that does not answer, as `close` does; whether nothing of it is at work any more.
+        """Let go of a device that does not answer, as `close` does; returns whether the device does nothing any more.
 
-        True only where that is certain: the kernel has taken the device back, or every queue was stopped, or the
-        process that had them has ended, which is waited for.
+        True only if that is certain: the kernel has taken the device back, or every queue was stopped, or the process
+        that had the queues has ended. This waits for that process to end.
         """
         with self._letting_go():
             return self._give_up()
@@ -379,7 +381,7 @@ class Device(DeviceCore):
 
     def _permit(self, operation: Operation) -> RunState:
         if self._closed:
-            raise VdpaBridgeError(operation.value, device=self.name, why="the device was closed", hint="open it anew")
+            raise VdpaBridgeError(operation.value, device=self.name, why="the device was closed", hint="open it again")
         return permit(self.name, operation, self._state, self.capabilities)
 
     def _permit_queue(self, operation: Operation, index: int) -> None:

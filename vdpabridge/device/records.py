@@ -1,4 +1,4 @@
-"""What a device was told, and the descriptors that it owns because of it: the same for every driver."""
+"""What callers have told a device, and the descriptors that it owns because of that: the same for every driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DeviceCore(DriverHooks):
     def __init__(self, name: str, limit: TimeLimit) -> None:
         self.name = name
         self.limit = limit
-        """Bounds each operation; shared with what the driver waits by."""
+        """Bounds each operation; the driver's own waits use it too."""
         self.accepted_features = 0
         self.queues: dict[int, QueueRecord] = {}
         self.regions: list[MemoryRegion] = []
@@ -38,7 +38,8 @@ class DeviceCore(DriverHooks):
         self.inflight: InflightRegion | None = None
         self.failure = ""
         self.observer: Callable[[str, float, float], None] | None = None
-        """Told of parts of an operation that take time of their own: a name, begin and end on the monotonic clock."""
+        """Called after a part of an operation that takes its own time: with a name, begin and end on the monotonic
+        clock."""
         self.undrained = False
         """Whether it was stopped with requests that it has taken and not answered (``drain=False``)."""
         self._state = RunState.RESET
@@ -54,7 +55,7 @@ class DeviceCore(DriverHooks):
         self.limit.timeout_s = timeout_s
 
     def _require_time(self, what: str) -> None:
-        """Raise `DeadlineExceeded` where no time is left to begin with: the device is not asked at all then."""
+        """Raise `DeadlineExceeded` if no time is left before the start: then the device is not asked at all."""
         if self.limit.passed:
             timeout_s, why = self.limit.deadline().timeout_s or 0, "no time is left"
             raise DeadlineExceeded(what, timeout_s, device=self.name, why=why, nothing_done=True)
@@ -67,15 +68,16 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _leading_to(self, after: RunState) -> Iterator[None]:
-        """The body leads to ``after``, at which the device is at work. So it may where the body raises, whatever it
-        raises: the error of a request does not tell whether it took effect. Only proof of the opposite does."""
+        """The body leads to ``after``, a state in which the device is at work. If the body raises, the state is
+        ``after`` too, unless the device is certainly idle: the error of a request does not tell whether it took
+        effect."""
         before = self._state
         try:
             yield
             self._state = after
         except BaseException as error:
             if self._state is before and not getattr(error, "nothing_done", False):
-                # first this: whatever interrupts the question below leaves what is safe to believe
+                # set this first: if something interrupts the question below, the safe assumption stays
                 self._state = after
                 if self.is_idle():
                     self._state = before
@@ -83,19 +85,19 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _resetting(self) -> Iterator[None]:
-        """The body resets the device. Where it raises, nobody knows what of that was done: the device has failed, and
-        another reset, seen to its end, makes it whole."""
+        """The body resets the device. If it raises, it is not known how much was done: the device counts as failed
+        until another reset completes."""
         try:
             yield
         except BaseException as error:
             if self._state is not RunState.FAILED and not getattr(error, "nothing_done", False):
-                self._fail(f"a reset was not seen to its end: {str(error) or type(error).__name__}")
+                self._fail(f"a reset did not complete: {str(error) or type(error).__name__}")
             raise
 
     def is_idle(self) -> bool:
-        """Whether it is certain that nothing of the device is at work, whatever it was told; legal at any time.
+        """Whether it is certain that no part of the device is at work, whatever it was told; legal at any time.
 
-        False where that is not known. Raises nothing: a device that does not answer is not known to be idle.
+        False if that is not known. Raises nothing: a device that does not answer is not known to be idle.
         """
         try:
             return self._is_idle()
@@ -104,7 +106,7 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
-        """Have the observer know what the body takes, where it ends well."""
+        """Tell the observer how long the body takes, if it does not raise."""
         begin_s = time.monotonic()
         yield
         if self.observer is not None:
@@ -113,11 +115,11 @@ class DeviceCore(DriverHooks):
     def _record(self, index: int) -> QueueRecord:
         return self.queues.setdefault(index, QueueRecord())
 
-    # --- descriptors: duplicates, made before the device hears of them and closed where it refuses ---
+    # --- descriptors: duplicates, made before the device gets them and closed if it refuses ---
 
     @contextmanager
     def _adopting(self, regions: Sequence[MemoryRegion]) -> Iterator[list[MemoryRegion]]:
-        """``regions`` with duplicates of their own, which are mapped when the body has ended well."""
+        """``regions`` with duplicates of their descriptors; they count as mapped if the body does not raise."""
         with ExitStack() as duplicates:
             own = [replace(region, fd=_kept(duplicates, region.fd)) for region in regions]
             yield own
@@ -125,14 +127,14 @@ class DeviceCore(DriverHooks):
         self.regions.extend(own)
 
     def _drop(self, regions: Sequence[MemoryRegion]) -> None:
-        """``regions``, of those that are mapped, are not any more."""
+        """Forget ``regions``, which were mapped, and close their descriptors."""
         self.regions = [region for region in self.regions if region not in regions]
         for region in regions:
             os.close(region.fd)
 
     @contextmanager
     def _adopting_config_call(self, eventfd: int | None) -> Iterator[None]:
-        """``eventfd`` (borrowed) is the one for configuration changes when the body has ended well."""
+        """Keep a duplicate of ``eventfd`` (borrowed) for configuration changes, if the body does not raise."""
         with _duplicate(eventfd) as duplicate:
             yield
         before, self.config_call = self.config_call, duplicate
@@ -141,7 +143,7 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _adopting_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> Iterator[None]:
-        """``eventfd`` (borrowed) is that of queue ``index`` when the body has ended well."""
+        """Keep a duplicate of ``eventfd`` (borrowed) for queue ``index``, if the body does not raise."""
         with _duplicate(eventfd) as duplicate:
             yield
         eventfds = self._record(index).eventfds
@@ -152,7 +154,7 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _adopting_dirty_log(self, log: DirtyLog | None) -> Iterator[None]:
-        """``log`` (borrowed) is the device's when the body has ended well."""
+        """Keep ``log`` with a duplicate of its descriptor (borrowed), if the body does not raise."""
         with _own(log) as own:
             yield
         before, self.dirty_log = self.dirty_log, own
@@ -160,15 +162,15 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _adopting_inflight(self, region: InflightRegion | None) -> Iterator[None]:
-        """``region`` (borrowed) is the device's when the body has ended well."""
+        """Keep ``region`` with a duplicate of its descriptor (borrowed), if the body does not raise."""
         with _own(region) as own:
             yield
         before, self.inflight = self.inflight, own
         _close(before)
 
     def _forget(self) -> None:
-        """What a reset forgets. Out of the books first, then closed: a number that is closed twice, because something
-        interrupted, may be somebody else's by then."""
+        """Forget what a reset forgets. Each descriptor leaves the records before it is closed: if an interruption led
+        to a second close, the number could belong to another file by then."""
         log, self.dirty_log = self.dirty_log, None
         _close(log)
         inflight, self.inflight = self.inflight, None
@@ -186,7 +188,7 @@ class DeviceCore(DriverHooks):
 
     @contextmanager
     def _letting_go(self) -> Iterator[None]:
-        """The device is closed by the body; nothing of it is owned afterwards."""
+        """The body closes the device; afterwards this object owns no descriptors."""
         self._closed = True
         try:
             yield
@@ -200,7 +202,7 @@ class DeviceCore(DriverHooks):
 
 @contextmanager
 def _own(shared: Shared | None) -> Iterator[Shared | None]:
-    """``shared`` with a duplicate of its descriptor, which is closed where the body raises."""
+    """``shared`` with a duplicate of its descriptor, which is closed if the body raises."""
     with _duplicate(None if shared is None else shared.fd) as fd:
         yield None if shared is None or fd is None else replace(shared, fd=fd)
 

@@ -1,6 +1,6 @@
 """Which operation is legal in which run state, what it needs, and where it leads: one table for every driver.
 
-Drivers and exporters are held to it by the same tests; nothing else in the package decides about legality.
+The same tests hold drivers and exporters to it; nothing else in the package decides what is legal.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Capability(Enum):
     STATE_RESET = "STATE_RESET"
 
 
-#: What a caller can do where a capability is missing.
+#: What a caller can do if a capability is missing.
 ALTERNATIVES: Mapping[Capability, str] = {
     Capability.SUSPEND: "only a reset stops this device, and it loses the queue positions: drain the queues first",
     Capability.RESUME: "vdpabridge.state.replay.resume() resets the device and sets it up again from where it was",
@@ -56,7 +56,7 @@ ALTERNATIVES: Mapping[Capability, str] = {
     Capability.ENABLE_WHILE_RUNNING: "enable every queue before start()",
     Capability.SETUP_WHILE_SUSPENDED: "reset the device, or let vdpabridge.state.replay do so, and set it up again",
     Capability.QUEUE_CONTROL: "suspend the device: its queues start and stop together",
-    Capability.SKIP_DRAIN: "let suspend() finish what the device has taken, which may last",
+    Capability.SKIP_DRAIN: "let suspend() finish what the device has taken, which may take long",
     Capability.DIRTY_LOG: "treat all guest memory as written when the device is suspended",
     Capability.INFLIGHT: "suspend the device before its connection is given up",
     Capability.STATE_RESET: "a reset leaves the device's own state alone: connect to a fresh one",
@@ -100,7 +100,7 @@ class Rule:
     needs: Capability | None = None
     """Needed in every state."""
     needs_in: Mapping[RunState, Capability] = field(default_factory=dict)
-    """Needed in that state besides."""
+    """Needed in that state in addition."""
 
 
 _RESET, _CONFIGURED, _RUNNING, _SUSPENDED, _FAILED = RunState
@@ -122,10 +122,10 @@ RULES: Mapping[Operation, Rule] = {
     Operation.SET_CONFIG_CALL: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), Capability.CONFIG_CALL),
     Operation.MAP: Rule(_stays(*_ALIVE)),
     Operation.UNMAP: Rule(_stays(*_ALIVE)),
-    # of a running device, only a queue that was not set up yet, or was stopped
+    # on a running device, only for a queue that was not set up yet, or was stopped
     Operation.SET_QUEUE: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), needs_in=_RECONFIGURE),
     Operation.SET_BASE: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED), needs_in=_RECONFIGURE),
-    # not while running: what a running device answers is a guess (racy, stale or refused, by the device)
+    # not while running: what a running device answers is a guess (depending on the device: racy, stale or refused)
     Operation.GET_BASE: Rule(_stays(_CONFIGURED, _SUSPENDED)),
     Operation.SET_KICK: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED)),
     Operation.SET_CALL: Rule(_stays(_CONFIGURED, _RUNNING, _SUSPENDED)),
@@ -153,7 +153,7 @@ RULES: Mapping[Operation, Rule] = {
 def permit(device: str, operation: Operation, state: RunState, capabilities: Set[Capability]) -> RunState:
     """The state that ``operation`` leads to from ``state``.
 
-    Raises `StateError` where it is not legal there, `MissingCapability` where the device cannot do it at all.
+    Raises `StateError` if it is not legal there, `MissingCapability` if the device cannot do it at all.
     """
     rule = RULES[operation]
     if rule.needs is not None and rule.needs not in capabilities:

@@ -1,4 +1,4 @@
-"""What goes through the waist: regions, queues, snapshots' parts, in neutral words and guest addresses."""
+"""The values of the device interface: regions, queues, parts of a snapshot, in neutral terms and guest addresses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StatePhase(IntEnum):
     """At which point of a migration state is transferred; the numbers are vhost-user's."""
 
     STOPPED = 0
-    """The guest and the device are stopped. The only phase there is today."""
+    """The guest and the device are stopped. The only phase so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Identity:
     """What a device is; fixed for its life."""
 
     device_id: int | None
-    """Virtio device id; None where neither transport nor caller knows."""
+    """Virtio device id; None if neither transport nor caller knows it."""
     queue_count: int
     queue_size_max: int
     config_size_bytes: int
@@ -59,7 +59,7 @@ class MemoryRegion:
     offset: int = 0
     writable: bool = True
     address_space: int = 0
-    """For devices whose queues can see different memory; 0 where there is one."""
+    """For devices whose queues can see different memory; 0 if there is only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class QueueSetup:
     avail_address: int
     used_address: int
     address_space: int = 0
-    """Which memory the queue and its buffers are in, where the device has more than one."""
+    """The address space that the queue and its buffers are in, if the device has more than one."""
 
     def parts(self, *, packed: bool) -> list[tuple[int, int]]:
         """(guest address, bytes) of each of the three parts of the ring."""
@@ -101,7 +101,7 @@ class InflightRegion:
 
 @dataclass(slots=True)
 class QueueRecord:
-    """What a queue was told since the last reset; kept so that it can be told again. Its eventfds are duplicates."""
+    """What a queue was told since the last reset; kept so that it can be sent again. Its eventfds are duplicates."""
 
     setup: QueueSetup | None = None
     base: QueueBase | None = None

@@ -1,1 +1,1 @@
-"""What implements `vdpabridge.device.Device`: one module or folder for each transport."""
+"""The drivers, which implement `vdpabridge.device.Device`: one module or folder for each transport."""

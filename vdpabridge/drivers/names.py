@@ -19,8 +19,8 @@ DEVICE_IDS = {"net": 1, "blk": 2, "block": 2, "fs": 26}
 _UNITS = {"K": 10, "M": 20, "G": 30}
 _FLAG = "yes"
 SECTOR_BYTES = 512
-#: Numeric option -> the least and the most. A vhost-user message has 8 bits for a queue, and room for 256 bytes of a
-#: configuration space.
+#: Numeric option -> the least and the greatest value. A vhost-user message has 8 bits for a queue, and room for 256
+#: bytes of a configuration space.
 _BOUNDS = {
     "size": (SECTOR_BYTES, 1 << 60),
     "queues": (1, 256),
@@ -31,7 +31,7 @@ _BOUNDS = {
 
 
 class DeviceNameError(UsageError):
-    """That names no device; nothing was opened."""
+    """A text that does not name a device; nothing was opened."""
 
     def __init__(self, text: str, why: str) -> None:
         super().__init__("open", device=text, why=why, hint=f"one of {DEVICE_HELP}")
@@ -86,7 +86,7 @@ class DeviceName:
 
     @property
     def device_id(self) -> int | None:
-        """What the option ``id`` says."""
+        """The virtio device id that the option ``id`` gives, or None."""
         word = self.options.get("id")
         return DEVICE_IDS[word] if word in DEVICE_IDS else self.integer("id", 0) or None
 

@@ -25,6 +25,6 @@ def open_device(text: str, *, timeout_s: float | None = None) -> Device:
 
 
 def device_id_of(text: str) -> int | None:
-    """The virtio device id of what ``text`` names, without opening it; None where that cannot be known."""
+    """The virtio device id of what ``text`` names, without opening it; None if that cannot be known."""
     driver, name = named(text)
     return driver.device_id(name)

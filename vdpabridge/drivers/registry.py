@@ -5,7 +5,8 @@ Another package registers a driver in its ``pyproject.toml``::
     [project.entry-points."vdpabridge.drivers"]
     mykind = "mypackage.driver:DRIVER"
 
-where ``DRIVER`` is a `Driver`. Its devices are named ``mykind:TARGET,option=value``, and work wherever ours do.
+where ``DRIVER`` is a `Driver`. Its devices are named ``mykind:TARGET,option=value``, and work wherever the built-in
+ones do.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Driver:
     check: Callable[[DeviceName], None]
     """Raises `DeviceNameError` for a name that none of its devices has; opens nothing."""
     open: Callable[[DeviceName, float | None], Device]
-    """The named device, opened, its deadline in seconds; the caller closes it."""
+    """Opens the named device, with a timeout in seconds; the caller closes it."""
     device_id: Callable[[DeviceName], int | None]
-    """The virtio device id, without opening the device; None where that cannot be known."""
+    """The virtio device id, without opening the device; None if that cannot be known."""
 
 
 def named(text: str) -> tuple[Driver, DeviceName]:
@@ -46,7 +47,7 @@ def named(text: str) -> tuple[Driver, DeviceName]:
 
 
 def _of_another_package(name: DeviceName) -> Driver:
-    from importlib.metadata import entry_points  # here because it takes longer than all else
+    from importlib.metadata import entry_points  # imported here: it takes longer than all else
 
     for entry in entry_points(group=ENTRY_POINTS, name=name.kind):
         try:

@@ -33,7 +33,7 @@ BLOCK_BYTES = 4096
 _BLOCK_SECTORS = BLOCK_BYTES // SECTOR_BYTES
 #: Header, data, status.
 _DESCRIPTORS = 3
-#: A status byte that no device writes: where it is still there, the request was not answered.
+#: A status byte that no device writes: if it is still there, the request was not answered.
 _UNANSWERED = 0xFF
 _STATUS_NAMES = {VIRTIO_BLK_S_IOERR: "IOERR", VIRTIO_BLK_S_UNSUPP: "UNSUPP", _UNANSWERED: "no status"}
 _TYPE_NAMES = {
@@ -48,7 +48,7 @@ class BlockError(VdpaBridgeError):
     """A request that the device failed, or data that is not what was written."""
 
     finished: list[BlockRequest]
-    """The requests that were found done with it."""
+    """The requests that were found finished at the same time."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class BlockDriver:
     def submit(
         self, kind: int, sector: int = 0, *, data: bytes = b"", read_bytes: int = 0, tag: tuple[int, int] = (0, 0)
     ) -> BlockRequest:
-        """Make one request available, without a kick. ValueError where `capacity` requests are in flight."""
+        """Make one request available, without a kick. ValueError if `capacity` requests are in flight."""
         if not self._free or self.queue.free < _DESCRIPTORS:
             raise ValueError(f"{self.inflight} requests are in flight, and no more fit")
         if (size := len(data) or read_bytes) > self._data_bytes:
@@ -145,7 +145,7 @@ class BlockDriver:
         return finished
 
     def _take(self, request: BlockRequest, written: int) -> BlockError | None:
-        """Take the answer to ``request`` in; what is wrong with it, if something is."""
+        """Read the answer to ``request``; returns an error if something is wrong with it."""
         _, buffer, status = self._slots[request.slot]
         code = self._memory.slice(status, 1)[0]
         if code != VIRTIO_BLK_S_OK:
@@ -200,7 +200,7 @@ class KnownDisk:
         self.driver.read(block * _BLOCK_SECTORS, BLOCK_BYTES, tag=(block, self.generations[block]))
 
     def settle(self, requests: Iterable[BlockRequest]) -> None:
-        """Take finished requests in: remember writes, check reads. Raises `BlockError` for wrong data."""
+        """Handle finished requests: remember writes, check reads. Raises `BlockError` for wrong data."""
         for request in requests:
             if request.kind not in (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT):
                 continue

@@ -38,13 +38,13 @@ from .virtqueue import SplitQueue
 __all__ = ["Entry", "FuseDriver", "FuseError"]
 
 _MINOR = 31
-#: The most that one read asks for, and what requests and answers have room for besides.
+#: The most that one read asks for, and the room for the rest of a request or answer.
 READ_BYTES_MAX = 1 << 17
 _HEAD_ROOM_BYTES = 4096
 
 
 class FuseError(VdpaBridgeError):
-    """The file server said no, or what is no answer. ``errno`` is its own; 0 for no answer."""
+    """The file server refused, or its answer is not valid: then ``errno`` is 0 or EPROTO, else the server's own."""
 
     def __init__(self, opcode: FuseOpcode, nodeid: int, code: int, why: str = "") -> None:
         super().__init__(f"{opcode.name} of inode {nodeid}", why=why or f"{errno_name(code)}: {os.strerror(code)}")
@@ -85,7 +85,7 @@ class FuseDriver:
         body = name.encode(errors="surrogateescape") + b"\0"
         answer = self._ask(FuseOpcode.FUSE_LOOKUP, parent, body, FUSE_ENTRY_OUT.size_bytes)
         nodeid, *_, attributes = FUSE_ENTRY_OUT.unpack(answer)
-        if not nodeid:  # how FUSE says for how long there is none
+        if not nodeid:  # FUSE says so for how long the name does not exist
             raise FuseError(FuseOpcode.FUSE_LOOKUP, parent, errno.ENOENT)
         facts = FUSE_ATTR.decode(attributes)
         return Entry(nodeid, facts["size"], facts["mode"])
@@ -141,13 +141,13 @@ class FuseDriver:
         self._ask(opcode, nodeid, FUSE_RELEASE_IN.pack(handle, 0, 0, 0), 0)
 
     def forget(self, nodeid: int, lookups: int = 1) -> None:
-        """Take back ``lookups`` of a file's lookups. There is no answer, but the buffer comes back."""
+        """Take back ``lookups`` of a file's lookups. There is no answer, but the device returns the buffer."""
         question = self._header(FuseOpcode.FUSE_FORGET, nodeid, FUSE_FORGET_IN.pack(lookups))
         self._memory.slice(self._question, len(question))[:] = question
         self._exchange(self._hiprio, [(self._question, len(question))], [])
 
     def _header(self, opcode: FuseOpcode, nodeid: int, body: bytes) -> bytes:
-        self._unique += 2  # as the kernel does: odd ones are for its interrupts
+        self._unique += 2  # as the kernel does: odd numbers are for its interrupts
         return (
             FUSE_IN_HEADER.pack(FUSE_IN_HEADER.size_bytes + len(body), opcode, self._unique, nodeid, 0, 0, 1, 0, 0)
             + body
@@ -158,7 +158,7 @@ class FuseDriver:
         if len(question) > _HEAD_ROOM_BYTES or answer_bytes > READ_BYTES_MAX:
             raise ValueError(f"{opcode.name}: {len(question)} bytes to send and {answer_bytes} to receive do not fit")
         self._memory.slice(self._question, len(question))[:] = question
-        # header and body apart, as Linux has them: virtiofsd wants it so
+        # header and body apart, as Linux has them: virtiofsd requires it
         head = FUSE_IN_HEADER.size_bytes
         readable = [(self._question, head), (self._question + head, len(question) - head)]
         room = FUSE_OUT_HEADER.size_bytes + answer_bytes
@@ -182,8 +182,8 @@ class FuseDriver:
     def _exchange(self, queue: SplitQueue, readable: list[tuple[int, int]], writable: list[tuple[int, int]]) -> int:
         """Submit, kick, wait; returns the bytes that the device wrote."""
         if self._stuck:
-            why = "an earlier request was not answered, and its buffers are with the device still"
-            raise VdpaBridgeError("FUSE request", why=why, hint="begin anew, with another driver")
+            why = "an earlier request was not answered, and the device still has its buffers"
+            raise VdpaBridgeError("FUSE request", why=why, hint="begin again, with another driver")
         deadline = Deadline(self._timeout_s)
         self._stuck = True
         head = queue.add([piece for piece in readable if piece[1]], writable)

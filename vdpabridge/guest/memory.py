@@ -12,7 +12,7 @@ __all__ = ["GuestMemory"]
 
 
 class GuestMemory:
-    """Memory of a guest that does not exist: one region at ``guest_address``, given out from its start.
+    """Memory for a guest driver in this process: one region at ``guest_address``, allocated from its start.
 
     Owns its memfd. All addresses are the guest's.
     """
@@ -32,11 +32,11 @@ class GuestMemory:
 
     @property
     def mapping(self) -> SharedMapping:
-        """Where this process sees it; borrowed."""
+        """The memory as this process sees it; borrowed."""
         return self._mapping
 
     def allocate(self, size_bytes: int, align_bytes: int = 64) -> int:
-        """The guest address of ``size_bytes`` fresh zero bytes. Raises MemoryError when all is given out."""
+        """The guest address of ``size_bytes`` fresh zero bytes. Raises MemoryError if not enough is left."""
         start = -(-self._next // align_bytes) * align_bytes
         if start + size_bytes > self.size_bytes:
             raise MemoryError(f"guest memory of {self.size_bytes} bytes is full: {size_bytes} more do not fit")

@@ -34,8 +34,8 @@ __all__ = ["Buffer", "RingError", "SplitQueue"]
 Buffer = tuple[int, int]
 
 _RING_OFFSET = 4  # past flags and idx, in the available and the used ring alike
-# The available ring and both indices are read and written as whole words, which a device beside us sees or does not
-# see: struct.pack_into clears its destination first, and a device that looks in between finds an index of 0.
+# The available ring and both indices are read and written as whole words, so that the device sees either the old or the
+# new word: struct.pack_into clears its destination first, and a device that looks in between finds an index of 0.
 _INDEX = 1
 _RING = 2
 
@@ -47,7 +47,7 @@ class RingError(VdpaBridgeError):
 class SplitQueue:
     """A split ring of ``size`` descriptors in ``memory``, with its eventfds. One thread at a time.
 
-    The ring lives in guest memory, so it survives the device: another device can go on with it from `base`.
+    The ring lives in guest memory, so it survives the device: another device can continue it (see `attach`).
     """
 
     def __init__(self, memory: GuestMemory, size: int) -> None:
@@ -72,7 +72,7 @@ class SplitQueue:
 
     @property
     def free(self) -> int:
-        """Descriptors that are not with the device."""
+        """Descriptors that the device does not have."""
         return len(self._free)
 
     @property
@@ -86,7 +86,7 @@ class SplitQueue:
         return _little_endian(self._used_words[_INDEX])
 
     def attach(self, device: Device, index: int, base: int = 0, *, address_space: int = 0) -> None:
-        """Set queue ``index`` of a configured ``device`` up with this ring, going on at ``base``, and enable it."""
+        """Set queue ``index`` of a configured ``device`` up with this ring, continuing at ``base``, and enable it."""
         device.set_queue(index, replace(self.setup, address_space=address_space))
         device.set_base(index, SplitBase(base))
         device.set_call(index, self.call_fd)
@@ -94,7 +94,7 @@ class SplitQueue:
         device.enable_queue(index)
 
     def add(self, readable: Sequence[Buffer], writable: Sequence[Buffer] = ()) -> int:
-        """Make one chain available and return its head. No kick. Raises ValueError where no descriptors are left."""
+        """Make one chain available and return its head. No kick. Raises ValueError if too few descriptors are free."""
         count = len(readable) + len(writable)
         if not count or count > len(self._free):
             raise ValueError(f"a chain of {count} descriptors, and {len(self._free)} are free")
@@ -165,5 +165,5 @@ class SplitQueue:
 
 
 def _little_endian(word: int) -> int:
-    """A 16-bit word as it must lie in memory, or as it lies there: the same exchange both ways."""
+    """Convert a 16-bit word to the order that it has in memory, or back: the same exchange both ways."""
     return word if sys.byteorder == "little" else (word & 0xFF) << 8 | word >> 8

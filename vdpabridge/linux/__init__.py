@@ -1,1 +1,1 @@
-"""What this package asks of Linux, and the standard library does not give: one small module for each thing."""
+"""What this package needs from Linux and the standard library does not give: one small module for each thing."""

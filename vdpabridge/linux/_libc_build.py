@@ -1,8 +1,8 @@
 """Writes ``_libc.py``: ``python3 -m vdpabridge.linux._libc_build``.
 
 cffi's out-of-line ABI mode needs no compiler and no parser at run time: importing the result costs about a
-millisecond. It gives what the standard library hides: the address of a mapping, a memory barrier, asynchronous I/O
-(``struct iocb``: include/uapi/linux/aio_abi.h).
+millisecond. It gives access to what the standard library hides: the address of a mapping, a memory barrier,
+asynchronous I/O (``struct iocb``: include/uapi/linux/aio_abi.h).
 """
 
 from pathlib import Path

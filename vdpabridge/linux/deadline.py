@@ -24,7 +24,7 @@ class Deadline:
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
 
     def left_s(self) -> float | None:
-        """Seconds left, never below 0; None where there is no deadline."""
+        """Seconds left, never below 0; None if there is no deadline."""
         return None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
 
     @property
@@ -44,15 +44,15 @@ class Deadline:
         return {fd for fd, _ in poll.poll(None if left_s is None else left_s * 1000)}
 
 
-#: To look only, and not to wait.
+#: For a look without waiting.
 NOW = Deadline(0)
 
 
 class TimeLimit:
-    """How long a device may be waited for: one deadline for a whole operation, however many waits that has.
+    """How long to wait for a device: one deadline for a whole operation, however many waits it has.
 
-    ``timeout_s`` bounds each operation; None waits for ever. What calls several operations can bound them together
-    (`within`). One thread at a time; only `timeout_s` may be set from elsewhere, such as a signal handler.
+    ``timeout_s`` bounds each operation; None waits for ever. A caller of several operations can bound them together
+    (`within`). One thread at a time; only `timeout_s` may be set from elsewhere, for example from a signal handler.
     """
 
     __slots__ = ("_bound", "_running", "_timeout_s")
@@ -64,7 +64,7 @@ class TimeLimit:
 
     @property
     def timeout_s(self) -> float | None:
-        """Seconds for one operation. To set it shortens an operation that lasts already, and never prolongs it."""
+        """Seconds for one operation. Setting it can shorten an operation under way, and never prolongs it."""
         return self._timeout_s
 
     @timeout_s.setter
@@ -74,7 +74,7 @@ class TimeLimit:
             self._running = _sooner(self._running, Deadline(timeout_s))
 
     def begin(self) -> bool:
-        """Begin an operation; whether it is one of its own, to be ended by `end`, and not a part of another."""
+        """Begin an operation; returns whether it is one of its own, which `end` must end, and not a part of another."""
         if self._running is not None:
             return False
         self._running = self._fresh()
@@ -85,16 +85,16 @@ class TimeLimit:
         self._running = None
 
     def deadline(self) -> Deadline:
-        """That of the operation that lasts; outside of one, that of one which began now."""
+        """The deadline of the operation under way; outside of one, that of an operation that begins now."""
         return self._running or self._fresh()
 
     def left_s(self) -> float | None:
-        """Seconds left for the operation, never below 0; None where there is no deadline."""
+        """Seconds left for the operation, never below 0; None if there is no deadline."""
         return self.deadline().left_s()
 
     @property
     def passed(self) -> bool:
-        """Whether no time is left, not even to begin with."""
+        """Whether no time is left, not even to begin."""
         return self.deadline().passed
 
     @contextmanager
@@ -118,15 +118,15 @@ def _sooner(one: Deadline, other: Deadline) -> Deadline:
 
 
 class StillRunning(Exception):
-    """A call was not over in time. Not a TimeoutError: the kernel has one of those of its own (ETIMEDOUT)."""
+    """A call was not over in time. Not a TimeoutError: Python raises that for the kernel's ETIMEDOUT."""
 
 
 def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[Value], None] | None = None) -> Value:
     """Run ``call`` in a thread of its own and return its result, or raise what it raised.
 
-    Raises `StillRunning` after ``timeout_s``; the call itself goes on, as a system call that sleeps uninterruptibly
-    cannot be ended from user space. Its result, should it still come, goes to ``discard``; so it does where the wait
-    is interrupted (Ctrl-C).
+    Raises `StillRunning` after ``timeout_s``; the call itself continues, because user space cannot end a system call
+    that sleeps uninterruptibly. If its result still comes, it goes to ``discard``; also if the wait is interrupted
+    (Ctrl-C).
     """
     result: list[Value] = []
     error: list[BaseException] = []
@@ -136,7 +136,7 @@ def call_within(timeout_s: float, call: Callable[[], Value], discard: Callable[[
     def run() -> None:
         try:
             value = call()
-        except BaseException as caught:  # noqa: BLE001  # every kind of it goes to the caller's thread
+        except BaseException as caught:  # noqa: BLE001  # every exception goes to the caller's thread
             error.append(caught)
             return
         with handing_over:

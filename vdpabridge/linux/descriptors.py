@@ -1,7 +1,7 @@
-"""Descriptors that came from somebody else: what they are, and closing them without waiting.
+"""Descriptors that came from another process: what they are, and how to close them without waiting.
 
-close(2) can wait for as long as the peer likes: a TCP socket that lingers, a file of a server that does not answer, a
-UNIX socket in whose queue such a descriptor lies. So can fstat(2). Passing one would be enough to stop a process.
+close(2) can wait for as long as the peer likes: for a TCP socket that lingers, a file of a server that does not answer,
+a UNIX socket with one of these in its queue. So can fstat(2). By passing one of these, a peer could stop a process.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from .deadline import StillRunning, call_within
 
 __all__ = ["FDS_PER_MESSAGE_MAX", "Kind", "discard", "fds_in", "hang_up", "kind_of", "same_socket", "stop_receiving"]
 
-#: SCM_MAX_FD: the kernel takes no more in one message. With less room than that it closes the rest, in our thread.
+#: SCM_MAX_FD: the kernel takes no more in one message. With less room than that, the kernel closes the rest, in the
+#: receiving thread.
 FDS_PER_MESSAGE_MAX = 253
 _INT_BYTES = array.array("i").itemsize
-#: File systems behind which somebody else is, who answers when he likes; FUSE has a type for each of its own besides.
+#: File systems that another process or machine serves, which may not answer. FUSE file systems can also have types of
+#: their own, which begin with "fuse".
 _SERVED = ("fuse", "nfs", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs", "coda", "orangefs", "autofs")
-#: How long to ask after a file of which it cannot be told who serves it.
+#: How long to wait for fstat(2) of a file whose server is not known.
 _ASK_S = 1.0
-#: How many such questions may be open. Each has a thread.
+#: How many of these calls may be unanswered. Each has a thread.
 _UNANSWERED_MAX = 4
 _UNANSWERED: list[int] = []
-#: Messages that a queue is searched for; datagrams have a queue of ten (net.unix.max_dgram_qlen).
+#: The most messages that are taken from a queue; a datagram socket's queue has ten (net.unix.max_dgram_qlen).
 _MESSAGES_MAX = 4096
 
 
@@ -49,9 +51,9 @@ class Kind(Enum):
 
 
 def kind_of(fd: int) -> Kind:
-    """What ``fd`` (borrowed) is. Raises OSError for what is no descriptor. Who serves a file is not asked anything."""
+    """What ``fd`` (borrowed) is; known file servers are not asked. Raises OSError if it is not a descriptor."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
-        # the name of a thing only, of which nothing can be done
+        # it only names a file; nothing can be done with it
         return Kind.OTHER
     name = os.readlink(f"/proc/self/fd/{fd}")
     if name.startswith("socket:["):
@@ -80,7 +82,7 @@ def _kind_of_file(fd: int) -> Kind:
 
 
 def _asked(fd: int) -> os.stat_result | None:
-    """fstat(2) of a file of which nobody knows who serves it; None where that does not answer soon."""
+    """fstat(2) of a file whose server is not known; None if the answer does not come soon."""
     if len(_UNANSWERED) >= _UNANSWERED_MAX:
         return None
 
@@ -94,12 +96,12 @@ def _asked(fd: int) -> os.stat_result | None:
     try:
         return call_within(_ASK_S, ask)
     except (StillRunning, RuntimeError):
-        # too late, or no thread is to be had
+        # too late, or no thread could be started
         return None
 
 
 def _is_local(device: int) -> bool:
-    """Whether files on ``device`` are on a disk, or on a file system that is mounted for us too, at another place."""
+    """Whether files on ``device`` are on a disk, or on a file system that is mounted for this process too."""
     if os.major(device):
         return True
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -108,7 +110,7 @@ def _is_local(device: int) -> bool:
 
 
 def _mounts() -> Iterator[tuple[str, str, str]]:
-    """(number, device, type of file system) of all that is mounted for us. Source: proc_pid_mountinfo(5)."""
+    """(number, device, type of file system) of all mounts of this process. Source: proc_pid_mountinfo(5)."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
         for line in mounts:
             fields = line.split()
@@ -116,7 +118,7 @@ def _mounts() -> Iterator[tuple[str, str, str]]:
 
 
 def _is_memory(fd: int) -> bool:
-    """Whether it is shared memory (memfd, tmpfs, hugetlbfs), which is the only thing that has seals."""
+    """Whether ``fd`` is shared memory (memfd, tmpfs, hugetlbfs): nothing else has seals."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -125,7 +127,7 @@ def _is_memory(fd: int) -> bool:
 
 
 def _file_system(fd: int) -> str:
-    """The type of the file system that ``fd`` is on; "" where that is mounted for others only, not for us."""
+    """The type of the file system that ``fd`` is on; "" if that is not mounted for this process."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
         wanted = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
     return next((type_name for number, _, type_name in _mounts() if number == wanted), "")
@@ -155,9 +157,9 @@ def fds_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
 
 
 def stop_receiving(fd: int) -> None:
-    """Let nothing more come in through UNIX socket ``fd`` (borrowed), and throw away what has.
+    """Receive nothing more through UNIX socket ``fd`` (borrowed), and throw away what has arrived.
 
-    If it is an end of somebody's connection, the other end cannot send any more, and finds that out.
+    If it is an end of a connection, the other end cannot send any more, and notices that.
     """
     borrowed = socket.socket(fileno=fd)
     try:
@@ -172,7 +174,7 @@ def stop_receiving(fd: int) -> None:
                 if not data and borrowed.type == socket.SOCK_STREAM:
                     return
         with contextlib.suppress(OSError):
-            # of one that listens, whoever waits
+            # of a listening socket, the connections that wait
             for _ in range(_MESSAGES_MAX):
                 discard([borrowed.accept()[0].detach()])
     finally:
@@ -180,14 +182,14 @@ def stop_receiving(fd: int) -> None:
 
 
 def hang_up(connection: socket.socket) -> None:
-    """Close UNIX socket ``connection``, which is taken, without waiting for what may lie in its queue. Idempotent."""
+    """Close UNIX socket ``connection``, taking ownership, without waiting for what may be in its queue. Idempotent."""
     if connection.fileno() >= 0:
         stop_receiving(connection.fileno())
         connection.close()
 
 
 def discard(fds: Iterable[int]) -> None:
-    """Close ``fds``, which are taken. Raises nothing and waits for nothing: what may last is left to a thread."""
+    """Close ``fds``, taking ownership. Raises nothing and waits for nothing: a thread closes what may take long."""
     for fd in fds:
         if _closes_at_once(fd):
             os.close(fd)
@@ -196,7 +198,7 @@ def discard(fds: Iterable[int]) -> None:
 
 
 def _closes_at_once(fd: int) -> bool:
-    """Whether it is the kernel's own, without anybody behind it."""
+    """Whether the kernel closes ``fd`` without asking another process or machine."""
     try:
         name = os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
@@ -206,7 +208,7 @@ def _closes_at_once(fd: int) -> bool:
 
 
 def _make_short(fd: int) -> None:
-    """Take from ``fd`` what would make close(2) last, as far as that can be done."""
+    """Remove from ``fd`` (borrowed) what would make close(2) take long, as far as possible."""
     try:
         family = _family(fd)
     except OSError:
@@ -224,7 +226,7 @@ def _make_short(fd: int) -> None:
 
 
 class _Closers:
-    """Threads that close, as many as there is to be closed at a time, up to a limit; they end when all is done."""
+    """Threads that close descriptors, one for each that waits, up to a limit; they end when all are closed."""
 
     _THREADS_MAX = 16
 
@@ -242,7 +244,7 @@ class _Closers:
         try:
             threading.Thread(target=self._work, name="vdpabridge-close", daemon=True).start()
         except RuntimeError:
-            # no thread is to be had: whoever comes next has it done
+            # no thread could be started: the next call gets it closed
             with self._lock:
                 self._threads -= 1
 
@@ -253,7 +255,7 @@ class _Closers:
                     self._threads -= 1
                     return
                 fd = self._waiting.popleft()
-            # it is gone whatever close(2) says: EIO of a file server, for instance
+            # the descriptor is gone whatever close(2) answers, for example EIO from a file server
             with contextlib.suppress(OSError):
                 _make_short(fd)
                 os.close(fd)

@@ -1,9 +1,9 @@
-"""Eventfds of somebody else's making: signalled and cleared without ever waiting.
+"""Signals and clears eventfds that other processes made, without ever waiting.
 
-write(2) waits for a reader where the counter is full, and who shares an eventfd can fill it at any moment, also between
-a look and a write; there is no RWF_NOWAIT for it. The kernel itself signals without waiting, when a piece of
-asynchronous I/O has ended (io_submit(2), IOCB_FLAG_RESFD). So it is given one that ends at once: to read nothing out of
-the eventfd, which is an error (EINVAL), and that is an end (fs/aio.c, aio_rw_done).
+write(2) waits for a reader if the counter is full. A process that shares an eventfd can fill it at any moment, also
+between a look and a write, and there is no RWF_NOWAIT for the write. The kernel itself signals without waiting, when a
+piece of asynchronous I/O has ended (io_submit(2), IOCB_FLAG_RESFD). So this module gives it one that ends at once: to
+read nothing from the eventfd, which is an error (EINVAL), and so the end (fs/aio.c, aio_rw_done).
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from .deadline import NOW
 
 __all__ = ["clear", "signal", "wake"]
 
-#: System call numbers of io_setup, io_submit and io_getevents; a machine that is not here has the numbers of most.
+#: System call numbers of io_setup, io_submit and io_getevents; a machine that is not listed has the numbers of most
+#: machines.
 _NUMBERS = {"x86_64": (206, 209, 208), "s390x": (243, 246, 245), "ppc64le": (227, 230, 229)}.get(
     os.uname().machine, (0, 2, 4)
 )
-#: Completions that the kernel keeps until somebody takes them; taken when half of them are there.
+#: Completions that the kernel keeps until this module takes them; it does when half of them are there.
 _COMPLETIONS = 128
 _EVENT_BYTES = 32
 _FLAG_RESFD = 1
 
 
 def signal(eventfd: int | None) -> None:
-    """Signal ``eventfd`` (borrowed), if there is one: a counter that is full is signal enough."""
+    """Signal ``eventfd`` (borrowed), if there is one; a full counter is a signal already."""
     if eventfd is None:
         return
     signaller = _signaller(os.getpid())
@@ -47,7 +48,7 @@ def wake(eventfd: int) -> None:
 
 
 def clear(eventfd: int) -> None:
-    """Read ``eventfd`` (borrowed), whatever its own mode is: somebody else may have read it meanwhile."""
+    """Read ``eventfd`` (borrowed) without waiting, whatever its mode: another process may have read it meanwhile."""
     try:
         os.preadv(eventfd, [bytearray(8)], -1, os.RWF_NOWAIT)
     except BlockingIOError:
@@ -55,7 +56,7 @@ def clear(eventfd: int) -> None:
 
 
 def _signal_by_write(eventfd: int) -> None:
-    """Where there is no asynchronous I/O (a sandbox that forbids it): right, unless somebody means harm."""
+    """Signal ``eventfd`` without asynchronous I/O (a sandbox may forbid that); waits only if a peer is hostile."""
     if NOW.wait({eventfd: select.POLLOUT}):
         os.eventfd_write(eventfd, 1)
 
@@ -77,7 +78,7 @@ class _Signaller:
         self._events = ffi.new("char[]", _COMPLETIONS * _EVENT_BYTES)
 
     def signal(self, eventfd: int) -> None:
-        """Signal it. Raises OSError for what is no eventfd."""
+        """Signal ``eventfd`` (borrowed). Raises OSError if it is not an eventfd."""
         with self._lock:
             self._block.aio_fildes = self._block.aio_resfd = eventfd
             if self._libc.syscall(self._numbers[1], self._context, self._one, self._blocks) != 1:
@@ -95,8 +96,8 @@ class _Signaller:
 
 @cache
 def _signaller(_pid: int) -> _Signaller | None:
-    """That of this process; None where the kernel does not give one."""
-    from ._libc import ffi  # here because most commands signal nobody
+    """The signaller of this process; None if the kernel does not give a context."""
+    from ._libc import ffi  # imported here, because most commands signal nobody
 
     libc = ffi.dlopen(None)
     context = ffi.new("unsigned long *")

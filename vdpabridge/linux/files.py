@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Replacing files: afterwards a file is complete, or as it was before."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from ..errors import VdpaBridgeError
 
 __all__ = ["replacing"]
 
-#: Only its owner reads it, whatever was there before: it holds a guest's data.
+#: Only its owner may read it, whatever the old file's mode was: it holds a guest's data.
 _MODE = 0o600
 
 
 @contextmanager
 def replacing(path: str) -> Iterator[int]:
-    """A descriptor to write what shall be at ``path``, which it is when the body ends well, also after a power cut.
+    """A descriptor (borrowed) for the new content of ``path``; if the body does not raise, it replaces the file.
 
-    Raises `VdpaBridgeError` where the file cannot be made, or something other than a file is there: a symbolic link is
-    not followed, because somebody else may have made it. When the file has been replaced, nothing is raised any more.
+    A power cut then does not lose the new content. Raises `VdpaBridgeError` if the file cannot be made, or if there is
+    something other than a file: a symbolic link is not followed, because another user may have made it. Once the file
+    has been replaced, nothing is raised.
     """
     directory, base = os.path.split(path)
     with _explaining(path):
         folder = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    # nobody else's: not another thread's, nor a process's with the same number in another container
+    # unique: no other thread uses it, nor a process with the same number in another container
     name = f".vdpabridge-{secrets.token_hex(8)}"
     try:
         _check_replaceable(path, base, folder)
@@ -41,7 +42,7 @@ def replacing(path: str) -> Iterator[int]:
             os.close(fd)
         with _explaining(path):
             os.rename(name, base, src_dir_fd=folder, dst_dir_fd=folder)
-        # it is there, and whole: that a power cut may still bring the old one back is no reason to call it a failure
+        # the file is there and complete: that a power cut may still bring the old one back does not count as a failure
         with suppress(OSError):
             os.fsync(folder)
     except BaseException:
@@ -61,9 +62,9 @@ def _check_replaceable(path: str, base: str, folder: int) -> None:
         raise VdpaBridgeError("write", device=path, why=os.strerror(error.errno or 0)) from error
     if stat.S_ISLNK(mode):
         hint = "name the file that it leads to, or remove it"
-        raise VdpaBridgeError("write", device=path, why="what is there is a symbolic link", hint=hint)
+        raise VdpaBridgeError("write", device=path, why="it is a symbolic link", hint=hint)
     if not stat.S_ISREG(mode):
-        raise VdpaBridgeError("write", device=path, why="what is there is not a file", hint="it is not replaced")
+        raise VdpaBridgeError("write", device=path, why="it is not a file", hint="it is not replaced")
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def _explaining(path: str) -> Iterator[None]:
 
 
 def _name(fd: int, folder: int, name: str) -> None:
-    """Give the file, all of which is safe, its name, if it has none."""
+    """Sync the file to disk, then give it its name, if it has none."""
     os.fsync(fd)
     if os.fstat(fd).st_nlink == 0:
         # with descriptors of directories Python calls linkat(2), which follows the link when asked to
@@ -83,7 +84,10 @@ def _name(fd: int, folder: int, name: str) -> None:
 
 
 def _without_name(folder: int, name: str) -> int:
-    """A file that goes with the process, whatever ends it; on file systems that have none such, one called ``name``."""
+    """A descriptor, owned by the caller, of a file that disappears when the process ends, however it ends.
+
+    On file systems that have no such files, it is one called ``name``.
+    """
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE, dir_fd=folder)
     except OSError as error:

@@ -43,7 +43,7 @@ def holders(path: str) -> list[Holder]:
 def _has_open(pid: str, wanted: os.stat_result) -> bool:
     try:
         descriptors = os.listdir(f"/proc/{pid}/fd")
-    except OSError:  # gone, or somebody else's
+    except OSError:  # gone, or another user's
         return False
     for descriptor in descriptors:
         link = f"/proc/{pid}/fd/{descriptor}"
@@ -59,12 +59,12 @@ def _has_open(pid: str, wanted: os.stat_result) -> bool:
 
 
 def _has_mapped(pid: str, wanted: os.stat_result) -> bool:
-    """Doorbells stay mapped, and keep the device open, when the descriptor is closed."""
+    """Whether it is mapped: a doorbell stays mapped, and keeps the device open, after the descriptor is closed."""
     place = f" {os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x} {wanted.st_ino} ".encode()
     try:
         with open(f"/proc/{pid}/maps", "rb") as maps:
             return any(place in line for line in maps)
-    except OSError:  # gone, or somebody else's
+    except OSError:  # gone, or another user's
         return False
 
 

@@ -19,7 +19,7 @@ __all__ = ["SharedMapping", "atomic_set_bit", "check_inside", "memory_file", "st
 
 @cache
 def _libc() -> tuple[Any, Any]:
-    from ._libc import ffi  # here because most commands need no memory
+    from ._libc import ffi  # imported here, because most commands need no memory
 
     return ffi, ffi.dlopen(None)
 
@@ -31,18 +31,18 @@ _OFFSET_MAX = (1 << 63) - 1
 def check_inside(fd: int, size_bytes: int, offset: int) -> None:
     """Raise OSError (EINVAL) unless ``size_bytes`` from ``offset`` lie in file ``fd`` (borrowed).
 
-    Somebody else's description of memory has to pass here first: what is mapped beyond the end of a file kills the
-    process that touches it (SIGBUS). What is no regular file has no end to be beyond.
+    A description of memory from another process has to pass here first: a process that touches a mapping beyond the end
+    of its file is killed (SIGBUS). Only a regular file has an end that can be checked.
     """
     status = os.fstat(fd)
     if size_bytes <= 0 or offset < 0 or offset + size_bytes > _OFFSET_MAX:
-        raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} are no part of any file")
+        raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} are not part of any file")
     if stat.S_ISREG(status.st_mode) and offset + size_bytes > status.st_size:
         raise OSError(errno.EINVAL, f"{size_bytes} bytes at {offset} of a file of {status.st_size} bytes")
 
 
 def memory_file(name: str, size_bytes: int, *, sealed: bool = False) -> int:
-    """A memfd of ``size_bytes``, owned by the caller; ``sealed``: nobody can change its size any more."""
+    """A memfd of ``size_bytes``, owned by the caller; ``sealed``: no process can change its size any more."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealed else 0))
     try:
         os.ftruncate(fd, size_bytes)
@@ -61,7 +61,7 @@ _MADV_DONTDUMP = 16
 class SharedMapping:
     """``size_bytes`` of file ``fd`` from ``offset``, mapped shared. ``fd`` is borrowed; the mapping outlives it.
 
-    It is left out of this process's core dumps: it is a guest's, with the guest's secrets, and of the guest's size.
+    This process's core dumps leave it out: it holds the guest's secrets, and is as large as the guest's memory.
     `address` is where it lies in this process; `view` reads and writes it. Raises OSError as mmap(2) does. Do not use
     `view`, or a slice of it, after `close`.
     """
@@ -113,7 +113,7 @@ def store_barrier() -> None:
 
 
 _FUTEX_WAKE_OP = 5
-#: FUTEX_OP_OR of ``1 << argument``, compared with 0 for equality: what it finds there wakes nobody.
+#: FUTEX_OP_OR of ``1 << argument``, compared with 0 for equality: the result of that wakes nobody.
 _FUTEX_OR_SHIFTED = (8 | 2) << 28
 #: System call number of futex(2).
 _FUTEX_NUMBER = {"x86_64": 202, "s390x": 238, "ppc64le": 221}.get(os.uname().machine, 98)
@@ -122,8 +122,8 @@ _FUTEX_NUMBER = {"x86_64": 202, "s390x": 238, "ppc64le": 221}.get(os.uname().mac
 def atomic_set_bit(mapping: SharedMapping, bit: int) -> None:
     """Set ``bit`` of ``mapping``, little-endian within bytes, as one atomic step also for other processes.
 
-    The kernel does it (futex(2), FUTEX_WAKE_OP): Python can only read and write, between which another process's bit
-    would be lost. The mapping's start is aligned to 4 bytes and its size a multiple of them.
+    The kernel does it (futex(2), FUTEX_WAKE_OP): Python can only read and then write, and would lose a bit that another
+    process sets in between. The mapping's start is aligned to 4 bytes and its size a multiple of them.
     """
     ffi, libc = _libc()
     word, bit = divmod(bit, 32)

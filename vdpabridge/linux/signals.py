@@ -1,4 +1,4 @@
-"""Signals that must wait: what they would cut in two cannot be told from the outside, nor put right."""
+"""Makes signals wait during work that cannot be interrupted: nothing outside could notice or repair half of it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 def harmless(handler: Handler) -> Handler:
-    """Mark a signal's handler that raises nothing: it need not wait."""
+    """Mark a signal handler that raises nothing: it need not wait."""
     handler.__dict__["harmless"] = True
     return handler
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Have what SIGINT and SIGTERM bring about happen when the body is done; in the main thread, the only one that it
-    interrupts."""
+    """Handle SIGINT and SIGTERM only when the body is done; in the main thread, the only one that they interrupt."""
     deferral = Deferral()
     try:
         deferral.install()
@@ -33,10 +32,10 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Deferral:
-    """Has signals wait while one of the functions ``within`` is at work, or something that it calls; always, if there
-    are none. So a context manager can protect all of its ``__exit__``, which is not possible from inside of it.
+    """Makes signals wait while one of the functions ``within`` runs, or something that it calls; always, if there are
+    none. So a context manager can protect all of its ``__exit__``, which is not possible from inside of it.
 
-    Stands in for handlers. Where it is left behind, by a signal between two instructions, it does as they do.
+    It replaces the handlers. If a signal between two instructions leaves it in place, it does what they do.
     """
 
     def __init__(self, *within: Callable[..., object]) -> None:
@@ -49,7 +48,8 @@ class Deferral:
         """Begin, in the main thread; in another one nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             return
-        # not by a mask: the kernel would give the signal to another thread, and Python its handler to this one
+        # not by a mask: the kernel would give the signal to another thread, and Python would run its handler in this
+        # one
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             while isinstance(handler, Deferral) and not handler._active:
@@ -77,7 +77,7 @@ class Deferral:
         return own_end or frame.f_code in self._codes
 
     def end(self) -> None:
-        """Put the handlers back, and have what came happen."""
+        """Put the handlers back, and deliver the signals that came."""
         try:
             self._restore(list(self._handlers.items()))
         finally:
@@ -85,7 +85,7 @@ class Deferral:
             self._deliver()
 
     def _restore(self, handlers: list[tuple[int, Any]]) -> None:
-        """All of them, also where one is called at once, and raises."""
+        """Restore all of them, even if one is called at once and raises."""
         if handlers:
             try:
                 signal.signal(*handlers.pop())

@@ -1,4 +1,4 @@
-"""What systemd and a service tell each other: sockets that are open already, and that the service is ready.
+"""What systemd and a service tell each other: which sockets are open already, and that the service is ready.
 
 Source: sd_listen_fds(3), sd_notify(3).
 """
@@ -17,7 +17,7 @@ _FIRST_FD = 3
 def passed_sockets() -> dict[str, int]:
     """Name -> descriptor of the sockets that systemd has opened for this process; the caller owns them.
 
-    The variables that say so are removed: they are not for processes that this one starts.
+    This removes the environment variables that name them: they are not for processes that this one starts.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
@@ -31,7 +31,7 @@ def passed_sockets() -> dict[str, int]:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager ``state``, as ``READY=1``; nothing happens where there is none."""
+    """Tell the service manager ``state``, for example ``READY=1``; does nothing if there is none."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

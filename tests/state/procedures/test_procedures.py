@@ -432,7 +432,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     path = tmp_path / "x"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with lab("sim") as (source, _, work):
-        with pytest.raises(ProcedureFailed, match="what is there is not a file"):
+        with pytest.raises(ProcedureFailed, match="it is not a file"):
             save_file(source, str(path), limits())
         work.finish()
 

@@ -53,14 +53,14 @@ _EXTENT = struct.Struct("<Q")
 
 
 class BlockModel(Model):
-    """A disk of ``fd``, which is taken: a regular file, or a memfd whose content is then part of the state."""
+    """A disk in ``fd`` (takes ownership): a regular file, or a memfd whose content is then part of the state."""
 
     device_id = VIRTIO_ID_BLOCK
 
     def __init__(self, fd: int, *, in_memory: bool, read_only: bool = False, queue_count: int = 2) -> None:
         self._fd = fd
         self._in_memory = in_memory
-        # by its end, which block devices have as well
+        # by seeking to its end, which block devices can do as well
         self._size_bytes = os.lseek(fd, 0, os.SEEK_END) // SECTOR_BYTES * SECTOR_BYTES
         self._read_only = read_only
         self._writeback = True
@@ -79,7 +79,7 @@ class BlockModel(Model):
         model = cls(fd, in_memory=False, read_only=read_only, queue_count=queue_count)
         if not model._size_bytes:
             model.close()
-            raise ValueError(f"{path} has no whole sector: it is empty, or no disk")
+            raise ValueError(f"{path} has no whole sector: it is empty, or not a disk")
         return model
 
     # --- configuration space ---
@@ -110,7 +110,7 @@ class BlockModel(Model):
             return
         kind, _, sector = VIRTIO_BLK_OUTHDR.unpack(request)
         status = VIRTIO_BLK_S_IOERR if fail else self._perform(kind, sector * SECTOR_BYTES, request, chain)
-        # the status is the last byte of the room, wherever the data ends
+        # the status is the last byte of the writable room, wherever the data ends
         chain.write(bytes([status]), chain.room_bytes - 1)
         if status != VIRTIO_BLK_S_OK:
             chain.written_bytes = 1
@@ -180,7 +180,7 @@ class BlockModel(Model):
         return Loaded(lambda: self._adopt(fd, writeback), lambda: os.close(fd))
 
     def _adopt(self, fd: int, writeback: bool) -> None:
-        """Go on with disk ``fd`` (taken; -1 for the same as before) and this cache mode."""
+        """Use disk ``fd`` (takes ownership; -1 for the same as before) and this cache mode from now on."""
         self._writeback = writeback
         if fd >= 0:
             old, self._fd = self._fd, fd

@@ -51,11 +51,11 @@ _EVENTFDS = {Operation.SET_KICK: "kick", Operation.SET_CALL: "call", Operation.S
 class Sim(Device):
     """A virtio device without hardware, kernel or another process: it processes rings in a thread of its own.
 
-    It has every capability, and keeps every promise of `Device` to the letter; `faults` are the exceptions, for tests.
+    It has every capability, and does exactly what `Device` promises; `faults` are the exceptions, for tests.
     """
 
     def __init__(self, model: Model, name: str, *, timeout_s: float | None = None) -> None:
-        """Take ``model`` over."""
+        """Take ownership of ``model``."""
         self._faults = Faults()
         self._model = model
         limit = TimeLimit(timeout_s)
@@ -89,7 +89,7 @@ class Sim(Device):
 
     @property
     def faults(self) -> Faults:
-        """What is to go wrong."""
+        """What a test wants to go wrong."""
         return self._faults
 
     @property
@@ -111,7 +111,7 @@ class Sim(Device):
         return 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | self.model.features
 
     def fileno(self) -> int:
-        """The eventfd that wakes the device's thread; there is no other descriptor to it."""
+        """The eventfd that wakes the device's thread, borrowed; the device has no other descriptor."""
         return self._engine.fileno()
 
     # --- negotiation and configuration space ---
@@ -132,7 +132,7 @@ class Sim(Device):
             signal(self.config_call)
 
     def _set_config_call(self, eventfd: int | None) -> None:
-        # the device's record of it, a duplicate, is what is signalled
+        # the device signals its own record of it, a duplicate
         del eventfd
 
     # --- memory ---
@@ -150,7 +150,7 @@ class Sim(Device):
             raise ValueError(f"{self.name}: queue {index} with {setup.size} descriptors, not a power of two up to 1024")
         for address, align in ((setup.desc_address, 16), (setup.avail_address, 2), (setup.used_address, 4)):
             if address % align:
-                raise ValueError(f"{self.name}: queue {index}: {address:#x} is no multiple of {align}")
+                raise ValueError(f"{self.name}: queue {index}: {address:#x} is not a multiple of {align}")
         self._require_stopped(index, Operation.SET_QUEUE)
 
     def _set_base(self, index: int, base: QueueBase) -> None:
@@ -164,7 +164,7 @@ class Sim(Device):
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         if eventfd is not None and kind_of(eventfd) is not Kind.EVENTFD:
-            raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is no eventfd")
+            raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is not an eventfd")
         duplicate = None if eventfd is None else os.dup(eventfd)
         old = self._eventfds.pop((index, operation), None)
         if duplicate is not None:
@@ -221,7 +221,7 @@ class Sim(Device):
         self._state_transfer.drop()
         self._wait_for(self._engine.close_rings, "reset")
         while self._eventfds:
-            # out of the books first: a number that is closed twice may be somebody else's by then
+            # out of the records first: a number that is closed twice could belong to another file by then
             os.close(self._eventfds.popitem()[1])
         self._bases.clear()
         self._guest.set_log(None)
@@ -253,7 +253,7 @@ class Sim(Device):
         self._engine.start()
 
     def _add_worker(self, index: int, *, enabled: bool) -> None:
-        """Let queue ``index`` be processed; one that was not set up never is."""
+        """Have the engine process queue ``index``, if it was set up."""
         record = self.queues.get(index)
         if record is None or record.setup is None:
             return
@@ -277,7 +277,7 @@ class Sim(Device):
         except TimeoutError as error:
             if isinstance(error, DeadlineExceeded):
                 raise
-            why = "requests are in flight still"
+            why = "requests are still in flight"
             raise DeadlineExceeded("stop queues", self.timeout_s or 0, device=self.name, why=why) from None
 
     def _call(self, function: Callable[[], Value]) -> Value:
@@ -338,8 +338,8 @@ class Sim(Device):
     def _get_inflight(self, queue_count: int, queue_size: int) -> InflightRegion:
         if not 0 < queue_count <= self.model.queue_count or not 0 < queue_size <= QUEUE_SIZE_MAX:
             raise ValueError(f"{self.name}: an in-flight region for {queue_count} queues of {queue_size}")
-        # room for the largest ring: QEMU 10.0 asks for a region for 128 descriptors, whereupon SeaBIOS makes a ring
-        # of 256 and Linux one of 1024
+        # room for the largest ring: QEMU 10.0 asks for a region for 128 descriptors, and then SeaBIOS makes a ring of
+        # 256 and Linux one of 1024
         size = queue_count * queue_region_bytes(QUEUE_SIZE_MAX)
         fd = memory_file("vdpabridge-inflight", size, sealed=True)
         return InflightRegion(fd, size, 0, queue_count, queue_size)

@@ -1,4 +1,4 @@
-"""Processes rings, in a thread. Whatever else touches them is done by that thread too, between two requests."""
+"""Processes rings in a thread. Everything else that touches them runs in that thread too, between two requests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BATCH = 64
 
 
 class Engine:
-    """Runs ``model`` on rings. `failed` says what the device died of, where it did.
+    """Runs ``model`` on rings. `failed` says what the device died of, if it did.
 
-    ``limit`` bounds every wait for the thread: they raise `StillRunning`.
+    ``limit`` bounds every wait for the thread: a wait that would last longer raises `StillRunning`.
     """
 
     def __init__(self, model: Model, faults: Faults, limit: TimeLimit) -> None:
@@ -45,17 +45,17 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread. What is in flight stays so. Idempotent."""
+        """End the thread. Requests in flight stay in flight. Idempotent."""
         self._thread.stop(self._limit.left_s())
 
     def call(self, function: Callable[[], Value]) -> Value:
-        """Run ``function`` where no ring is being processed, and return its result or raise what it raised."""
+        """Run ``function`` while no ring is being processed, and return its result or raise what it raised."""
         return self._thread.call(function, self._limit.left_s())
 
     def stop_rings(self, indices: Sequence[int], note: Callable[[int, int], None], *, drain: bool) -> None:
-        """Take the workers of queues ``indices`` out; ``note`` is told where each stands, before anything else happens.
+        """Remove the workers of queues ``indices``; before anything else, call ``note`` with where each stands.
 
-        Where they are not quiet in time, or the wait is interrupted, all of them go on. Raises TimeoutError.
+        If they are not quiet in time, or the wait is interrupted, all of them continue. Raises TimeoutError.
         """
         workers = {index: self.workers[index] for index in indices}
 
@@ -63,7 +63,7 @@ class Engine:
             for worker in workers.values():
                 worker.stop(how)
 
-        # whatever comes between them, an interruption too: rings that nobody waits for any more go on
+        # if anything fails or interrupts this, the rings continue, because nobody waits for them any more
         try:
             self.call(lambda: all_of_them(Stopping.DRAIN if drain else Stopping.NOW))
             for worker in workers.values():
@@ -80,7 +80,7 @@ class Engine:
         return self._thread.running and not self.failed
 
     def fileno(self) -> int:
-        """What wakes the thread; borrowed."""
+        """The descriptor that wakes the thread; borrowed."""
         return self._thread.wake_fd
 
     def close_rings(self) -> None:
@@ -140,7 +140,7 @@ class Engine:
             raise Died(f"it has answered {self._answered} requests")
 
     def _break(self, worker: Worker, why: str) -> None:
-        """The driver broke the rules: nothing more is taken, and whoever listens for errors hears of it."""
+        """The guest's driver broke the rules: take nothing more from the ring, and signal its error eventfd."""
         worker.broken = why
         worker.check_idle()
         signal(worker.err)
@@ -172,7 +172,7 @@ class Engine:
                 kicks[fd].look = True
 
     def _patience_s(self) -> float | None:
-        """How long there is nothing to do without being woken."""
+        """How long the thread has nothing to do unless something wakes it; None for ever."""
         if self.failed:
             return None
         if any(worker.ready for worker in self.workers.values()):

@@ -1,6 +1,6 @@
 """A real folder, as the simulated virtio-fs device shares it: read-only, files and directories only.
 
-Links and devices in it are not shared, so that nothing outside of the folder is ever read.
+Links and devices in it are not shared, so that the device never reads anything outside of the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .tree import Directory, File, Node
 
 __all__ = ["Folder"]
 
-#: Never through a link, and never waiting for whoever writes to a FIFO.
+#: Never follow a link, and never wait for a writer of a FIFO.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -37,7 +37,7 @@ class _FileOnDisk(File):
 
 
 class Folder(Directory):
-    """The folder at ``path``, as it is whenever somebody looks. Raises OSError if it is not one."""
+    """The folder at ``path``, as it is at each request. Raises OSError if ``path`` is not a folder."""
 
     def __init__(self, path: str) -> None:
         self._path = path

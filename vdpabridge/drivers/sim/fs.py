@@ -64,7 +64,7 @@ class FsModel(Model):
         return Loaded(commit)
 
     def _is_shared(self, path: str) -> bool:
-        """Whether ``path`` is one by which the server knows a file: with a slash too many it is none."""
+        """Whether the server knows a file by ``path``: it knows none by a path with a slash too many."""
         return path == "/".join(filter(None, path.split("/"))) and find(self._tree, path) is not None
 
     def reset(self) -> None:

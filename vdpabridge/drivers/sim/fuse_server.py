@@ -1,5 +1,7 @@
-"""A FUSE server of files in memory. What it remembers between requests is what makes virtio-fs a stateful device:
-which inodes the guest knows by which number, and what it has open.
+"""A FUSE server of read-only files, in memory or in a folder.
+
+What it remembers between requests makes virtio-fs a stateful device: which inodes the guest knows by which number, and
+which files it has open.
 
 Source: include/uapi/linux/fuse.h and fs/fuse of Linux 7.2.
 """
@@ -82,7 +84,7 @@ class FuseServer:
         self._operations = ask
 
     def answer(self, request: bytes) -> bytes | None:
-        """The answer to ``request``; None where it gets none. ValueError for what is no request."""
+        """The answer to ``request``; None if it gets none. ValueError if it is not a request."""
         if len(request) < FUSE_IN_HEADER.size_bytes:
             raise ValueError(f"a FUSE request of {len(request)} bytes")
         size, opcode, unique, nodeid, *_ = FUSE_IN_HEADER.unpack(request)
@@ -114,7 +116,7 @@ class FuseServer:
             # the driver asks again, with the version that this answer names
             return FUSE_INIT_OUT.pack(FUSE_KERNEL_VERSION, _MINOR, *(0,) * 9)
         if major < FUSE_KERNEL_VERSION or minor < _MINOR:
-            # the first Linux with virtiofs has 7.31
+            # the first Linux with virtiofs has FUSE 7.31
             raise _Refused(errno.EPROTO)
         accepted = flags & (FUSE_ASYNC_READ | FUSE_PARALLEL_DIROPS)
         self.session = FuseSession(minor=_MINOR, flags=accepted)
@@ -145,7 +147,7 @@ class FuseServer:
             self.session.inodes[number] = Inode(path, 0)
             self._numbers[path] = number
         self.session.inodes[number].lookups += 1
-        # valid for no time: every use of a name comes here again
+        # valid for 0 s: the guest looks a name up again for every use
         return FUSE_ENTRY_OUT.pack(number, 0, 0, 0, 0, 0, _attributes(number, node))
 
     def _number_of(self, path: str) -> int | None:
@@ -173,7 +175,7 @@ class FuseServer:
         self._drop_unused(nodeid)
 
     def _drop_unused(self, nodeid: int) -> None:
-        """Forget an inode that the guest neither knows nor has open: FORGET may overtake RELEASE, on its own queue."""
+        """Forget an inode that the guest neither knows nor has open: on its own queue, FORGET may overtake RELEASE."""
         inode = self.session.inodes[nodeid]
         if inode.lookups == 0 and inode.opens == 0:
             self._number_of(inode.path)
@@ -281,7 +283,7 @@ class FuseServer:
         return handle
 
 
-#: Requests that would change a file system which cannot be changed.
+#: Requests that would change the file system, which is read-only.
 _CHANGES = {
     FuseOpcode.FUSE_SETATTR,
     FuseOpcode.FUSE_SYMLINK,
@@ -309,7 +311,7 @@ def _attributes(number: int, node: Node) -> bytes:
 
 
 def _exactly(body: bytes, size: int) -> bytes:
-    """The first ``size`` bytes of ``body``; EINVAL where there are fewer."""
+    """The first ``size`` bytes of ``body``; EINVAL if there are fewer."""
     if len(body) < size:
         raise _Refused(errno.EINVAL)
     return body[:size]

@@ -19,7 +19,7 @@ __all__ = ["KNOWN_MAX", "FuseSession", "Handle", "Inode", "pack_session", "unpac
 
 #: Inodes that a guest may know, and handles that it may have.
 KNOWN_MAX = 1 << 17
-#: Numbers that are given out next, and times that something was looked up: they have to grow still.
+#: The most that the next numbers and the counts of lookups may be in a state: they still have to grow.
 _COUNT_MAX = 1 << 62
 
 #: Characters of a path that an error shows.
@@ -52,7 +52,7 @@ class FuseSession:
     """All that the server remembers: the device's internal state."""
 
     minor: int = 0
-    """Of the FUSE version agreed on; 0 before INIT."""
+    """The minor FUSE version agreed on; 0 before INIT."""
     flags: int = 0
     inodes: dict[int, Inode] = field(default_factory=lambda: {FUSE_ROOT_ID: Inode("", 1)})
     handles: dict[int, Handle] = field(default_factory=dict)
@@ -86,9 +86,9 @@ def _chunks(records: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def unpack_session(chunks: Iterable[bytes], is_shared: Callable[[str], bool]) -> FuseSession:
-    """The session in ``chunks``, all of which are read. Raises `StateRefused`, and as ``chunks`` does.
+    """The session in ``chunks``, all of which are read. Raises `StateRefused`, and what ``chunks`` raises.
 
-    It has files only of which ``is_shared`` says that they are there, so that it is no bigger than the tree allows.
+    It has only files that ``is_shared`` confirms, so that it is not larger than the tree allows.
     """
     content = iter(chunks)
     try:

@@ -12,7 +12,7 @@ from ...linux.mappings import SharedMapping, atomic_set_bit, check_inside
 
 __all__ = ["BadAddress", "DirtyBitmap", "GuestView"]
 
-#: The log's page, whatever the machine's is.
+#: The log's page size, whatever the machine's page size is.
 _LOG_PAGE_BYTES = 4096
 
 
@@ -31,7 +31,7 @@ class DirtyBitmap:
         self._mapping = SharedMapping(log.fd, log.size_bytes + skipped, log.offset - skipped)
 
     def mark(self, guest_address: int, size_bytes: int) -> None:
-        """Note the pages from ``guest_address`` on; after they were written, or who copies them may copy too early."""
+        """Note the pages from ``guest_address`` on, after the write: otherwise a process may copy them too early."""
         first, last = guest_address // _LOG_PAGE_BYTES, (guest_address + size_bytes - 1) // _LOG_PAGE_BYTES
         if last >= self._bits:
             raise BadAddress(f"page {last:#x} is beyond the dirty log's {self._bits:#x}")
@@ -46,13 +46,14 @@ class DirtyBitmap:
 class _Mapped:
     """A region and where this process sees it. The file is mapped from a multiple of its own page size on.
 
-    A file that is made shorter later kills whoever touches what was its end; nothing can be done about that here.
+    If the file is made shorter later, the kernel kills a process that touches what was its end; nothing can be done
+    about that here.
     """
 
     def __init__(self, region: MemoryRegion) -> None:
         self.region = region
         check_inside(region.fd, region.size_bytes, region.offset)
-        # of hugetlbfs, the size of its pages
+        # for hugetlbfs this is the size of its pages
         granule_bytes = max(mmap.ALLOCATIONGRANULARITY, os.fstat(region.fd).st_blksize)
         skipped = region.offset % granule_bytes
         size = -(-(region.size_bytes + skipped) // granule_bytes) * granule_bytes
@@ -66,7 +67,7 @@ class _Mapped:
 
 
 class GuestView:
-    """The mapped regions, and the dirty log where one is kept. Not to be changed while a ring is processed."""
+    """The mapped regions, and the dirty log if there is one. Do not change it while a ring is processed."""
 
     def __init__(self) -> None:
         self._mapped: list[_Mapped] = []
@@ -88,7 +89,7 @@ class GuestView:
         self._set([*self._mapped, *added])
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions``, which are mapped, away."""
+        """Unmap ``regions``, which are mapped."""
         gone = {region.guest_address for region in regions}
         for each in self._mapped:
             if each.region.guest_address in gone:
@@ -113,7 +114,7 @@ class GuestView:
         raise BadAddress(f"{size_bytes} bytes at {guest_address:#x} are not mapped{' for writing' if write else ''}")
 
     def pieces(self, guest_address: int, size_bytes: int, *, write: bool = False) -> Iterator[memoryview]:
-        """The same, for bytes that may go on in the next region."""
+        """Like `slice`, for bytes that may continue in the next region."""
         while size_bytes:
             at = bisect_right(self._starts, guest_address) - 1
             end = self._mapped[at].region.guest_address + self._mapped[at].region.size_bytes if at >= 0 else 0

@@ -1,7 +1,7 @@
 """The in-flight region of a queue, kept so that requests outlive the process that took them.
 
-Source: docs/interop/vhost-user.rst, "Inflight I/O tracking", whose steps are followed to the letter: at every moment
-between two writes, whoever reads the region finds out what became of every request.
+Source: docs/interop/vhost-user.rst, "Inflight I/O tracking". This module follows its steps exactly: between any two
+writes, a process that reads the region can find out what became of every request.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class InflightTable:
     def recover(self, used_index: int) -> list[int]:
         """The heads that were taken and never used, oldest first. ``used_index`` is the ring's.
 
-        A fresh region is initialised, and has none; so is one of a ring of another size that has none left. Raises
-        ValueError for one that is not ours, or is of another ring.
+        A fresh region is initialised, and has none; the same goes for a region of a ring of another size with none
+        left. Raises ValueError for a region of another version, or of another ring.
         """
         features, version, size, last_head, noted_used = QUEUE_REGION_SPLIT.unpack(self._bytes)
         if version not in (0, VERSION):
@@ -47,7 +47,8 @@ class InflightTable:
             self._bytes[: len(fresh)] = fresh
             return []
         if noted_used != used_index:
-            # it died between publishing the used index, of one chain or of a batch, and noting so
+            # the earlier process died after it published the used index, of one chain or of a batch, and before it
+            # noted that
             head = last_head
             for _ in range(min((used_index - noted_used) & 0xFFFF, self._size)):
                 self._bytes[self._at(head) + _INFLIGHT] = 0
@@ -59,7 +60,7 @@ class InflightTable:
         return taken
 
     def take(self, head: int) -> None:
-        """Note that the chain at ``head`` was taken from the ring; before it is worked on."""
+        """Note that the chain at ``head`` was taken from the ring; call this before working on it."""
         self._longs[(self._at(head) + _COUNTER) // 8] = self._counter
         self._counter += 1
         store_barrier()
@@ -67,13 +68,13 @@ class InflightTable:
         store_barrier()
 
     def about_to_use(self, head: int) -> None:
-        """Note which chain comes next in the used ring; before its index is published."""
+        """Note which chain comes next in the used ring; call this before publishing its index."""
         self._words[(self._at(head) + _NEXT) // 2] = self._words[_LAST_BATCH_HEAD]
         self._words[_LAST_BATCH_HEAD] = head
         store_barrier()
 
     def used(self, head: int, used_index: int) -> None:
-        """Note that the chain at ``head`` is the driver's again; after the used index was published."""
+        """Note that the chain at ``head`` is the driver's again; call this after publishing the used index."""
         store_barrier()
         self._bytes[self._at(head) + _INFLIGHT] = 0
         store_barrier()

@@ -45,19 +45,19 @@ class Faults:
     fail_check: bool = False
     """`Device.check_state` fails although the transfer went well."""
     cut_state_bytes: int | None = None
-    """A save ends after so many bytes, without a word."""
+    """A save ends after this many bytes, without an error."""
     version: int | None = None
     """A save claims this format version."""
     stall_s: float = 0.0
-    """A transfer waits so long before its first byte."""
+    """A transfer waits this long before its first byte."""
     die_in_transfer: bool = False
     """The device dies at the end of the transfer."""
     die_after_requests: int | None = None
-    """The device dies when it has answered so many."""
+    """The device dies when it has answered this many."""
     fail_requests: bool = False
     """Requests are answered with the device's I/O error."""
     latency_s: float = 0.0
-    """Requests stay in flight so long."""
+    """Requests stay in flight this long."""
 
 
 class Model(ABC):
@@ -73,13 +73,13 @@ class Model(ABC):
         """The configuration space."""
 
     def write_config(self, offset: int, data: bytes) -> bool:
-        """Take a write in; what is read-only is left alone. Returns whether something changed."""
+        """Apply a write; read-only fields stay as they are. Returns whether something changed."""
         del offset, data
         return False
 
     @abstractmethod
     def handle(self, chain: Chain, *, fail: bool) -> None:
-        """Answer the request in ``chain``; with an I/O error where ``fail``. Raises `BadAddress` for what is none."""
+        """Answer the request in ``chain``; with an I/O error if ``fail``. Raises `BadAddress` for a bad address."""
 
     @abstractmethod
     def save(self) -> Iterator[bytes]:
@@ -87,7 +87,7 @@ class Model(ABC):
 
     @abstractmethod
     def load(self, chunks: Iterable[bytes]) -> Loaded:
-        """Take state in, to the end of ``chunks``. Raises `StateRefused`, and as ``chunks`` does."""
+        """Read state, to the end of ``chunks``. Raises `StateRefused`, and what ``chunks`` raises."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -99,11 +99,11 @@ class Model(ABC):
 
 
 def parsed_facts(text: bytes) -> dict[str, object]:
-    """The JSON object in ``text``, a part of some state. Raises `StateRefused`."""
+    """The JSON object in ``text``, a part of a state. Raises `StateRefused`."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise StateRefused("it does not say what it is of")
+        raise StateRefused("it does not begin with a description of the device")
     return facts

@@ -21,7 +21,7 @@ class ModelState:
         self._transfer: Transfer | None = None
 
     def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> None:
-        """Start through ``fd``, which is taken. Ends one that was not checked. Raises `StateRefused`."""
+        """Start a transfer through ``fd`` (takes ownership). Ends one that was not checked. Raises `StateRefused`."""
         if phase is not StatePhase.STOPPED or self._faults.refuse_transfer:
             os.close(fd)
             raise StateRefused("told to refuse it" if self._faults.refuse_transfer else f"no transfer in phase {phase}")
@@ -51,7 +51,7 @@ class ModelState:
             loaded.commit()
 
     def drop(self) -> None:
-        """End a transfer that was not checked; what a load brought is gone. Idempotent."""
+        """End a transfer that was not checked; drops what a load brought. Idempotent."""
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None

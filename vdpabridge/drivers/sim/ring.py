@@ -1,7 +1,8 @@
 """A split virtqueue, device side.
 
-Source: VIRTIO 1.4 section 2.7. The driver is asked for a notification always and given one always: both suppressions
-are hints, and the one that a device must honour (event indices) is not offered.
+Source: VIRTIO 1.4 section 2.7. The device always asks the driver for notifications and always sends them: both flags
+that suppress them are hints, and the device does not offer the suppression that it would have to honour (event
+indices).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .inflight import InflightTable
 
 __all__ = ["Chain", "DeviceRing", "RingBroken"]
 
-#: What one chain may have. A guest's driver that asks for more wants to hurt: indirect tables can name the same memory
-#: over and over. Linux stays within the ring's size, QEMU allows 1024 descriptors as well.
+#: The most that one chain may have. A guest's driver that asks for more is hostile: indirect tables can name the same
+#: memory again and again. Linux stays within the ring's size; QEMU allows 1024 descriptors as well.
 CHAIN_DESCRIPTORS_MAX = 1024
 CHAIN_BYTES_MAX = 32 << 20
 _FLAGS = 0
@@ -74,7 +75,7 @@ class Chain:
 
 
 class DeviceRing:
-    """The ring at ``setup``, gone on with from ``avail_index``. ``inflight`` is where requests are noted, if anywhere.
+    """The ring at ``setup``, continued from ``avail_index``. It notes requests in ``inflight``, if that is given.
 
     `taken` has the chains that the device has. Everything here raises `RingBroken` for a driver's mistake.
     """
@@ -90,7 +91,7 @@ class DeviceRing:
         self.taken: dict[int, Chain] = {}
         self._resolve()
         self.used_index = _le16(self._used_words[_INDEX])
-        # a device before us may have asked not to be kicked
+        # an earlier device may have asked not to be kicked
         self._used_words[_FLAGS] = 0
         guest.written(setup.used_address, 2)
         self.again: list[int] = []
@@ -98,7 +99,7 @@ class DeviceRing:
         if inflight is not None:
             self.again = inflight.recover(self.used_index)
             if self.again:
-                # whoever kept the base did not know of these
+                # the base that was kept does not count these
                 self.avail_index = (self.used_index + len(self.again)) & 0xFFFF
 
     @property
@@ -107,12 +108,12 @@ class DeviceRing:
         return self._inflight is not None
 
     def take_again(self) -> Chain | None:
-        """The next chain that an earlier device has left; None where there is none any more."""
+        """The next chain that an earlier device has left; None if there are no more."""
         self._resolve()
         return self._chain(self.again.pop(0)) if self.again else None
 
     def take(self) -> Chain | None:
-        """The next chain that the driver has made available; None where there is none."""
+        """The next chain that the driver has made available; None if there is none."""
         if self.again:
             return self.take_again()
         self._resolve()
@@ -153,7 +154,7 @@ class DeviceRing:
         del self.taken[chain.head]
 
     def _resolve(self) -> None:
-        """Find the ring in memory, again where the mappings have changed."""
+        """Find the ring in memory; again if the mappings have changed."""
         if self._generation == self._guest.generation:
             return
         setup = self._setup

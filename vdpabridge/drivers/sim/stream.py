@@ -1,7 +1,7 @@
-"""The simulator's state as a stream: it can be cut, bent or mixed up, and the reader notices before anything is used.
+"""The simulator's state as a stream: the reader notices if it was cut, changed or mixed up, before anything is used.
 
-``magic[8] version:u32 device_id:u32``, then chunks of ``length:u32 data``, a length of 0, and the SHA-256 of all
-that was before. Little-endian.
+``magic[8] version:u32 device_id:u32``, then chunks of ``length:u32 data``, a length of 0, and the SHA-256 of everything
+before it. Little-endian.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def encode(device_id: int, chunks: Iterable[bytes], *, version: int = STREAM_VER
 def decode(device_id: int, read: Callable[[int], bytes]) -> Iterator[bytes]:
     """The chunks of a stream. ``read`` gives as many bytes as asked for, fewer only at the end.
 
-    Raises `StateRefused`, at the latest after the last chunk: only who has come to the end has state that is whole.
+    Raises `StateRefused`, at the latest after the last chunk: the state is whole only if the caller reaches the end.
     """
     digest = hashlib.sha256()
 

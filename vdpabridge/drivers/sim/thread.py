@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class StepThread:
-    """Calls ``step`` again and again, from `start` to `stop`. What ``step`` raises ends up in ``crashed``."""
+    """Calls ``step`` again and again, from `start` to `stop`. ``crashed`` gets what ``step`` raises."""
 
     def __init__(self, name: str, step: Callable[[], None], crashed: Callable[[Exception], None]) -> None:
         self._name = name
@@ -27,11 +27,11 @@ class StepThread:
         self._thread: threading.Thread | None = None
         self._ending = False
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        """For ``step`` to wait on as well; it clears it."""
+        """``step`` waits on it as well, and clears it."""
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for the step to end."""
+        """Whether another thread waits for the step to end."""
         return self._ending or bool(self._commands)
 
     def start(self) -> None:
@@ -41,7 +41,7 @@ class StepThread:
         self._thread.start()
 
     def stop(self, timeout_s: float | None) -> None:
-        """End after the present step. Idempotent. Raises `StillRunning` where that lasts longer than ``timeout_s``."""
+        """End after the present step. Idempotent. Raises `StillRunning` if that lasts longer than ``timeout_s``."""
         if self._thread is not None:
             self._ending = True
             wake(self.wake_fd)
@@ -51,9 +51,9 @@ class StepThread:
             self._thread = None
 
     def call(self, function: Callable[[], Value], timeout_s: float | None) -> Value:
-        """Run ``function`` between two steps (here, where there is no thread); returns or raises what it does.
+        """Run ``function`` between two steps (in this thread, if there is no other); returns or raises what it does.
 
-        Raises `StillRunning` after ``timeout_s``, and then ``function`` is not called any more.
+        Raises `StillRunning` after ``timeout_s``; a ``function`` that has not begun by then is not called any more.
         """
         if self._thread is None or threading.current_thread() is self._thread:
             return function()
@@ -82,11 +82,11 @@ class StepThread:
 
     @property
     def running(self) -> bool:
-        """Whether steps are made."""
+        """Whether the thread makes steps."""
         return self._thread is not None and self._thread.is_alive()
 
     def leave(self, function: Callable[[], object]) -> None:
-        """Have ``function``, which raises nothing, run between two steps, be it later; nobody waits for it."""
+        """Have ``function``, which raises nothing, run between two steps, without waiting for it."""
         if self._thread is None or threading.current_thread() is self._thread:
             function()
             return
@@ -105,7 +105,7 @@ class StepThread:
             self._obey()
             try:
                 self._step()
-            except Exception as error:  # noqa: BLE001  # a mistake of ours is the device's death, not a hang
+            except Exception as error:  # noqa: BLE001  # a bug here ends the device, it does not hang
                 self._crashed(error)
         self._obey()
 

@@ -1,4 +1,4 @@
-"""Moving state through a descriptor in a thread, so that the device answers meanwhile and can give up."""
+"""Moves state through a descriptor in a thread, so that the device answers meanwhile and can give up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .model import Loaded, StateRefused
 
 __all__ = ["Transfer"]
 
-#: What a thread asks for at a time.
+#: How much a thread reads at a time.
 _READ_BYTES = 1 << 20
 _GRACE_S = 1.0
 
@@ -58,7 +58,7 @@ class Transfer:
         self._thread.start()
 
     def finish(self, timeout_s: float | None) -> Loaded | None:
-        """Wait for the work's end. Returns its result, which is the caller's from now on.
+        """Wait for the work's end. Returns its result, which the caller owns from now on.
 
         Raises what the work raised, and TimeoutError after ``timeout_s``.
         """
@@ -71,7 +71,7 @@ class Transfer:
         return result
 
     def close(self) -> None:
-        """End the work where it stands, and drop its result, now or when there is one. Idempotent."""
+        """End the work at once, and drop its result, now or when it comes. Idempotent."""
         with self._lock:
             self._given_up = True
             result, self._result = self._result, None
@@ -80,7 +80,7 @@ class Transfer:
         if self._cancel_write >= 0:
             os.close(self._cancel_write)
             self._cancel_write = -1
-            # not for ever: a file's server may let it wait
+            # not for ever: the server of a file may make it wait
             self._thread.join(_GRACE_S)
 
     # --- for the work ---
@@ -99,7 +99,7 @@ class Transfer:
                     continue
 
     def read(self, size_bytes: int) -> bytes:
-        """``size_bytes``, fewer only where the writer has closed."""
+        """``size_bytes``, fewer only if the writer has closed."""
         while len(self._buffer) < size_bytes:
             self._wait(select.POLLIN)
             try:
@@ -129,7 +129,7 @@ class Transfer:
             self._error = StateRefused("the transfer was given up")
         except OSError as error:
             self._error = StateRefused(f"the other end of the transfer: {error.strerror}")
-        except BaseException as error:  # noqa: BLE001  # whoever waits in finish() gets it
+        except BaseException as error:  # noqa: BLE001  # finish() raises it
             self._error = error
         finally:
             discard([self._fd])
@@ -153,10 +153,10 @@ class Transfer:
 
 
 def _without_waiting(fd: int) -> int:
-    """A descriptor in place of ``fd``, which is taken, that does not make its user wait.
+    """Take ownership of ``fd``, and return a descriptor in its place that does not make its user wait.
 
-    The mode of an open file belongs to all who share it, so that the peer could make it wait again at any time: a pipe
-    is opened once more, for a mode of its own. A socket is asked not to wait each time. Raises OSError.
+    All processes that share an open file share its mode, so the peer could make it blocking again at any time. So this
+    opens a pipe again, for a mode of its own. A socket is asked not to wait at each call. Raises OSError.
     """
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -168,7 +168,7 @@ def _without_waiting(fd: int) -> int:
         try:
             own = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
         except PermissionError:
-            # a pipe of another user's making
+            # another user made the pipe
             os.set_blocking(fd, False)
             return fd
     except BaseException:

@@ -78,7 +78,7 @@ def default_tree(file_count: int = 10) -> Directory:
 
 
 def find(root: Directory, path: str) -> Node | None:
-    """What is at ``path`` below ``root`` (``"many/00001"``; ``""`` is the root itself); None where nothing is."""
+    """What is at ``path`` below ``root`` (``"many/00001"``; ``""`` is the root itself); None if nothing is there."""
     node: Node | None = root
     for name in filter(None, path.split("/")):
         node = node.entry(name) if isinstance(node, Directory) else None

@@ -12,13 +12,13 @@ __all__ = ["Stopping", "Worker"]
 
 
 class Stopping(Enum):
-    """How far a ring that is to stop still goes on."""
+    """How much a ring that has to stop still does."""
 
     NO = "no"
     DRAIN = "drain"
-    """What the device has taken is answered, and nothing new is taken."""
+    """The device answers what it has taken, and takes nothing new."""
     NOW = "now"
-    """What the device has taken is left where it is."""
+    """The device leaves what it has taken as it is."""
 
 
 @dataclass(slots=True)
@@ -34,15 +34,15 @@ class Worker:
     look: bool = True
     """A kick came, or may have come."""
     broken: str = ""
-    """What the driver did wrong. What was taken before is answered still."""
+    """What the guest's driver did wrong. The device still answers what it took before."""
     idle: threading.Event = field(default_factory=threading.Event)
-    """Set when it is stopping and there is nothing more to be done for it."""
+    """Set when it is stopping and nothing is left to do."""
 
     @property
     def ready(self) -> bool:
         """Whether there may be something to take."""
         if self.stopping is Stopping.NO:
-            # without a kick nobody has asked for it to be looked into
+            # without a kick eventfd, nobody asks the device to look
             return self.look and self.enabled and self.kick is not None and not self.broken
         return self.stopping is Stopping.DRAIN and bool(self.ring.again) and not self.broken
 
@@ -54,14 +54,14 @@ class Worker:
         return chain
 
     def stop(self, how: Stopping) -> None:
-        """Stop, or (NO) go on after all."""
+        """Stop, or (NO) continue after all."""
         self.stopping = how
         self.idle.clear()
         self.look = True
         self.check_idle()
 
     def check_idle(self) -> None:
-        """Note that all is done, where it is."""
+        """Set `idle` if everything is done."""
         if self.stopping is Stopping.NO:
             return
         left = bool(self.ring.taken) or (bool(self.ring.again) and not self.broken)

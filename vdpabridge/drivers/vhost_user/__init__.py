@@ -1,4 +1,4 @@
-"""Devices behind a vhost-user socket: virtiofsd, passt, SPDK, qemu-storage-daemon and the like."""
+"""Devices behind a vhost-user socket, for example of virtiofsd, passt, SPDK or qemu-storage-daemon."""
 
 from .driver import VhostUser
 

@@ -1,4 +1,4 @@
-"""Guest memory in a back-end: the whole table anew, or region by region where the back-end has memory slots."""
+"""Guest memory in a back-end: the whole table each time, or region by region if the back-end has memory slots."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["BackendMemory"]
 
 
 class BackendMemory:
-    """What the back-end sees. The "user address" of a region, a mere key to the back-end, is its guest address."""
+    """The memory that the back-end sees. The "user address" of a region, only a key, is its guest address."""
 
     def __init__(self, requests: BackendRequests, slots: int) -> None:
-        """``slots``: what the back-end says that it has; 0 where it takes tables only."""
+        """``slots``: how many memory slots the back-end says it has; 0 if it takes tables only."""
         self._requests = requests
         self._slots = slots
         self._mapped: dict[Region, int] = {}
         """Each region with its descriptor, borrowed from the device: tables send all of them each time."""
         self._doubtful: list[Region] = []
-        """What the back-end may have or not: the answer to a message about it has not come."""
+        """Regions that the back-end may have or not: the answer to a message about them has not come."""
         self._table_in_doubt = False
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Add ``regions``, all or none. Raises ValueError if they are too many."""
         limit = self._slots or MEMORY_REGIONS_MAX
         if len(self._mapped) + len(regions) > limit:
-            raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at the most")
+            raise ValueError(f"{self._requests.peer}: the back-end takes {limit} memory regions at most")
         self.settle()
         if self._slots:
             self._add(regions)
@@ -40,7 +40,7 @@ class BackendMemory:
         self._mapped = wanted
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions``, which are mapped, away. If this raises, some may be gone: see `has`."""
+        """Unmap ``regions``, which are mapped. If this raises, some may be gone: see `has`."""
         self.settle()
         gone = [_region(each) for each in regions]
         if self._slots:
@@ -60,9 +60,9 @@ class BackendMemory:
         return _region(region) in self._mapped
 
     def settle(self) -> None:
-        """Bring the back-end and these books together, after a message whose answer has not come."""
+        """Make the back-end and these records agree, after a message whose answer has not come."""
         while self._doubtful:
-            # refused: it is not there
+            # if it refuses, it does not have the region
             with contextlib.suppress(PeerRefused):
                 self._requests.tell(FrontendRequest.REM_MEM_REG, SingleRegion(self._doubtful[-1]))
             self._doubtful.pop()
@@ -104,7 +104,7 @@ class BackendMemory:
         self._doubtful.remove(region)
 
     def _send_table(self, wanted: dict[Region, int]) -> None:
-        # an empty table is an error to some back-ends (rust-vmm): they keep the last region, and nothing runs
+        # some back-ends (rust-vmm) refuse an empty table: they keep the last region, and no queue runs
         if not wanted:
             return
         self._table_in_doubt = True
@@ -121,7 +121,7 @@ def _region(region: MemoryRegion) -> Region:
 
 
 def slots_of(requests: BackendRequests) -> int:
-    """How many memory slots the back-end has; 0 for none, or for one that offers them and has not written them."""
+    """How many memory slots the back-end has; 0 if it has none, or offers them without having implemented them."""
     if not requests.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
         return 0
     return requests.ask_u64(FrontendRequest.GET_MAX_MEM_SLOTS)

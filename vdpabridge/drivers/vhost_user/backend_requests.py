@@ -16,7 +16,7 @@ from ...vhost_user.connection import Connection, Message
 
 __all__ = ["BackendRequests", "Told"]
 
-#: What a back-end answers when its work is done, which may last: requests in flight, a transfer.
+#: Requests that a back-end answers only when its work is done, which may take long: requests in flight, a transfer.
 _LENGTHY = frozenset(
     {
         FrontendRequest.GET_VRING_BASE,
@@ -26,13 +26,13 @@ _LENGTHY = frozenset(
 )
 
 
-#: Messages on their way at a time. A back-end that is not read stops reading; and descriptors in flight are counted
-#: against RLIMIT_NOFILE (net/unix/garbage.c).
+#: How many messages may be unanswered at a time. A back-end whose answers are not read stops reading; and the kernel
+#: counts descriptors in flight against RLIMIT_NOFILE (net/unix/garbage.c).
 _WINDOW = 32
 
 
 class _Asked(NamedTuple):
-    """A request that gets a reply, booked before it is sent: whatever interrupts, the books are right."""
+    """A request that gets a reply; recorded before it is sent, so that the records are right after any interruption."""
 
     request: FrontendRequest
     payload: bytes
@@ -46,20 +46,20 @@ Told = tuple[FrontendRequest, Any, Sequence[int]]
 
 
 class BackendRequests:
-    """Asks over ``connection``, which is taken. ``protocol_features`` are what was negotiated so far.
+    """Asks over ``connection``, of which it takes ownership. ``protocol_features`` are what was negotiated so far.
 
-    What is no valid reply, or does not come in time, leaves the connection useless: `broken` says why. A reply that
-    nobody waited for, since an exception came first, is taken in before the next request is sent.
+    A reply that is not valid, or does not come in time, makes the connection useless: `broken` says why. If an
+    exception ended the wait for a reply, that reply is read before the next request is sent.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.limit = TimeLimit(connection.timeout_s)
-        """What every wait is bounded by."""
+        """Bounds every wait."""
         self.protocol_features = 0
         self.broken = ""
         self.on_late: Callable[[FrontendRequest, Any], None] = lambda _request, _reply: None
-        """Told of replies that came too late for whoever had asked."""
+        """Called with replies that came too late for the caller that asked."""
         self._asked: deque[_Asked] = deque()
 
     @property
@@ -82,7 +82,7 @@ class BackendRequests:
     def ask_with_fds(
         self, request: FrontendRequest, payload: Any = None, fds: Sequence[int] = ()
     ) -> tuple[Any, list[int]]:
-        """The same, with the descriptors of the reply, which the caller owns."""
+        """Like `ask`, with the descriptors of the reply, which the caller owns."""
         spec = FRONTEND_REQUESTS[request]
         if not self._is_awaited(request, payload):
             self._collect()
@@ -101,14 +101,14 @@ class BackendRequests:
     def tell(self, request: FrontendRequest, payload: Any = None, fds: Sequence[int] = ()) -> None:
         """Send a request without a reply of its own, and wait until it is done. ``fds`` are borrowed.
 
-        Raises `PeerRefused` where the back-end says so; one without REPLY_ACK can only close the connection.
+        Raises `PeerRefused` if the back-end refuses; one without REPLY_ACK can only close the connection.
         """
         self.tell_all([(request, payload, fds)])
 
     def tell_all(self, told: Iterable[Told]) -> None:
-        """The same for several requests, many of which are on their way at once: that takes about the time of one.
+        """Like `tell`, for several requests, many of them under way at once: that takes about the time of one.
 
-        Where some are refused, the first refusal is raised, when all have been answered.
+        If some are refused, this raises the first refusal, after all have been answered.
         """
         self._collect()
         acknowledged = self.has(ProtocolFeature.REPLY_ACK)
@@ -120,7 +120,7 @@ class BackendRequests:
                 self.ask_u64(FrontendRequest.GET_FEATURES)
             self._send(request, payload, fds, VERSION | (FLAG_NEED_REPLY if acknowledged else 0), replied=acknowledged)
         if not acknowledged:
-            # any reply tells that what was sent before it is done; QEMU takes this one as well
+            # any reply tells that everything sent before is done; QEMU uses this request too
             self.ask_u64(FrontendRequest.GET_FEATURES)
         while self._asked:
             self._acknowledged(refusals)
@@ -132,21 +132,21 @@ class BackendRequests:
         self.connection.close()
 
     def no_reply(self, request: FrontendRequest, why: str) -> ProtocolError:
-        """Note that the reply to ``request`` is none; returns the error to raise."""
+        """Note that the reply to ``request`` is not valid; returns the error to raise."""
         self.broken = self.broken or why
         return ProtocolError(request.name, peer=self.peer, why=why, request=request)
 
-    # --- the books ---
+    # --- the records ---
 
     def _settle(self) -> None:
-        """Strike out what was not sent after all, and what was answered though nobody saw it."""
+        """Remove requests that were not sent after all, and those whose reply was read without being handled here."""
         while self._asked and self._asked[-1].message_number > self.connection.sent:
             self._asked.pop()
         while self._asked and self._asked[0].reply_number <= self.connection.received:
             self._asked.popleft()
 
     def _is_awaited(self, request: FrontendRequest, payload: Any) -> bool:
-        """Whether just this was asked before, and is all that is not answered yet."""
+        """Whether exactly this request was sent before, and is the only one without an answer."""
         self._settle()
         return (
             request in _LENGTHY
@@ -156,7 +156,7 @@ class BackendRequests:
         )
 
     def _collect(self) -> None:
-        """Take in the replies that nobody has waited for."""
+        """Read the replies that nobody has waited for."""
         self._settle()
         while self._asked:
             request = self._asked[0].request
@@ -181,7 +181,7 @@ class BackendRequests:
             raise
 
     def _reply(self) -> Message:
-        """The reply to the first of what was asked and not answered yet."""
+        """The reply to the first request that is not answered yet."""
         request = self._asked[0].request
         if not self.broken and self.connection.cut:
             self.broken = "it was interrupted in the middle of a message"
@@ -215,7 +215,7 @@ class BackendRequests:
             raise self.no_reply(request, str(error)) from None
 
     def _acknowledged(self, refusals: list[PeerRefused]) -> None:
-        """Take one acknowledgement in; a refusal is added to ``refusals``."""
+        """Read one acknowledgement; adds a refusal to ``refusals``."""
         request = self._asked[0].request
         with self._reply() as message:
             try:

@@ -1,7 +1,8 @@
 """The rings of a back-end: started and stopped one by one.
 
-Source: docs/interop/vhost-user.rst, "Ring states". A ring starts with SET_VRING_KICK (said so in 2026, true before) and
-stops with GET_VRING_BASE, after which a back-end has forgotten its eventfds: everything is sent again at each start.
+Source: docs/interop/vhost-user.rst, "Ring states". A ring starts with SET_VRING_KICK (the text says so since 2026, but
+it was true before) and stops with GET_VRING_BASE. After that a back-end has forgotten the ring's eventfds, so
+everything is sent again at each start.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class BackendRings:
     def start(self, records: Mapping[int, QueueRecord], accepted: int, *, logged: bool) -> None:
         """Start and enable the queues of ``records``, which were set up, in two bursts: where they are, then the kicks.
 
-        Before the second nothing runs, which is certain whatever goes wrong. Where the second is refused, the rings are
-        stopped again; where they stand the back-end says, since some of them may have been at work.
+        Before the second burst it is certain that nothing runs, whatever fails. If the back-end refuses the second, the
+        rings are stopped again; the back-end then says where they stand, because some of them may have been at work.
         """
         where = [each for item in records.items() for each in self._where(*item, accepted, logged=logged)]
         self._requests.tell_all(where)
@@ -63,7 +64,7 @@ class BackendRings:
                 self.stop(index, accepted, drain=True)
             raise
         for record in records.values():
-            # kicks of before it was started went to nobody
+            # kicks from before the start reached nobody
             signal(record.eventfds.get(Operation.SET_KICK))
 
     def _where(self, index: int, record: QueueRecord, accepted: int, *, logged: bool) -> list[Told]:
@@ -99,7 +100,7 @@ class BackendRings:
         self.started.discard(reply.index)
 
     def _stopped_late(self, request: FrontendRequest, reply: Any) -> None:
-        """A ring has stopped, when nobody waited for it any more."""
+        """Note a ring that has stopped after the wait for that was given up."""
         if request in (FrontendRequest.GET_VRING_BASE, FrontendRequest.GET_VRING_BASE_SKIP_DRAIN):
             self._note_stopped(reply)
 
@@ -108,11 +109,11 @@ class BackendRings:
         self._requests.tell(FrontendRequest.SET_VRING_ENABLE, VringState(index, int(enabled)))
 
     def bind(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        """Send ``eventfd`` (borrowed) for queue ``index``, or that there is none."""
+        """Send ``eventfd`` (borrowed) for queue ``index``; None says that there is none."""
         self._requests.tell_all([_eventfd(operation, index, eventfd)])
 
     def log(self, records: Mapping[int, QueueRecord], *, logged: bool) -> None:
-        """Say of every started queue whether writes to its used ring are to be logged."""
+        """Tell the back-end, for every started queue, whether to log writes to its used ring."""
         setups = {index: records[index].setup for index in sorted(self.started)}
         self._requests.tell_all(
             [
@@ -123,7 +124,7 @@ class BackendRings:
         )
 
     def forget(self) -> None:
-        """After a reset."""
+        """Forget all queues, after a reset."""
         self.started.clear()
         self.bases.clear()
 

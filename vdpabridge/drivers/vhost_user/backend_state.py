@@ -1,4 +1,4 @@
-"""The transfer of a back-end's own state: one at a time, and only `BackendState.check` tells what became of it.
+"""The transfer of a back-end's own state: one at a time, and only `BackendState.check` tells whether it succeeded.
 
 Source: docs/interop/vhost-user.rst, "Migrating back-end state".
 """
@@ -18,14 +18,15 @@ __all__ = ["BackendState"]
 
 
 class BackendState:
-    """Asks by ``requests`` (borrowed)."""
+    """Transfers state with ``requests`` (borrowed)."""
 
     def __init__(self, requests: BackendRequests) -> None:
         self._requests = requests
         self._active = False
 
     def begin(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
-        """Begin one through ``fd`` (borrowed). Returns a descriptor of the back-end's own choice, or None.
+        """Begin a transfer through ``fd`` (borrowed). Returns None, or a descriptor of the back-end's, owned by the
+        caller.
 
         Raises `PeerRefused`.
         """
@@ -41,17 +42,17 @@ class BackendState:
         return fds[0] if fds else None
 
     def check(self) -> None:
-        """Wait for the end of it. Raises `PeerRefused` where it failed."""
+        """Wait for the end of the transfer. Raises `PeerRefused` if it failed."""
         code = self._requests.ask_u64(FrontendRequest.CHECK_DEVICE_STATE)
         self._active = False
         if code:
-            # passt's is an errno, or all ones; rust-vmm's is always 1
+            # passt's code is an errno, or all ones; rust-vmm's is always 1
             why = f"the back-end failed to process its state (code {code:#x}): its own log may say why"
             raise self._refused(FrontendRequest.CHECK_DEVICE_STATE, why, code)
 
     def abandon(self) -> None:
-        """End one that nobody will check: no message does that, and whoever gave up has closed the other end, so this
-        asks whether it has ended."""
+        """End a transfer that the caller will not check. No message does that; but the caller has closed the other end,
+        so this asks whether the transfer has ended."""
         if self._active:
             with contextlib.suppress(PeerRefused):
                 self.check()

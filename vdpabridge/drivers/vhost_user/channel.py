@@ -47,7 +47,7 @@ class BackendChannel:
     def close(self) -> None:
         """End the thread. Idempotent."""
         if self._theirs.fileno() >= 0:
-            # the back-end has a duplicate: only this wakes the thread
+            # the back-end has a duplicate, so only a shutdown wakes the thread
             self._theirs.shutdown(socket.SHUT_RDWR)
             self._theirs.close()
             self._thread.join()
@@ -65,7 +65,7 @@ class BackendChannel:
                     if message.flags & FLAG_NEED_REPLY:
                         self._connection.send(message.request, U64(code).pack(), flags=REPLY_FLAGS)
             except (ProtocolError, DeadlineExceeded):
-                # the device itself is reached by another socket; without this one it is only less talkative
+                # the device itself is reached by another socket; without this one only its notifications are missing
                 return
 
     def _handle(self, request: int) -> int:

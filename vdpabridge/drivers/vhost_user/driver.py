@@ -48,7 +48,7 @@ __all__ = ["VhostUser"]
 
 _LOG_ALL = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
-#: Of the transport and none of a guest's business: see also `VhostVdpa.offered_features`.
+#: Only the transport needs these, not a guest: see also `VhostVdpa.offered_features`.
 _TRANSPORT_FEATURES = _LOG_ALL | _PROTOCOL_FEATURES | 1 << VIRTIO_F_ACCESS_PLATFORM
 _NEGOTIATED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK
 
@@ -56,10 +56,10 @@ _NEGOTIATED = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONF
 class VhostUser(Device):
     """A device behind a vhost-user socket, of which this process is the front-end until `close`.
 
-    Suspended means: every ring was stopped by GET_VRING_BASE. There is no message that suspends a device, and none
-    that resets one on the way: its state stays where it is. After a reply that does not come, or is none, the
-    connection is of no use any more and the device has failed; but GET_VRING_BASE and CHECK_DEVICE_STATE may last as
-    long as the device's work does: where their deadline passes, ask again. One thread at a time.
+    Suspended means: every ring was stopped by GET_VRING_BASE. No message suspends a device, and stopping its rings does
+    not reset it: it keeps its state. After a reply that does not come, or is not valid, the connection is useless and
+    the device has failed. But GET_VRING_BASE and CHECK_DEVICE_STATE may take as long as the device's work: if their
+    deadline passes, ask again. One thread at a time.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class VhostUser(Device):
         config_size_bytes: int | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Take ``connection`` over, closing it where this raises, and negotiate. Prefer `open`.
+        """Take ownership of ``connection``, closing it if this raises, and negotiate. Prefer `open`.
 
         The protocol tells neither what a device is nor how large its configuration space is, nor, without MQ, how
-        many queues it has: ``device_id``, ``config_size_bytes`` and ``queue_count`` say so where it matters.
+        many queues it has: ``device_id``, ``config_size_bytes`` and ``queue_count`` say so if it matters.
         """
         self._requests = BackendRequests(connection)
         super().__init__(connection.peer, self._requests.limit)
@@ -96,7 +96,7 @@ class VhostUser(Device):
         self._channel: BackendChannel | None = None
         self._logging = False
         self._inflight_size: tuple[int, int] | None = None
-        """Queues and their size, of the in-flight region that the back-end may have."""
+        """The number and size of the queues in the in-flight region that the back-end may have."""
         self._transfer = BackendState(self._requests)
 
     @classmethod
@@ -158,8 +158,11 @@ class VhostUser(Device):
         self._requests.tell(FrontendRequest.SET_FEATURES, U64(features | transport))
 
     def _check_features_ok(self, features: int) -> None:
-        """Ask as QEMU does where there is a status byte. It is written to say that things are well, never 0: to some
-        back-ends (DPDK) that is nothing, to others a reset, and QEMU writes it whenever a guest is stopped."""
+        """Ask whether the device keeps FEATURES_OK, as QEMU does, if there is a status byte.
+
+        This never writes 0: some back-ends (DPDK) ignore that, others reset, and QEMU writes it whenever a guest is
+        stopped.
+        """
         if not self._requests.has(ProtocolFeature.STATUS):
             return
         self._requests.tell(FrontendRequest.SET_STATUS, U64(_NEGOTIATED))
@@ -207,7 +210,7 @@ class VhostUser(Device):
     def _still_mapped(self, regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
         return [region for region in regions if self._memory.has(region)]
 
-    # --- queues: what is told while a ring is stopped is sent when it starts ---
+    # --- queues: what the caller sets while a ring is stopped is sent when it starts ---
 
     def _set_queue(self, index: int, setup: QueueSetup) -> None:
         self._require_stopped(index, Operation.SET_QUEUE)
@@ -261,7 +264,7 @@ class VhostUser(Device):
                 raise
 
     def _is_idle(self) -> bool:
-        # a process that has ended may be known so a moment after its socket was closed
+        # it may take a moment after the socket was closed until the process is known to have ended
         return not self._rings.started or self._process.has_ended(self.limit.left_s())
 
     def _resume(self) -> None:
@@ -296,7 +299,7 @@ class VhostUser(Device):
 
     def _close(self) -> None:
         with contextlib.suppress(ProtocolError, DeadlineExceeded):
-            # so that the back-end's last word in guest memory is said before the memory is gone
+            # so that the back-end makes its last writes to guest memory before the memory is gone
             self._stop_rings(drain=True)
         if self._channel is not None:
             self._channel.close()
@@ -307,7 +310,7 @@ class VhostUser(Device):
         try:
             with contextlib.suppress(ProtocolError, DeadlineExceeded):
                 self._stop_rings(drain=True)
-            # a back-end for one front-end, such as virtiofsd, ends with its connection
+            # a back-end that serves one front-end, as virtiofsd does, ends with its connection
             return not self._rings.started or self._process.hang_up(self.limit.left_s())
         finally:
             self._requests.broken = self._requests.broken or "it was given up"
@@ -361,7 +364,7 @@ class VhostUser(Device):
             self._replace_inflight()
             return
         payload = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
-        # before it is told, which may be done although it raises
+        # before the request, which may take effect although it raises
         before, self._inflight_size = self._inflight_size, (region.queue_count, region.queue_size)
         try:
             with self._asking():
@@ -371,8 +374,8 @@ class VhostUser(Device):
             raise
 
     def _replace_inflight(self) -> None:
-        """Have the back-end forget the requests in the region that it was given, and whoever shares that. No message
-        takes a region away: it gets a fresh one, which nobody else has."""
+        """Have the back-end forget the requests in the region that it was given, and stop sharing it. No message takes
+        a region away, so the back-end gets a fresh one, which no other process has."""
         if self._inflight_size is None:
             return
         region = self._get_inflight(*self._inflight_size)
@@ -384,7 +387,7 @@ class VhostUser(Device):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """A device whose connection is of no use any more has failed."""
+        """Mark the device as failed if its connection has become useless."""
         try:
             yield
         except ConnectionLost as error:

@@ -1,7 +1,7 @@
-"""Getting to know a back-end, in the order that every back-end was tested with by QEMU.
+"""Negotiation with a back-end, in QEMU's order, with which every back-end was tested.
 
-GET_FEATURES, GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, always all three: back-ends on rust-vmm's vhost before 0.14
-never acknowledge anything otherwise, and their front-end waits for ever.
+GET_FEATURES, GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, always all three: otherwise back-ends on rust-vmm's vhost
+before 0.14 never acknowledge anything, and their front-end waits for ever.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .backend_requests import BackendRequests
 
 __all__ = ["QUEUE_SIZE_MAX", "capabilities_of", "config_size_of", "negotiate", "queue_count_of"]
 
-#: As many as the protocol can number: a kick's message has a byte for it. Who claims more has none of use.
+#: As many as the protocol can number: a kick's message has one byte for the queue. Queues beyond that are of no use.
 QUEUES_MAX = 256
-#: A back-end does not tell how large its rings may be. What all of them take.
+#: A back-end does not tell how large its rings may be. All of them take this size.
 QUEUE_SIZE_MAX = 1024
-#: What this driver knows how to use. Not GET_VRING_BASE_INFLIGHT: it takes the choice away that SKIP_DRAIN gives.
+#: What this driver knows how to use. Not GET_VRING_BASE_INFLIGHT: it would take away the choice that SKIP_DRAIN gives.
 _WANTED = sum(
     1 << feature
     for feature in (
@@ -40,7 +40,7 @@ _WANTED = sum(
         ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN,
     )
 )
-#: Queues of a back-end without MQ, by device id: the one queue, or what its kind of device needs at least.
+#: Queues of a back-end without MQ, by device id: one, or the least that its kind of device needs.
 _QUEUES = {VIRTIO_ID_NET: 2, VIRTIO_ID_FS: 2}
 _NET_CONFIG_BYTES = 12  # mac, status, max_virtqueue_pairs, mtu
 _CONFIG_BYTES = {
@@ -55,7 +55,7 @@ def negotiate(requests: BackendRequests) -> int:
     features = requests.ask_u64(FrontendRequest.GET_FEATURES)
     if features >> VHOST_USER_F_PROTOCOL_FEATURES & 1:
         wanted = requests.ask_u64(FrontendRequest.GET_PROTOCOL_FEATURES) & _WANTED
-        # told without an acknowledgement: whether there are any is what it negotiates
+        # sent without an acknowledgement: this request negotiates whether there are any
         requests.tell(FrontendRequest.SET_PROTOCOL_FEATURES, U64(wanted))
         requests.protocol_features = wanted
     return features
@@ -79,10 +79,10 @@ def config_size_of(requests: BackendRequests, device_id: int | None, told: int |
 
 
 def capabilities_of(requests: BackendRequests, features: int, config_size_bytes: int) -> Set[Capability]:
-    """What the waist calls the features that were negotiated."""
+    """The capabilities that the negotiated features give."""
     has = requests.has
     found = {
-        # stopping and starting rings is all that suspend and resume are here
+        # suspend and resume only stop and start rings here
         Capability.SUSPEND: True,
         Capability.RESUME: True,
         Capability.SETUP_WHILE_SUSPENDED: True,

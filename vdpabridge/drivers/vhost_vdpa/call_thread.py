@@ -1,4 +1,4 @@
-"""Calls with a deadline, one after another: a thread makes them, and whoever waits for one can stop waiting."""
+"""Calls with a deadline, one after another: a thread makes them, and the caller can stop waiting for one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Value = TypeVar("Value")
 
 
 class CallThread:
-    """A thread that makes calls for one caller: quicker than a thread for each.
+    """A thread that makes calls for one caller: faster than a thread for each.
 
-    It begins with the first call. A call that had not begun when its time was over is never made, unless it must be;
-    one that had goes on, and until it ends `busy` says so.
+    It starts with the first call. A call that has not begun when its time is over is never made, unless it must be. One
+    that has begun continues, and `busy` is true until it ends.
     """
 
     def __init__(self, name: str) -> None:
@@ -28,17 +28,18 @@ class CallThread:
         self._running = False
         self._pid = 0
         self._left: _Job[Any] | None = None
-        """What nobody waits for any more."""
+        """The call that nobody waits for any more."""
 
     @property
     def busy(self) -> bool:
-        """Whether a call goes on for which nobody waits."""
+        """Whether a call is running for which nobody waits."""
         return self._left is not None and not self._left.ended
 
     def call(self, timeout_s: float, call: Callable[[], Value], *, must: bool = False) -> Value:
         """Return what ``call`` returns, or raise what it raises. Raises `StillRunning` after ``timeout_s``.
 
-        ``must``: it is made, be it later. An interruption comes when the call has ended, or at the second time.
+        ``must``: the call is made, even if late. An interruption is raised when a call that has begun ends; a second
+        one at once.
         """
         if not self._running or self._pid != os.getpid():
             self._begin()
@@ -53,7 +54,7 @@ class CallThread:
                 job.withdraw()
             raise
         except BaseException:
-            # what has begun is better seen to its end: nobody could tell what has become of it
+            # wait for a call that has begun: otherwise nobody could tell what it did
             if must or not job.withdraw():
                 job.wait(deadline)
             raise
@@ -64,13 +65,13 @@ class CallThread:
         return job.result()
 
     def close(self) -> None:
-        """End the thread when it has nothing to do any more. Idempotent."""
+        """End the thread when it has nothing left to do. Idempotent."""
         if self._running:
             self._running = False
             self._jobs.put(None)
 
     def _begin(self) -> None:
-        # a fork has neither the thread nor a use for what was queued for it
+        # a forked child does not have the thread, and does not need the calls queued for it
         self._running = False
         self._pid = os.getpid()
         self._jobs = queue.SimpleQueue()
@@ -79,7 +80,7 @@ class CallThread:
 
 
 class _Job(Generic[Value]):
-    """A call and what came of it."""
+    """A call and its result."""
 
     __slots__ = ("_begun", "_call", "_done", "_error", "_value", "ended", "withdrawn")
 
@@ -87,7 +88,7 @@ class _Job(Generic[Value]):
         self._call = call
         self._value: Value | None = None
         self._error: BaseException | None = None
-        # held by whoever comes first: the thread that makes the call, or the caller who does not want it any more
+        # held by whichever comes first: the thread that makes the call, or the caller that does not want it any more
         self._begun = threading.Lock()
         self._done = threading.Lock()
         self._done.acquire()
@@ -99,18 +100,18 @@ class _Job(Generic[Value]):
             return
         try:
             self._value = self._call()
-        except BaseException as error:  # noqa: BLE001  # every kind of it goes to the caller's thread
+        except BaseException as error:  # noqa: BLE001  # every exception goes to the caller's thread
             self._error = error
         self.ended = True
         self._done.release()
 
     def wait(self, deadline: Deadline) -> bool:
-        """Until the call has ended; whether it has."""
-        # an interruption may come when the lock is taken already, so that alone does not tell
+        """Wait until the call has ended; returns whether it has."""
+        # an interruption may come when the lock is already held, so the lock alone does not tell
         return self.ended or self._done.acquire(timeout=deadline.left_s() or 0.0) or self.ended
 
     def withdraw(self) -> bool:
-        """Have the call not made; False where it is too late for that."""
+        """Have the call not made; returns False if it is too late for that."""
         self.withdrawn = self.withdrawn or self._begun.acquire(blocking=False)
         return self.withdrawn
 

@@ -61,7 +61,7 @@ _READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
 _NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
 _LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
 _GONE = 0xFF
-#: For a reset where the device has no deadline: the kernel's own drivers wait without end, and so would we.
+#: For a reset if the device has no deadline: the kernel's own drivers wait for ever, and so would this one.
 _RESET_S = 30.0
 _BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
 _EVENTFD_REQUESTS = {
@@ -74,7 +74,7 @@ _EVENTFD_REQUESTS = {
 def _under_one_deadline(
     hook: Callable[Concatenate[VhostVdpa, Arguments], Value],
 ) -> Callable[Concatenate[VhostVdpa, Arguments], Value]:
-    """Have all requests that ``hook`` makes bounded together, which costs as much as bounding one."""
+    """Put all requests that ``hook`` makes under one deadline, which costs as much as a deadline for one."""
 
     @functools.wraps(hook)
     def bounded(self: VhostVdpa, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
@@ -91,7 +91,7 @@ class VhostVdpa(Device):
     """
 
     def __init__(self, node: Node, *, backend_features: int | None = None, timeout_s: float | None = None) -> None:
-        """Take ``node`` over, closing it where this raises. Prefer `open`.
+        """Take ownership of ``node``, closing it if this raises. Prefer `open`.
 
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
         """
@@ -100,7 +100,7 @@ class VhostVdpa(Device):
         self._bound: set[tuple[Operation, int]] = set()
         """Eventfds that the kernel may have been given since the last reset."""
         self._enabled: set[int] = set()
-        """Queues that the kernel may have been told to enable since then, by a start that failed."""
+        """Queues that a failed start may have told the kernel to enable since the last reset."""
         super().__init__(node.path, node.limit)
         if timeout_s is not None:
             self.timeout_s = timeout_s
@@ -111,7 +111,7 @@ class VhostVdpa(Device):
             self.group_count = self._ask.get(Ioctl.VHOST_VDPA_GET_GROUP_NUM)
             told_apart = bool(self.backend_features >> VHOST_BACKEND_F_DESC_ASID & 1)
             self._groups = Groups(self.name, self._ask, rings_apart=told_apart)
-            # without the bit the kernel takes every address space for 0
+            # without the bit the kernel treats every address space as 0
             told_spaces = bool(self.backend_features >> VHOST_BACKEND_F_IOTLB_ASID & 1)
             self._address_space_count = self._ask.get(Ioctl.VHOST_VDPA_GET_AS_NUM) if told_spaces else 1
             self.iotlb = Iotlb(node, self._ask.iova_range(), self.backend_features)
@@ -152,7 +152,7 @@ class VhostVdpa(Device):
 
     @property
     def offered_features(self) -> int:
-        """Without ACCESS_PLATFORM: to vhost-vdpa addresses are IOVAs always, to a guest that is of no concern."""
+        """Without ACCESS_PLATFORM: for vhost-vdpa, addresses are always IOVAs, and that does not concern a guest."""
         return self._ask.get(Ioctl.VHOST_GET_FEATURES) & ~_ACCESS_PLATFORM
 
     @property
@@ -177,17 +177,17 @@ class VhostVdpa(Device):
         return self._groups.of_buffers(index)
 
     def queue_descriptor_group(self, index: int) -> int:
-        """The group of queue ``index``'s rings, where they can be in another than its buffers (DESC_ASID)."""
+        """The group of queue ``index``'s rings, if they can be in another than its buffers (DESC_ASID)."""
         return self._groups.of_rings(index)
 
     def queue_size_max(self, index: int) -> int:
-        """The most descriptors queue ``index`` can have; most devices answer for all queues at once (`Identity`)."""
+        """The most descriptors queue ``index`` can have; most devices have one answer for all queues (`Identity`)."""
         return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
 
     def map_doorbell(self, index: int) -> SharedMapping:
         """The doorbell page of queue ``index``, write-only, owned by the caller.
 
-        Raises `KernelError`: ENOTSUPP (524) where the device has no doorbell (the simulator, VDUSE, snet, eni) or its
+        Raises `KernelError`: ENOTSUPP (524) if the device has no doorbell (the simulator, VDUSE, snet, eni) or its
         doorbell area is not one page. The device stays open until the mapping is closed.
         """
         page = mmap.PAGESIZE
@@ -202,7 +202,7 @@ class VhostVdpa(Device):
     # --- negotiation ---
 
     def _accept_backend_features(self, wanted: int | None) -> int:
-        # a parent may report bits that SET then refuses, so what is not known here is never acknowledged
+        # a parent may report bits that SET then refuses, so bits that are not known here are never acknowledged
         offered = self._ask.get(Ioctl.VHOST_GET_BACKEND_FEATURES)
         features: int = offered & _KNOWN_BACKEND_FEATURES & (_KNOWN_BACKEND_FEATURES if wanted is None else wanted)
         if not features >> VHOST_BACKEND_F_IOTLB_ASID & 1:
@@ -221,12 +221,13 @@ class VhostVdpa(Device):
     @_under_one_deadline
     def _accept_features(self, features: int) -> None:
         if self.status != 0:
-            # an attempt that was not seen to its end has left the device where it is
+            # an earlier attempt did not complete, and left this status
             self._reset_whole()
         offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
-        # as `offered_features`: who accepts a bit finds it there, and where the state is taken to
+        # as in `offered_features`, so that an accepted bit is always an offered one, also on the device that the state
+        # moves to
         if unknown := features & ~(offered & ~_ACCESS_PLATFORM):
-            # vdpa_sim drops such bits without a word
+            # vdpa_sim silently drops bits that it does not offer
             raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
         try:
             self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
@@ -241,7 +242,7 @@ class VhostVdpa(Device):
             raise
 
     def _write_status(self, status: int) -> None:
-        """Write the status byte and see that the device took it: the request itself always succeeds."""
+        """Write the status byte and check that the device took it: the request itself always succeeds."""
         self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, status)
         seen = self.status
         if seen & _BROKEN or seen & status != status:
@@ -271,12 +272,12 @@ class VhostVdpa(Device):
             self._regions.unmap(regions)
 
     def _still_mapped(self, _regions: Sequence[MemoryRegion]) -> Sequence[MemoryRegion]:
-        # whatever has become of them, they are taken away before anything else happens
+        # whether they are still mapped or not, they are unmapped before anything else happens
         return ()
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """A device of which it cannot be known any more what memory it has is of no use."""
+        """Mark the device as failed if it is no longer known which memory it has."""
         try:
             yield
         except IotlbBroken as error:
@@ -309,7 +310,7 @@ class VhostVdpa(Device):
 
     @contextlib.contextmanager
     def _binding(self, operation: Operation, index: int) -> Iterator[None]:
-        """The body gives the kernel an eventfd, or may have where it raises."""
+        """The body gives the kernel an eventfd; if it raises, it may have done so too."""
         key = operation, index
         is_new = key not in self._bound
         self._bound.add(key)
@@ -321,8 +322,8 @@ class VhostVdpa(Device):
             raise
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
-        # a queue takes its addresses and base when it is enabled, so before start() that can wait until all is known;
-        # VDUSE's daemon learns of a queue that is enabled later only if it looks
+        # a queue takes its addresses and base when it is enabled, so before start() that can wait until everything is
+        # known; VDUSE's daemon notices a queue that is enabled later only if it checks
         if self.state is RunState.RUNNING and self._is_set_up(index):
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, enabled)
             if enabled:
@@ -347,12 +348,12 @@ class VhostVdpa(Device):
     @_under_one_deadline
     def _start(self) -> None:
         if (status := self.status) != _NEGOTIATED:
-            # a reset that was not seen to its end, for one: it would start without features
-            raise self._fail(f"status is {status_names(status)}, and features were accepted")
+            # for example after a reset that did not complete: the device would start without features
+            raise self._fail(f"status is {status_names(status)}, but features were accepted")
         with self._in_order():
             self._regions.settle()
-        # what a start that failed has enabled may be disabled by now, or elsewhere: a queue takes its addresses and its
-        # base when it is enabled
+        # a queue that a failed start has enabled may have been disabled or moved since then, and a queue takes its
+        # addresses and its base when it is enabled: so disable it first
         for index in sorted(self._enabled):
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, False)
             self._enabled.discard(index)
@@ -370,16 +371,17 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _resume(self) -> None:
-        # by this request only: rewriting the status byte un-suspends vdpa_sim behind vhost's back
+        # by this request only: rewriting the status byte resumes vdpa_sim without vhost noticing
         self._require_live()
         self._node.call(Ioctl.VHOST_VDPA_RESUME)
         self._kick_enabled()
 
     def _require_live(self) -> None:
-        """SUSPEND and RESUME of a device without DRIVER_OK answer 0 and do nothing; one that gave up has lost it."""
+        """Raise `DeviceFailed` without DRIVER_OK: then SUSPEND and RESUME answer 0 and do nothing. A device that gave
+        up has lost it."""
         status = self.status
         if status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
-            raise self._fail(f"status is {status_names(status)}, and the device was started")
+            raise self._fail(f"status is {status_names(status)}, but the device was started")
 
     @_under_one_deadline
     def _check_health(self) -> None:
@@ -400,11 +402,11 @@ class VhostVdpa(Device):
         try:
             self._set_up_after_reset()
         except Exception as error:
-            # it is reset, and lacks some of what belongs to that
+            # it is reset, but not all of its setup after the reset is done
             raise self._fail(f"after its reset: {error}") from error
 
     def _set_up_after_reset(self) -> None:
-        # vhost keeps listening to eventfds through a reset; the device forgets its half of them
+        # vhost keeps listening to eventfds through a reset; the device forgets its part of them
         for operation, index in sorted(self._bound, key=str):
             if operation is Operation.SET_CONFIG_CALL:
                 self._set_config_call(None)
@@ -439,8 +441,8 @@ class VhostVdpa(Device):
 
     def _close(self) -> None:
         if self._node.usable:
-            # first a device that does nothing, then without memory: the kernel's own close does it in this order too,
-            # but does not tell VDUSE's daemon, which would keep the memory. A dead device is closed all the same
+            # first stop the device, then take its memory away: the kernel's own close uses this order too, but does not
+            # tell VDUSE's daemon, which would keep the memory. A dead device is closed anyway
             with contextlib.suppress(KernelError, DeadlineExceeded, IotlbBroken):
                 self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
                 self._regions.forget_everything()
@@ -459,5 +461,5 @@ class VhostVdpa(Device):
     def _give_up(self) -> bool:
         usable = self._node.usable
         self._close()
-        # with a request still in the kernel the device is taken back when that ends, whenever it does
+        # with a request still in the kernel, the kernel takes the device back only when that request ends
         return usable and not self._node.stuck

@@ -12,9 +12,9 @@ __all__ = ["Groups"]
 
 
 class Groups:
-    """The groups of ``device``'s queues, asked for by ``ask`` (borrowed) once for each queue: some have hundreds.
+    """The groups of ``device``'s queues; ``ask`` (borrowed) asks once for each queue: some devices have hundreds.
 
-    ``rings_apart``: the device may tell the group of a queue's rings from that of its buffers (DESC_ASID).
+    ``rings_apart``: the device may have a queue's rings in another group than its buffers (DESC_ASID).
     """
 
     def __init__(self, device: str, ask: KernelRequests, *, rings_apart: bool) -> None:
@@ -30,13 +30,13 @@ class Groups:
         return self._get(Ioctl.VHOST_VDPA_GET_VRING_GROUP, index)
 
     def of_rings(self, index: int) -> int:
-        """The group of queue ``index``'s rings. Raises `KernelError` where the device does not tell them apart."""
+        """The group of queue ``index``'s rings. Raises `KernelError` if the device does not distinguish the two."""
         return self._get(Ioctl.VHOST_VDPA_GET_VRING_DESC_GROUP, index)
 
     def assign(self, index: int, address_space: int, setups: Mapping[int, QueueSetup]) -> None:
         """Let the groups of queue ``index`` see ``address_space``; ``setups`` are those of all queues that have one.
 
-        ValueError where another queue of them is in another address space.
+        Raises ValueError if another queue of these groups is in another address space.
         """
         mine = self._of(index)
         for other, setup in setups.items():
@@ -45,16 +45,17 @@ class Groups:
                 raise ValueError(f"{self._device}: address space {address_space} for queue {index}: {why}")
         for group in sorted(mine):
             if self._spaces.get(group) != address_space:
-                # the request has a group where others have a queue
+                # this request has a group in the place where other requests have a queue
                 self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_GROUP_ASID, group, address_space)
                 self._spaces[group] = address_space
 
     def forget(self) -> None:
-        """The device was reset: mlx5 puts all groups into address space 0."""
+        """Forget the address spaces, after a reset: mlx5 puts all groups into address space 0."""
         self._spaces.clear()
 
     def _of(self, index: int) -> set[int]:
-        """mlx5 looks rings up in the space of their own group, whether or not anybody has acknowledged DESC_ASID."""
+        """The groups of queue ``index``; mlx5 looks rings up in the space of their own group, even if DESC_ASID is not
+        accepted."""
         return {self.of_buffers(index), *([self.of_rings(index)] if self._rings_apart else [])}
 
     def _get(self, request: Ioctl, index: int) -> int:

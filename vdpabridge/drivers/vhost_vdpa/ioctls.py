@@ -33,7 +33,7 @@ class Row:
     """What is known of a request."""
 
     asks_only: bool
-    """Whether a forked child may make it: the device works for its parent. The kernel would let a child reset it."""
+    """Whether a forked child may make it. The kernel would let a child reset the device, which works for its parent."""
     feature: int | None = None
     """The bit of GET_BACKEND_FEATURES without which the kernel refuses it."""
     capability: Capability | None = None
@@ -57,14 +57,17 @@ ROWS: Mapping[Ioctl, Row] = {
     Ioctl.VHOST_SET_OWNER: Row(
         asks_only=False,
         meanings={
-            errno.EBUSY: ("the device has an owner already", "the open file was handed over: open the node anew"),
+            errno.EBUSY: (
+                "the device has an owner already",
+                "another process passed the open file on: open the node again",
+            ),
         },
     ),
     Ioctl.VHOST_SET_VRING_NUM: Row(
         asks_only=False,
         meanings={
             errno.EINVAL: (
-                "the ring size is 0, no power of two, or more than the device's maximum",
+                "the ring size is 0, not a power of two, or more than the device's maximum",
                 "use a power of two up to queue_size_max",
             ),
         },
@@ -76,7 +79,7 @@ ROWS: Mapping[Ioctl, Row] = {
                 "an address is misaligned (avail 2, used 4 bytes), or the device runs",
                 "align the ring; suspend or reset a running device first",
             ),
-            errno.EOPNOTSUPP: ("an unknown flag", "vhost-vdpa knows no flag but the dirty log's"),
+            errno.EOPNOTSUPP: ("an unknown flag", "vhost-vdpa knows only the dirty log's flag"),
         },
     ),
     Ioctl.VHOST_SET_VRING_BASE: Row(
@@ -228,7 +231,7 @@ ANY: Meanings = {
     errno.ENOBUFS: ("the device has no such queue", "queues are numbered from 0; see queue_count"),
     errno.ENOTTY: (
         "this kernel's vhost-vdpa does not know the request",
-        "see which release brought it in abi/vhost.py",
+        "abi/vhost.py says which release added it",
     ),
     errno.ENODEV: ("the device is gone", "it was removed or unbound; look at the kernel log"),
     errno.EIO: ("the device's user-space daemon does not answer, or its firmware failed", "look at the kernel log"),

@@ -1,8 +1,8 @@
 """The IOTLB of a vhost-vdpa device: which memory it sees, at which IOVA, in which address space.
 
-Every refusal of an IOTLB message is EFAULT, whatever the cause, and memory of the wrong kind is accepted and then not
-mapped at all. So the preconditions are checked here, before the kernel is asked. `Device.map` has checked
-those of every device: overlaps, and the address space, which the kernel takes for 0 if it was not told to heed it.
+The kernel refuses every IOTLB message with EFAULT, whatever the cause. It accepts memory of the wrong kind, and then
+does not map it at all. So this module checks the preconditions before it asks the kernel. `Device.map` has checked
+those of every device: overlaps, and the address space, which the kernel treats as 0 unless IOTLB_ASID was accepted.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class MappingError(VdpaBridgeError):
 
 
 class IotlbBroken(VdpaBridgeError):
-    """It is not known what is mapped, and the kernel does not let it be put right. Only closing the device helps."""
+    """It is not known what is mapped, and the kernel refuses to unmap it. Only closing the device helps."""
 
     def __init__(self, device: str, cause: KernelError) -> None:
-        why = f"what is mapped is not known, and the kernel does not take it away: {errno_name(cause.errno or 0)}"
-        super().__init__("repair the IOTLB", device=device, why=why, hint="close the device: that takes all away")
+        why = f"it is not known what is mapped, and the kernel refuses to unmap it: {errno_name(cause.errno or 0)}"
+        super().__init__("repair the IOTLB", device=device, why=why, hint="close the device: that unmaps everything")
 
 
 class Iotlb:
@@ -52,11 +52,11 @@ class Iotlb:
         self.entries: dict[tuple[int, int], int] = {}
         """(address space, IOVA) -> size in bytes, of what is mapped."""
         self.doubtful: dict[tuple[int, int], int] = {}
-        """What may be mapped or not: the answer to a message about it has not come."""
+        """Entries that may be mapped or not: the answer to a message about them has not come."""
         self._begun: int | None = None
         """The address space of a batch that the kernel may have begun and not ended."""
         self._inside = False
-        """Whether we are in the middle of that batch, and all is well."""
+        """Whether the body of that batch is running."""
 
     def update(
         self,
@@ -70,9 +70,9 @@ class Iotlb:
     ) -> None:
         """Map ``size_bytes`` at ``address`` of this process to ``iova``.
 
-        ``known_shared`` saves looking whether the memory is of the kind that can be mapped. Raises `MappingError` where
-        it is seen beforehand that the kernel would refuse, or would accept and map nothing; `KernelError` (EFAULT) with
-        the causes that are left where the kernel refuses. After any other error the entry is `doubtful`.
+        ``known_shared`` skips the check whether the memory is of a kind that can be mapped. Raises `MappingError` if a
+        check shows that the kernel would refuse, or would accept and map nothing; `KernelError` (EFAULT), with the
+        causes that are left, if the kernel refuses. After any other error the entry is `doubtful`.
         """
         self.repair()
         self._check(iova, size_bytes, address)
@@ -85,13 +85,13 @@ class Iotlb:
         try:
             self._send(VHOST_IOTLB_UPDATE, address_space, iova=iova, size=size_bytes, address=address, perm=perm)
         except KernelError:
-            # all of it or nothing (vhost_vdpa_process_iotlb_update)
+            # the kernel maps all of it or nothing (vhost_vdpa_process_iotlb_update)
             del self.doubtful[key]
             raise
         self.entries[key] = self.doubtful.pop(key)
 
     def invalidate(self, iova: int, size_bytes: int, *, address_space: int = 0) -> None:
-        """Take every entry away that overlaps the range; the kernel never splits one."""
+        """Unmap every entry that overlaps the range; the kernel never splits one."""
         self.repair()
         end = iova + size_bytes
         gone = {
@@ -100,7 +100,7 @@ class Iotlb:
             if key[0] == address_space and key[1] < end and iova < key[1] + size
         }
         if not gone:
-            return  # an address space that nothing was ever mapped in answers EFAULT
+            return  # in an address space that was never used, the kernel answers EFAULT
         self.doubt(gone)
         try:
             self._send(VHOST_IOTLB_INVALIDATE, address_space, iova=iova, size=size_bytes)
@@ -112,10 +112,10 @@ class Iotlb:
 
     @contextlib.contextmanager
     def batch(self, address_space: int = 0) -> Iterator[None]:
-        """Let the device see the changes made inside at once, where it can. They must be to ``address_space``.
+        """Let the device see the changes made inside at once, if it can. They must be to ``address_space``.
 
-        The kernel ignores a failure of the device to take the batch in (vhost_vdpa_process_iotlb_msg, BATCH_END); there
-        is no way to learn of it before the device is started, whose status may tell.
+        If the device fails to apply the batch, the kernel ignores that (vhost_vdpa_process_iotlb_msg, BATCH_END). Only
+        the status of the started device may show it.
         """
         self.repair()
         if not self._can_batch:
@@ -131,7 +131,7 @@ class Iotlb:
         try:
             yield
         except BaseException:
-            # what went wrong inside is what the caller must hear of; what is left to be done `repair` does
+            # the caller must get the error from inside; `repair` does what is left to be done
             with contextlib.suppress(KernelError, DeadlineExceeded, OwnershipError):
                 self._end_batch(address_space)
             raise
@@ -140,17 +140,18 @@ class Iotlb:
         self._end_batch(address_space)
 
     def doubt(self, keys: Iterable[tuple[int, int]]) -> None:
-        """Count entries ``keys`` as `doubtful`: `repair` takes them away."""
+        """Count entries ``keys`` as `doubtful`: `repair` unmaps them."""
         for key in list(keys):
             if key in self.entries:
                 self.doubtful[key] = self.entries.pop(key)
 
     def repair(self) -> None:
-        """Bring the kernel and these books together again, after a message whose answer has not come.
+        """Make the kernel and these records agree again, after a message whose answer has not come.
 
-        A batch that was not ended would keep every later change from the device, which would go on using pages that are
-        not pinned any more. Does nothing where nothing is in doubt, and in the middle of a batch. Raises `IotlbBroken`
-        where the kernel refuses, `DeadlineExceeded` where it does not answer: until then nothing else is asked of it.
+        A batch that was not ended would keep every later change from the device, which would continue to use pages that
+        are not pinned any more. Does nothing if nothing is in doubt, or in the middle of a batch. Raises `IotlbBroken`
+        if the kernel refuses, `DeadlineExceeded` if it does not answer: until this succeeds, the kernel is asked
+        nothing else.
         """
         if self._inside:
             return
@@ -181,7 +182,7 @@ class Iotlb:
         try:
             self._send(kind, address_space, iova=iova, size=size)
         except KernelError as error:
-            # EFAULT, where nothing is mapped: the message in doubt has not come to an address space that was never used
+            # EFAULT, if nothing is mapped: the address space was never used, so the message in doubt did not arrive
             if error.errno != errno.EFAULT or any(space == address_space for space, _ in self.entries):
                 raise IotlbBroken(self._node.path, error) from error
 

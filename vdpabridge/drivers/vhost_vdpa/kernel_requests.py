@@ -19,7 +19,8 @@ from .node import Node
 
 __all__ = ["KernelRequests"]
 
-#: Of the configuration space at a time: a larger ioctl buffer would keep other threads, deadlines too, from running.
+#: The most of the configuration space in one request: with a larger ioctl buffer, Python would not let other threads
+#: run meanwhile, nor would a deadline work.
 _CONFIG_CHUNK_BYTES = 1016
 
 

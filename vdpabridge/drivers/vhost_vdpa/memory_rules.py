@@ -13,10 +13,10 @@ _ENTRIES_MAX_PATH = "/sys/module/vhost_vdpa/parameters/max_iotlb_entries"
 
 
 def private_part(address: int, size: int) -> int | None:
-    """The first address of the range that is not in a shared, writable mapping of a file; None where all of it is.
+    """The first address of the range that is not in a shared, writable mapping of a file; None if all of it is.
 
-    A mapping of a file that was opened for reading only shows as shared and is not (mm/mmap.c clears VM_SHARED): the
-    kernel would skip it like private memory. Writable ones cannot be of that kind.
+    A mapping of a file that was opened for reading only appears as shared but is not (mm/mmap.c clears VM_SHARED): the
+    kernel would skip it like private memory. A writable mapping cannot be of that kind.
     """
     position, end = address, address + size
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
@@ -40,12 +40,12 @@ def causes_of_refusal(size_bytes: int, entry_count: int) -> list[str]:
     needed = size_bytes + _pinned_bytes()
     if limit != resource.RLIM_INFINITY and needed > limit:
         # no exemption for root: CAP_IPC_LOCK does not help (vhost_vdpa_pa_map)
-        causes.append(f"locked memory, where pages are pinned: {needed} bytes needed, limit {limit} ('ulimit -l')")
+        causes.append(f"locked memory, if pages are pinned: {needed} bytes needed, limit {limit} ('ulimit -l')")
     causes += [
         f"too many entries: {entry_count} now, vhost_vdpa.max_iotlb_entries is {_entries_max()}, and pinned memory "
         "counts once for each piece that is contiguous",
         "a file on ext4, xfs or another file system on a disk, which cannot be pinned for long (use a memfd)",
-        "something mapped there already, by a message that this process does not know of",
+        "something is already mapped there, by a message that this process does not know of",
         "the owner's memory was replaced by execve",
         "the device refused it",
     ]

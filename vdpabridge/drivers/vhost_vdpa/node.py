@@ -1,4 +1,4 @@
-"""An open vhost-vdpa node: requests to it, with EINTR, deadlines, ownership and readable errors taken care of."""
+"""Requests to an open vhost-vdpa node; this module handles EINTR, deadlines, ownership and readable errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Value = TypeVar("Value")
 
 
 class NodeError(KernelError):
-    """A node that cannot be opened, or is none of vhost-vdpa's."""
+    """A node that cannot be opened, or is not a vhost-vdpa node."""
 
 
 class Node:
     """An open vhost-vdpa node. Owns its descriptor.
 
-    ``limit`` bounds the system calls. One that is still in the kernel when its time is over goes on there: until it
-    ends the node says so instead of queueing behind it, and nothing else comes of it.
+    ``limit`` bounds the system calls. A call that is still in the kernel when its time is over continues there, and its
+    result is dropped. Until it ends, other requests raise `DeadlineExceeded` instead of waiting behind it.
     """
 
     def __init__(self, fd: int, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> None:
@@ -43,9 +43,9 @@ class Node:
         self._owner_pid = os.getpid()
         self._calls = CallThread("vdpabridge-call")
         self._together: int | None = None
-        """The thread whose calls have a deadline already, all together."""
+        """The thread whose calls already share one deadline."""
         self._request: Ioctl | int | str = ""
-        """What was asked for last."""
+        """The last request."""
 
     @classmethod
     def open(cls, path: str, system: System = LINUX, *, timeout_s: float | None = None) -> Node:
@@ -69,11 +69,11 @@ class Node:
         return self._fd
 
     def trace_to(self, say: Callable[[str], None]) -> None:
-        """Have ``say`` told of every request from now on, a line each."""
+        """Call ``say`` with one line for every request from now on."""
         self._system = cast(System, TracedSystem(self._system, say))
 
     def call(self, request: Ioctl | int, argument: bytearray | int = 0, queue: int | None = None) -> int:
-        """Make one ioctl, also one of which nothing is known but its number; a buffer is changed in place.
+        """Make one ioctl, also one of which only the number is known; the kernel changes a buffer in place.
 
         Returns what the kernel returned. Raises `KernelError`, `OwnershipError`, `DeadlineExceeded`.
         """
@@ -102,9 +102,9 @@ class Node:
         self._bounded("IOTLB message", lambda: self._system.write(self._fd, message))
 
     def together(self, what: str, calls: Callable[[], Value]) -> Value:
-        """Run ``calls``, which makes several calls, under one deadline: they need one thread's attention, not each.
+        """Run ``calls``, which makes several calls, under one deadline: that needs a thread once, not for each.
 
-        When the deadline has passed, the one that lasts ends in an error, and with it ``calls``. Raises as `call` does.
+        When the deadline has passed, the call under way ends in an error, and ``calls`` with it. Raises as `call` does.
         """
         if self._together == threading.get_ident() or not self._is_bounded:
             return calls()
@@ -126,7 +126,7 @@ class Node:
             return
         try:
             if self.stuck:
-                self._system.close(fd)  # with a request still in the kernel, that one's end does the work
+                self._system.close(fd)  # a request is still in the kernel: its end closes the node
             else:
                 self._bounded("close", lambda: self._system.close(fd), must=True)
         finally:
@@ -139,7 +139,7 @@ class Node:
 
     @property
     def stuck(self) -> bool:
-        """Whether a call whose deadline has passed goes on in the kernel."""
+        """Whether a call whose deadline has passed is still in the kernel."""
         return self._calls.busy
 
     def _bounded(self, what: Ioctl | int | str, call: Callable[[], Value], *, must: bool = False) -> Value:
@@ -149,7 +149,7 @@ class Node:
             try:
                 return call()
             finally:
-                # whoever asked was told that it lasts: nothing more is to be done on the strength of its answer
+                # if its deadline has passed, the caller already has an error: nothing more may follow from this answer
                 self._require_unstuck(what)
         deadline = self.limit.deadline()
         self._request = what
@@ -174,11 +174,11 @@ class Node:
     def _too_late(self, what: str, timeout_s: float) -> DeadlineExceeded:
         if not self.stuck:
             return DeadlineExceeded(what, timeout_s, device=self.path, why="no time was left to ask the kernel")
-        hint = "the kernel goes on with it: look at the kernel log and at the device's daemon"
+        hint = "the request continues in the kernel: look at the kernel log and at the device's daemon"
         return DeadlineExceeded(what, timeout_s, device=self.path, hint=hint)
 
     def _refuse_fork(self, what: str) -> None:
-        why = f"the device belongs to process {self._owner_pid}, whose fork this is"
+        why = f"the device belongs to process {self._owner_pid}, and this is a fork of it"
         raise OwnershipError(
             what, device=self.path, why=why, hint="open the device after fork, in the process that uses it"
         )
@@ -195,7 +195,7 @@ def _asks_only(request: Ioctl | int) -> bool:
 
 
 def _check_is_vhost_vdpa(path: str) -> None:
-    """Look before opening: opening some other device's node can do things (arm a watchdog, rewind a tape)."""
+    """Check before opening: opening another device's node can have effects (arm a watchdog, rewind a tape)."""
     try:
         status = os.stat(path)
     except OSError as error:

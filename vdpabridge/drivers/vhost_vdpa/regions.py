@@ -14,7 +14,7 @@ from .iotlb import Iotlb, IotlbBroken, MappingError
 
 __all__ = ["Regions"]
 
-#: The size that, from IOVA 0, covers all: 0 for "everything" is refused from 7.3 on.
+#: The size that covers everything from IOVA 0: from 7.3 on, the kernel refuses 0 for "everything".
 _EVERYTHING_BYTES = (1 << 64) - 1
 
 
@@ -27,7 +27,7 @@ class Regions:
         self._mappings: dict[tuple[int, int], tuple[SharedMapping, bool]] = {}
         """(address space, guest address) -> mapping, whether the device may write there."""
         self._leaving: list[SharedMapping] = []
-        """What the device may still have, and is to be taken away."""
+        """Mappings that the device may still have, and that have to be taken away."""
 
     def map(self, regions: Sequence[MemoryRegion]) -> None:
         """Map all of ``regions`` or none.
@@ -47,7 +47,7 @@ class Regions:
             raise
 
     def unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions``, which are mapped, away. Where it raises they count as gone, and soon are: see `settle`."""
+        """Unmap ``regions``, which are mapped. If this raises, they count as unmapped, and `settle` unmaps them."""
         try:
             self.settle()
             for space, its_regions in _by_space(regions):
@@ -62,13 +62,13 @@ class Regions:
             self._mappings.pop(_key(region))[0].close()
 
     def settle(self) -> None:
-        """Take away what may be left of a change that was not seen to its end. Raises as `Iotlb.repair`."""
+        """Unmap what may be left of a change that did not complete. Raises as `Iotlb.repair` does."""
         self._iotlb.repair()
         while self._leaving:
             self._leaving.pop().close()
 
     def map_again(self) -> None:
-        """Show the device everything once more, after a reset that made it forget but not vhost."""
+        """Map everything into the device again, after a reset: the device has forgotten it, vhost has not."""
         self.settle()
         for space in sorted({space for space, _ in self._mappings}):
             mine = {address: it for (its_space, address), it in self._mappings.items() if its_space == space}
@@ -79,7 +79,7 @@ class Regions:
                     self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
 
     def map_missing(self) -> None:
-        """Show the device what it should have and lacks, because `map_again` was not seen to its end."""
+        """Map what the device should have but lacks, because `map_again` did not complete."""
         self.settle()
         for (space, address), (mapping, writable) in self._mappings.items():
             if (space, address) not in self._iotlb.entries:
@@ -87,7 +87,7 @@ class Regions:
                 self._iotlb.update(*where, writable=writable, address_space=space, known_shared=True)
 
     def _give_up(self, regions: Sequence[MemoryRegion]) -> None:
-        """Take ``regions`` away, now or before anything else is mapped or unmapped.
+        """Unmap ``regions``, now or before anything else is mapped or unmapped.
 
         This process keeps them mapped until then: the kernel may still be looking up, and pinning, what is there.
         """
@@ -99,7 +99,7 @@ class Regions:
             self.settle()
 
     def forget_everything(self) -> None:
-        """Take all away from the device, whatever it is."""
+        """Unmap everything from the device."""
         self._iotlb.repair()
         for space in {space for space, _ in self._iotlb.entries}:
             self._iotlb.invalidate(0, _EVERYTHING_BYTES, address_space=space)
@@ -111,13 +111,14 @@ class Regions:
         self._mappings, self._leaving = {}, []
 
     def abandon(self) -> None:
-        """Leave everything mapped in this process, for as long as it lives: a call is still in the kernel, which may be
-        pinning what lies at these addresses, and something else could come to lie there."""
+        """Leave everything mapped in this process, for as long as it lives: a call still in the kernel may be pinning
+        what is at these addresses, where other memory could otherwise appear."""
         self._mappings, self._leaving = {}, []
 
     def _batch_of(self, space: int, count: int) -> contextlib.AbstractContextManager[None]:
-        """A batch where there is more than one change, so that the device takes in all of them at once (mlx5 makes its
-        whole memory key anew each time). One alone is not more work, and its failure is reported, a batch's not."""
+        """A batch if there is more than one change, so that the device applies all of them at once (mlx5 makes its
+        whole memory key again each time). A single change is no more work without a batch, and the kernel reports its
+        failure, but not that of a batch."""
         return self._iotlb.batch(space) if count > 1 else contextlib.nullcontext()
 
     def _map_one(self, region: MemoryRegion) -> None:
@@ -127,7 +128,8 @@ class Regions:
         except OSError as error:
             raise MappingError(what, device=self._device, why=str(error.strerror)) from None
         if fcntl.fcntl(region.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-            # also for a region that the device may only read: shared memory of such a descriptor is none to the kernel
+            # also for a region that the device may only read: to the kernel, a shared mapping of a read-only descriptor
+            # is not shared memory
             raise MappingError(what, device=self._device, why="its descriptor is not open for reading and writing")
         mapping = SharedMapping(region.fd, region.size_bytes, region.offset)
         try:

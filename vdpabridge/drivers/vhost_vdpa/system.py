@@ -1,4 +1,4 @@
-"""The four system calls that the driver makes. A seam: unit tests put a fake kernel here."""
+"""The four system calls that the driver makes; unit tests put a fake kernel here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["LINUX", "System"]
 
 
 class System(Protocol):
-    """What the driver needs of a kernel. Errors are OSError; InterruptedError where a signal came first."""
+    """What the driver needs of a kernel. Errors are OSError; InterruptedError if a signal came first."""
 
     def open(self, path: str, /) -> int:
         """Open a node for reading and writing, closed on exec; the caller owns the descriptor."""
@@ -30,10 +30,10 @@ class _Linux:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     # the functions themselves: a wrapper would cost as much as the system call. ioctl copies a buffer of up to 1024
-    # bytes and lets other threads run meanwhile; with a larger one it would not
+    # bytes and lets other threads run meanwhile; with a larger one it does not
     ioctl = staticmethod(fcntl.ioctl)
     write = staticmethod(os.write)
     close = staticmethod(os.close)
 
 
-LINUX = cast(System, _Linux())  # one of ioctl's overloads each for a buffer and a number
+LINUX = cast(System, _Linux())  # ioctl has an overload for a buffer, and one for a number

@@ -1,4 +1,4 @@
-"""A kernel whose every request is told of."""
+"""A kernel interface that reports every request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TracedSystem"]
 
 
 class TracedSystem:
-    """``system`` (borrowed), with a line for each request told to ``say``."""
+    """``system`` (borrowed), calling ``say`` with one line for each request."""
 
     def __init__(self, system: System, say: Callable[[str], None]) -> None:
         self._system = system
