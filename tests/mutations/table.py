@@ -900,7 +900,7 @@ MUTATIONS = [
     Mutation(
         "the next guest has the last one's memory",
         "vdpabridge/export/vhost_user/handlers.py",
-        "        # and if it could not be taken away when that one left\n        self.memory.clear()\n",
+        "        # also the last front-end's memory, if it could not be unmapped when that one left\n        self.memory.clear()\n",
         "",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),

@@ -15,7 +15,7 @@ __all__ = ["open_image"]
 def open_image(path: str, timeout_s: float | None) -> int:
     """A descriptor to read the image at ``path`` from (``-``: standard input), owned by the caller.
 
-    A FIFO that nobody writes to is waited for, up to ``timeout_s``. Raises `VdpaBridgeError`, `DeadlineExceeded`.
+    Waits up to ``timeout_s`` for a process to write to a FIFO. Raises `VdpaBridgeError`, `DeadlineExceeded`.
     """
     try:
         if path == "-":
