@@ -358,13 +358,13 @@ def test_a_socket_file_that_was_left_behind_is_replaced(path):
 
 def test_something_else_is_there(path):
     Path(path).write_text("mine")
-    assert "something is there that is no socket" in refused("sim:fs", "--socket-path", path)
+    assert "something that is not a socket is there" in refused("sim:fs", "--socket-path", path)
     assert Path(path).read_text() == "mine"
 
 
 def test_a_path_that_is_too_long(tmp_path):
     said = refused("sim:fs", "--socket-path", str(tmp_path / ("x" * 100)))
-    assert "107 bytes at the most" in said
+    assert "107 bytes at most" in said
 
 
 def test_a_directory_that_is_not_there():

@@ -364,7 +364,7 @@ def test_a_descriptor_is_not_taken_by_a_line_before_its_own(tmp_path):
         while answers.count(b"\n") < len(lines):
             answers += client.recv(65536)
         first, second = map(json.loads, answers.splitlines())
-        assert "no descriptor came with the request" in first["error"]["message"]
+        assert "neither a descriptor nor a path came with the request" in first["error"]["message"]
         assert second["result"]["state_bytes"] > 1000
         work.finish()
 
@@ -422,7 +422,7 @@ def test_who_does_not_read_misses_events(tmp_path):
 
 
 def move_fails(source, destination):
-    with pytest.raises(VdpaBridgeError, match="no JSON"):
+    with pytest.raises(VdpaBridgeError, match="not JSON"):
         move(source, destination)
 
 
@@ -496,7 +496,7 @@ def test_state_that_is_loaded_ends_a_move(tmp_path):
             one.ask("resume", force="false")
         assert one.ask("status")["moved"] is True
         # nor can it be given to a third
-        with pytest.raises(ControlError, match="its state was moved to another device: what is here is old"):
+        with pytest.raises(ControlError, match="its state was moved to another device: the state here is old"):
             one.ask("save", path=str(tmp_path / "again"))
         front.reset()
         image = tmp_path / "image"

@@ -8,10 +8,11 @@ import select
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from vdpabridge.control import server as control_server
+from vdpabridge.control import moving as moving_module, server as control_server
 from vdpabridge.control.client import ControlError
 from vdpabridge.control.errands import Errand, Errands
 from vdpabridge.control.moving import MoveFailed, move
@@ -62,6 +63,14 @@ def fill(pipe):
     os.set_blocking(pipe, False)
     while select.select([], [pipe], [], 0)[1]:
         os.write(pipe, bytes(4096))
+
+
+def line_from(client):
+    """The next line, or what there is at the end."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := client.recv(1)):
+        line += byte
+    return line
 
 
 def is_saving(client):
@@ -143,8 +152,7 @@ def test_events(tmp_path):
     with serving(tmp_path) as those, raw(those) as listening:
         listening.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "listen"}\n')
         listening.settimeout(10)
-        lines = listening.makefile("r")
-        assert json.loads(lines.readline())["result"] == {"listening": True}
+        assert json.loads(line_from(listening))["result"] == {"listening": True}
         work, client = those.at_work(), those.client()
         client.ask("suspend")
         client.ask("resume")
@@ -152,7 +160,7 @@ def test_events(tmp_path):
         with pytest.raises(ControlError):
             client.ask("load", path=str(tmp_path / "image"))
         work.finish()
-        told = [json.loads(lines.readline()) for _ in range(6)]
+        told = [json.loads(line_from(listening)) for _ in range(6)]
         assert all(each["method"] == "event" for each in told)
         facts = [each["params"] for each in told]
         assert facts[:3] == [
@@ -174,13 +182,12 @@ def test_a_client_that_asks_too_much_at_once(tmp_path):
             asking.sendall(
                 b"".join(b'{"jsonrpc": "2.0", "id": %d, "method": "suspend"}\n' % number for number in range(18))
             )
-            lines = asking.makefile("r")
-            refused = [json.loads(lines.readline()) for _ in range(2)]
+            refused = [json.loads(line_from(asking)) for _ in range(2)]
             assert {each["id"] for each in refused} == {16, 17}
             assert refused[0]["error"]["message"] == "16 requests of this client were not answered yet"
             client.ask("cancel")
             stuck.end()
-            answers = [json.loads(lines.readline()) for _ in range(16)]
+            answers = [json.loads(line_from(asking)) for _ in range(16)]
             assert [each["id"] for each in answers] == list(range(16)), "in the order in which they were asked"
         client.ask("resume")
         work.finish()
@@ -265,9 +272,8 @@ def test_a_client_that_only_sends_and_then_listens_is_answered(tmp_path, method)
             with raw(those) as client:
                 client.sendall(json.dumps(request).encode() + b"\n")
                 client.shutdown(socket.SHUT_WR)
-                lines = client.makefile("r")
-                assert "result" in json.loads(lines.readline())
-                assert lines.readline() == "", "and is hung up on then"
+                assert "result" in json.loads(line_from(client))
+                assert line_from(client) == b"", "and is hung up on then"
         those.client().ask("resume")
         work.finish()
 
@@ -276,16 +282,20 @@ def test_a_move_that_is_interrupted_while_the_destination_loads(tmp_path, monkey
     (tmp_path / "b").mkdir()
     with serving(tmp_path, timeout_s=60) as those, serving(tmp_path / "b", timeout_s=60) as others:
         work, source, destination = those.at_work(), those.client(), others.client()
-        join = threading.Thread.join
 
-        def interrupted(thread, timeout=None):
-            monkeypatch.undo()
-            raise KeyboardInterrupt
+        class Interrupted(threading.Thread):
+            """Ctrl-C when it is waited for, once."""
 
-        monkeypatch.setattr(threading.Thread, "join", interrupted)
+            def join(self, timeout=None):
+                if not interruptions:
+                    interruptions.append(1)
+                    raise KeyboardInterrupt
+                super().join(timeout)
+
+        interruptions = []
+        monkeypatch.setattr(moving_module, "threading", SimpleNamespace(Thread=Interrupted))
         with pytest.raises(KeyboardInterrupt) as caught:
             move(source, destination)
-        assert threading.Thread.join is join
         assert caught.value.__notes__ == [f"nothing was moved; {those.control} resumes"]
         wait_until(lambda: those.client().ask("status")["state"] == "running")
         work.finish()
@@ -294,13 +304,14 @@ def test_a_move_that_is_interrupted_while_the_destination_loads(tmp_path, monkey
 def test_descriptors_of_one_request_are_not_the_next_ones(tmp_path):
     with serving(tmp_path) as those, raw(those) as client, open(os.devnull, "wb") as nothing:
         those.at_work()
-        lines = client.makefile("r")
         for method in ("statistics", "nonsense"):
             line = b'{"jsonrpc": "2.0", "id": 1, "method": "%s"}\n' % method.encode()
             socket.send_fds(client, [line], [nothing.fileno()])
-            lines.readline()
+            line_from(client)
         client.sendall(b'{"jsonrpc": "2.0", "id": 2, "method": "save"}\n')
-        assert "no descriptor came with the request" in json.loads(lines.readline())["error"]["message"]
+        assert (
+            "neither a descriptor nor a path came with the request" in json.loads(line_from(client))["error"]["message"]
+        )
 
 
 def test_descriptors_that_are_slow_to_close_stop_nobody(tmp_path):
@@ -313,7 +324,7 @@ def test_descriptors_that_are_slow_to_close_stop_nobody(tmp_path):
         with raw(those) as second:
             socket.send_fds(second, [line], [slow])
             os.close(slow)
-            assert "error" in json.loads(second.makefile("r").readline())
+            assert "error" in json.loads(line_from(second))
         begin_s = time.monotonic()
         assert other.ask("status")["state"] == "running"
         assert time.monotonic() - begin_s < 5, "it would be 10 s"
@@ -328,7 +339,7 @@ def test_nobody_is_answered_who_does_not_want_to_be(tmp_path):
             b'{"jsonrpc": "2.0", "method": "status", "params": []}\n'
             b'{"jsonrpc": "2.0", "id": 3, "method": "statistics"}\n'
         )
-        assert json.loads(client.makefile("r").readline())["id"] == 3
+        assert json.loads(line_from(client))["id"] == 3
 
 
 def test_no_descriptor_is_left_to_cancel_by(tmp_path, monkeypatch):
@@ -364,7 +375,7 @@ def test_a_load_from_a_fifo_that_nobody_writes_to_is_cancelled(tmp_path):
         asking.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "load", "params": %s}\n' % params.encode())
         wait_until(lambda: client.ask("status")["procedure"] is not None)
         assert client.ask("cancel") == {"cancelled": True}
-        assert "it was cancelled" in json.loads(asking.makefile("r").readline())["error"]["message"]
+        assert "it was cancelled" in json.loads(line_from(asking))["error"]["message"]
 
 
 class SlowToCheck(Sim):
@@ -389,7 +400,7 @@ def test_a_load_that_is_cancelled_in_its_last_step_is_not_done(tmp_path):
         asking.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "load", "params": %s}\n' % params.encode())
         assert those.device.checking.wait(10)
         assert client.ask("cancel") == {"cancelled": True}
-        assert "it was cancelled" in json.loads(asking.makefile("r").readline())["error"]["message"]
+        assert "it was cancelled" in json.loads(line_from(asking))["error"]["message"]
         assert client.ask("status")["state"] == "reset"
 
 
@@ -412,7 +423,7 @@ def test_who_has_left_is_put_right_as_soon_as_that_is_possible(tmp_path, monkeyp
         with raw(those) as holding:
             params = json.dumps({"path": str(tmp_path / "image"), "stay": "connection"})
             holding.sendall(b'{"jsonrpc": "2.0", "id": 1, "method": "save", "params": %s}\n' % params.encode())
-            assert "result" in json.loads(holding.makefile("r").readline())
+            assert "result" in json.loads(line_from(holding))
             those.device.refusals = 3
         wait_until(lambda: client.ask("status")["state"] == "running")
         assert client.ask("status")["held"] is False

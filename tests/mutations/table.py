@@ -557,8 +557,8 @@ MUTATIONS = [
     Mutation(
         "an errand is done twice",
         "vdpabridge/control/errands.py",
-        "        if not errand.claim():\n            return\n",
-        "",
+        "        if errand.claim():\n",
+        "        if True:\n",
         ("tests/control/test_server.py",),
     ),
     Mutation(
@@ -900,7 +900,7 @@ MUTATIONS = [
     Mutation(
         "the next guest has the last one's memory",
         "vdpabridge/export/vhost_user/handlers.py",
-        "        # and if it could not be taken away when that one left\n        self.memory.clear()\n",
+        "        # also the last front-end's memory, if it could not be unmapped when that one left\n        self.memory.clear()\n",
         "",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),

@@ -1,1 +1,1 @@
-"""A socket beside the device: whoever owns the process that owns the device asks that process, by JSON-RPC."""
+"""A socket beside the device: clients ask the process that owns the device, by JSON-RPC."""

@@ -1,4 +1,4 @@
-"""The side of whoever asks."""
+"""The client's side of the control socket."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["ControlClient", "ControlError"]
 
 
 class ControlError(VdpaBridgeError):
-    """The process that owns the device said no. ``code`` is JSON-RPC's, ``kind`` one of `lines.KINDS`, or empty."""
+    """The process that owns the device refused. ``code`` is JSON-RPC's, ``kind`` one of `lines.KINDS`, or empty."""
 
     def __init__(self, method: str, path: str, error: Mapping[str, Any]) -> None:
-        """``error`` is what the process at socket ``path`` has answered."""
+        """``error`` is what the process at socket ``path`` answered."""
         facts = error.get("data", {})
         super().__init__(
             facts.get("what", method),
@@ -33,7 +33,7 @@ class ControlError(VdpaBridgeError):
 
 
 class ControlClient:
-    """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each wait for a word of it."""
+    """Asks the process whose control socket is at ``path``. ``timeout_s`` bounds each wait for its data."""
 
     def __init__(self, path: str, *, timeout_s: float | None = None) -> None:
         self.path = path
@@ -53,14 +53,14 @@ class ControlClient:
     ) -> Any:
         """The result of ``method``. ``fd`` (borrowed) goes with it. Raises `ControlError`.
 
-        ``progress`` is told now and then how many bytes of device state were moved.
+        ``progress`` is called now and then with the number of bytes of device state moved so far.
         """
         self._number += 1
         if progress is not None:
             params["progress"] = True
         request = {"jsonrpc": "2.0", "id": self._number, "method": method, "params": params}
         self._lines.send(request, () if fd is None else (fd,))
-        # by the way it tells of progress; and an earlier answer may have come too late
+        # notifications of progress come first, and perhaps the late answer to an earlier request
         while (answer := self._receive(method)).get("id") != self._number:
             if progress is not None and answer.get("method") == "progress":
                 progress(answer["params"]["state_bytes"])
@@ -75,13 +75,13 @@ class ControlClient:
         try:
             message = json.loads(line)
         except ValueError as error:
-            raise VdpaBridgeError(method, device=self.path, why=f"the answer is no JSON: {error}") from None
+            raise VdpaBridgeError(method, device=self.path, why=f"the answer is not JSON: {error}") from None
         if not isinstance(message, dict):
-            raise VdpaBridgeError(method, device=self.path, why=f"{message!r} is no answer")
+            raise VdpaBridgeError(method, device=self.path, why=f"{message!r} is not an answer")
         return message
 
     def leave(self) -> None:
-        """Let the other end know that nobody waits for an answer any more; who does in another thread, stops."""
+        """Tell the server that nobody waits for an answer any more. A thread that waits in `ask` stops waiting."""
         self._lines.end()
 
     def close(self) -> None:

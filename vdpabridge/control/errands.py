@@ -1,4 +1,4 @@
-"""What the control socket has the device's own thread do: one thing after another."""
+"""Work that the control socket gives to the device's own thread, which does one errand after another."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Errand", "Errands"]
 
 
 class Errand:
-    """Something to be done by the device's thread, unless somebody else answers for it before."""
+    """Work for the device's thread, unless another thread answers the request first."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self._act = act
         self._claimed = threading.Lock()
 
     def claim(self) -> bool:
-        """Whether it is the caller's to do, or to answer for: the first one's who asks."""
+        """Whether the caller may do it, or answer for it: True for the first caller only."""
         return self._claimed.acquire(blocking=False)
 
     def run(self) -> None:
@@ -34,23 +34,23 @@ class Errands:
         self._count = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
 
     def put(self, errand: Errand) -> None:
-        """Have ``errand`` done after those that were put before."""
+        """Add ``errand`` to the end of the queue."""
         self._waiting.append(errand)
         os.eventfd_write(self._count, 1)
 
     def fileno(self) -> int:
-        """Readable while something is to be done; borrowed."""
+        """Readable while an errand waits; borrowed."""
         return self._count
 
     def run_one(self) -> None:
-        """Do the next one."""
+        """Do the next errand, unless another thread has claimed it."""
         os.eventfd_read(self._count)
         errand = self._waiting.popleft()
         if errand.claim():
             errand.run()
 
     def close(self) -> None:
-        """Forget what was not done. Idempotent."""
+        """Drop the errands that were not done. Idempotent."""
         self._waiting.clear()
         if self._count >= 0:
             os.close(self._count)

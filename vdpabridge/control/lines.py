@@ -31,28 +31,28 @@ __all__ = [
 ]
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32600, -32601, -32602
-#: The device or a procedure said no; ``data`` has the parts of the error.
+#: The device or a procedure refused; ``data`` has the parts of the error.
 REFUSED = -32000
-#: What ``kind`` in ``data`` may say of a refusal.
+#: The values of ``kind`` in ``data``.
 TIMED_OUT, UNABLE = KINDS = "timed out", "unable"
 FDS_MAX = 4
-#: Room for answers that were not read yet.
+#: Room for answers that the client has not read yet.
 ANSWER_BYTES_MAX = 1 << 20
 _LINE_BYTES_MAX = 1 << 20
 
 
 class Lines:
-    """Messages over ``connection``, which is taken. Owns the descriptors that came and were not taken.
+    """Messages over ``connection``; takes ownership of it. Owns received descriptors until `take_fd`.
 
-    Those that come with a message are sent with it, by one sendmsg(2): they belong to the line that the bytes end in
-    with which they came.
+    A sender sends a message and its descriptors by one sendmsg(2): descriptors belong to the line in which the bytes
+    received with them end.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = b""
         self._fds: list[tuple[int, int]] = []
-        """(number of bytes that had come with it, descriptor)."""
+        """(number of bytes received up to and with it, descriptor)."""
         self._came = 0
         self._line_end = 0
         """How many bytes the lines so far had."""
@@ -62,7 +62,7 @@ class Lines:
         return self._socket.fileno()
 
     def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        """Send one message; ``fds`` are borrowed. Raises `VdpaBridgeError` where the peer is gone or does not read."""
+        """Send one message; ``fds`` are borrowed. Raises `VdpaBridgeError` if the peer is gone or does not read."""
         data = json.dumps(message).encode() + b"\n"
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
@@ -75,14 +75,14 @@ class Lines:
             raise VdpaBridgeError("control socket", why=f"send: {error.strerror or error}") from error
 
     def try_send(self, message: dict[str, Any]) -> None:
-        """Send one message if the peer has room for it, and else not."""
+        """Send one message if the peer has room for it; otherwise drop it."""
         if NOW.wait({self._socket.fileno(): select.POLLOUT}):
-            # a message on a UNIX socket that is this short goes whole or not at all
+            # the kernel sends so short a message on a UNIX socket whole or not at all
             with contextlib.suppress(OSError):
                 self._socket.send(json.dumps(message).encode() + b"\n", socket.MSG_NOSIGNAL)
 
     def receive(self) -> bytes | None:
-        """The next line, None at the end. Raises `VdpaBridgeError` for one without end, or that does not come."""
+        """The next line; None at the end of the stream. Raises `VdpaBridgeError` if it is too long or does not come."""
         while not self.has_line:
             if not self.read():
                 return None
@@ -91,8 +91,8 @@ class Lines:
         return line
 
     def read(self) -> bool:
-        """Take in what is there, waiting for something; False at the end."""
-        # room for as many as can come: the kernel closes the rest, here, however long that lasts
+        """Wait for data and take it in; False at the end of the stream."""
+        # room for as many descriptors as can come: the kernel closes the rest in this thread, however long that lasts
         space = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * array.array("i").itemsize)
         try:
             data, ancillary, _, _ = self._socket.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
@@ -127,12 +127,12 @@ class Lines:
         return None
 
     def drop_fds(self) -> None:
-        """Close what came with the last line and was not taken."""
+        """Close the descriptors that came with the last line and were not taken."""
         while (fd := self.take_fd()) is not None:
             discard([fd])
 
     def end(self) -> None:
-        """End the conversation both ways; the socket stays open."""
+        """Shut the connection down both ways; the socket stays open."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -1,4 +1,4 @@
-"""What the control socket of ``vdpabridge serve`` can be asked for."""
+"""The methods of the control socket of ``vdpabridge serve``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .server import ControlServer
 
 __all__ = ["Controlled", "control_server", "methods_of"]
 
-#: Who has asked for `suspend`.
+#: Holds the device after `suspend`.
 _EVERYBODY = "everybody"
-#: Who holds a device whose state has gone to another.
+#: Holds a device whose state has gone to another device.
 _MOVED = "moved"
-#: What `stay` of the method `save` may be; the last: suspended for as long as whoever asked is connected.
+#: The values of `stay` of the method `save`; the last: suspended as long as the client is connected.
 _STAYS = (False, True, "connection")
 
 
 class _Progress:
-    """How far a procedure is, for `status` to tell in the meantime."""
+    """How far a procedure is, for `status` to report while it runs."""
 
     def __init__(self, method: str) -> None:
         self._method = method
@@ -39,7 +39,7 @@ class _Progress:
         self._state_bytes = 0
 
     def wrap(self, limits: Limits) -> Limits:
-        """``limits`` which note their progress here as well."""
+        """``limits``, whose progress is noted here as well."""
 
         def note(state_bytes: int) -> None:
             self._state_bytes, self._moved_s = state_bytes, time.monotonic()
@@ -49,7 +49,7 @@ class _Progress:
         return replace(limits, progress=note)
 
     def shown(self) -> dict[str, Any]:
-        """As clients are told of it."""
+        """The form that clients get."""
         now_s = time.monotonic()
         return {
             "method": self._method,
@@ -60,7 +60,7 @@ class _Progress:
 
 
 class Controlled:
-    """The device that ``server`` serves, and what was done with it. ``tell`` is told of events."""
+    """The device that ``server`` serves, and what was done with it. ``tell`` is called for each event."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Controlled:
         return self._status(self._device.get_base if stopped else None)
 
     def status_meanwhile(self, _request: Request) -> dict[str, Any]:
-        """The same from our books alone: the device's thread is busy, with a procedure or with its front-end."""
+        """The same without asking the device: its thread is busy, with a procedure or with the front-end."""
         return self._status(None)
 
     def _status(self, base_of: Callable[[int], Any] | None) -> dict[str, Any]:
@@ -123,13 +123,13 @@ class Controlled:
         }
 
     def suspend(self, request: Request) -> dict[str, Any]:
-        """Suspend, until `resume`, whatever front-ends do; who has held the device by a connection needs it no more."""
+        """Suspend until `resume`, whatever front-ends do. This replaces a hold by the caller's connection."""
         self._server.hold(_EVERYBODY)
         self._server.release(request.caller)
         return self._told("suspended")
 
     def moved(self, request: Request) -> dict[str, Any]:
-        """What was saved is another device's now: suspended, unless `resume` is forced or `load` replaces it."""
+        """Another device has the saved state now: stay suspended until `load` replaces it or `resume` is forced."""
         if self._server.holds(_MOVED):
             why, hint = "its state was moved to another device before", "start that one only"
             raise VdpaBridgeError("moved", device=self._device.name, why=why, hint=hint)
@@ -140,13 +140,13 @@ class Controlled:
         return self._told("moved")
 
     def resume(self, request: Request) -> dict[str, Any]:
-        """Let the device do again what its front-end wants, unless somebody else holds it by a connection.
+        """Let the device do again what its front-end wants, unless another client holds it by its connection.
 
-        With ``force`` also one whose state was moved to another device: two would run, if that one does.
+        With ``force``, also if its state was moved to another device: if that one runs, two devices run.
         """
         force = flag(request, "force")
         if self._server.holds(_MOVED) and not force:
-            why = "its state was moved to another device, and with both at work the guest's data is destroyed"
+            why = "its state was moved to another device; if both run, the guest's data is destroyed"
             hint = "force it, if the other device does not run and never will"
             raise VdpaBridgeError("resume", device=self._device.name, why=why, hint=hint)
         for holder in (request.caller, _EVERYBODY, _MOVED):
@@ -156,12 +156,12 @@ class Controlled:
     def save(self, request: Request) -> dict[str, Any]:
         """Write an image to the descriptor, or to the file ``path``.
 
-        ``stay``: true, the device stays suspended afterwards; ``connection``, for as long as whoever asked is
+        ``stay``: if true, the device stays suspended afterwards; if ``connection``, as long as the client is
         connected, or until `suspend` makes it last.
         """
         stay = choice(request, "stay", _STAYS)
         if self._server.holds(_MOVED):
-            why = "its state was moved to another device: what is here is old"
+            why = "its state was moved to another device: the state here is old"
             hint = "'resume --force' first, if the other device does not run and never will"
             raise VdpaBridgeError("save", device=self._device.name, why=why, hint=hint)
         if stay == "connection":
@@ -191,12 +191,12 @@ class Controlled:
     def load(self, request: Request) -> dict[str, Any]:
         """Give the device the state in the image that the descriptor or the file ``path`` has.
 
-        Its queues are its front-end's to set up.
+        The front-end sets up the queues.
         """
         with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
             loaded = load_state(self._device, fd, bounds, accept=accepted(request))
             note(loaded)
-        # what it has now was not moved anywhere
+        # the state it has now was not moved anywhere
         self._server.release(_MOVED)
         return {**shown(loaded), "device": self._device.name}
 
@@ -212,7 +212,7 @@ class Controlled:
         return result
 
     def _give_back(self, holder: object) -> None:
-        """``holder`` held the device only for what has failed."""
+        """Release ``holder``, which held the device only for the procedure that failed."""
         try:
             if self._server.holds(holder):
                 self._server.release(holder)
@@ -221,7 +221,7 @@ class Controlled:
             raise
 
     def _tell_state(self, error: BaseException) -> None:
-        """Have ``error`` say what the device does now: a procedure does not know who lets it resume afterwards."""
+        """Make ``error`` say what the device does now: the procedure does not know whether it is resumed afterwards."""
         if not isinstance(error, VdpaBridgeError):
             return
         state = self._device.state
@@ -234,8 +234,8 @@ class Controlled:
 
     @contextmanager
     def _procedure_of(self, request: Request) -> Iterator[tuple[Limits, Callable[[Report], None]]]:
-        """The limits of the procedure in the body, and what the body tells its report. How it went is counted, told to
-        who listens, and in `status` in the meantime."""
+        """The limits of the procedure in the body, and a function that takes its report. Counts how it went, tells the
+        clients that listen, and lets `status` show its progress."""
         name = request.method
         counts = self._counts[name]
         progress = _Progress(name)
@@ -268,10 +268,10 @@ def control_server(
     report: Callable[[str], None],
     tell: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> ControlServer:
-    """A control server at ``listener`` (taken) for ``device``, which ``server`` serves (both borrowed).
+    """A control server for ``device``, which ``server`` serves (both borrowed). Takes ownership of ``listener``.
 
-    ``timeout_s`` bounds each transfer, during which the front-end waits. ``report`` is told what no client hears.
-    ``tell`` is told of events, by default who listens is.
+    ``timeout_s`` bounds each transfer, during which the front-end waits. ``report`` gets messages that no client gets.
+    ``tell`` is called for each event; by default it tells the clients that listen.
     """
     control = ControlServer(listener, report=report)
     controlled = Controlled(

@@ -1,4 +1,4 @@
-"""State from one process that owns a device into another, through a pipe between the two."""
+"""Moves state from one process that owns a device to another, through a pipe between the two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MoveFailed", "move"]
 
 
 class MoveFailed(VdpaBridgeError):
-    """State that was not moved: ``side`` is the control socket of whoever caused it.
+    """The state was not moved. ``side`` is the control socket of the process that caused this.
 
     ``steps`` are what each side has done, as far as it has said so.
     """
@@ -40,11 +40,11 @@ def move(
     progress: Callable[[int], None] | None = None,
     accept: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Have ``source`` save into ``destination``; what both say of it. The source's device stays suspended, for good.
+    """Make ``source`` save into ``destination``; returns both answers. The source's device stays suspended, for good.
 
-    Where that fails, or this process ends before it is done, the source's device resumes. ``progress`` is told how many
-    bytes of device state have gone; ``accept``: what may be lost (`Loss`). Raises `MoveFailed`, of the side that caused
-    it.
+    If that fails, or this process ends before it is done, the source's device resumes. ``progress`` is called with the
+    number of bytes of device state sent so far; ``accept``: what may be lost (`Loss`). Raises `MoveFailed` for the side
+    that caused it.
     """
     if _are_the_same(source.path, destination.path):
         why = f"{source.path} and {destination.path} are the same socket"
@@ -58,7 +58,7 @@ def move(
     def load_there() -> None:
         try:
             loaded.update(destination.ask("load", reader, accept=list(accept)))
-        except Exception as error:  # noqa: BLE001  # it is raised where somebody hears it
+        except Exception as error:  # noqa: BLE001  # it is raised below, in the caller's thread
             there.append(error)
         finally:
             os.close(reader)
@@ -74,22 +74,22 @@ def move(
             os.close(writer)
         thread.join()
     except BaseException as interruption:
-        # both processes cancel what they do for a caller that has left
+        # both processes cancel what they do for a client that has left
         source.leave()
         destination.leave()
         interruption.add_note(f"nothing was moved; {source.path} resumes")
         thread.join()
         raise
     if here or there:
-        # a destination that refuses does not read on, which the source sees as a broken pipe
+        # a destination that refuses stops reading, which the source sees as a broken pipe
         broken = bool(here) and os.strerror(errno.EPIPE) in here[0].why
         causes = (there or here) if broken else (here or there)
         steps = {"source": _steps(saved, here), "destination": _steps(loaded, there)}
         side = source if causes is here else destination
         raise MoveFailed(side, causes[0], _give_back(source), steps) from causes[0]
     hint = (
-        f"it is not known whether it stays suspended: 'vdpabridge status {source.path}' says \"moved\", or end its "
-        "process; only then start the destination"
+        f"it is not known whether it stays suspended: start the destination only if 'vdpabridge status {source.path}' "
+        'says "moved", or after its process has ended'
     )
     try:
         source.ask("moved")
@@ -110,14 +110,14 @@ def _are_the_same(path: str, other: str) -> bool:
     try:
         return os.path.samefile(path, other)
     except OSError:
-        # one of the two is gone, and its process is connected all the same
+        # one of the two files is gone, but its process is still connected
         return path == other
 
 
 def _give_back(source: ControlClient) -> str:
-    """Have the source's device resume; what it does then, in words."""
+    """Make the source's device resume; says in words what it does then."""
     try:
         return f"{source.path} is {source.ask('resume')['state']}; nothing was moved"
     except VdpaBridgeError:
-        # it resumes without being told to where it has lost us already
+        # it resumes by itself if it has lost this connection already
         return f"nothing was moved; {source.path} does not answer: if it still runs, it resumes when this process ends"

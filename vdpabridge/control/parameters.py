@@ -1,4 +1,4 @@
-"""The parameters of the control socket's methods: checked, and made into what the procedures take."""
+"""The parameters of the control socket's methods: checked, and converted for the procedures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .requests import Request
 
 __all__ = ["accepted", "choice", "flag", "limits", "shown", "sink", "source"]
 
-#: Between two notifications of progress.
+#: The time between two notifications of progress.
 _INTERVAL_S = 0.2
 
 
@@ -37,7 +37,7 @@ def choice(request: Request, name: str, choices: tuple[object, ...]) -> Any:
     """Parameter ``name``, which is one of ``choices``; the first by default."""
     value = request.params.get(name, choices[0])
     if not any(value is each or (isinstance(value, str) and value == each) for each in choices):
-        raise VdpaBridgeError(request.method, why=f"{name} {value!r} is none of {', '.join(map(str, choices))}")
+        raise VdpaBridgeError(request.method, why=f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
     return value
 
 
@@ -79,7 +79,7 @@ def source(request: Request, bounds: Limits) -> Iterator[int]:
 
 
 def accepted(request: Request) -> frozenset[Loss]:
-    """What of its state the caller can do without."""
+    """The losses of state that the caller accepts."""
     words = request.params.get("accept", [])
     known = [loss.value for loss in Loss]
     if not isinstance(words, list) or any(word not in known for word in words):
@@ -88,7 +88,7 @@ def accepted(request: Request) -> frozenset[Loss]:
 
 
 def shown(report: Report) -> dict[str, Any]:
-    """``report`` as clients are told of it."""
+    """``report`` in the form that clients get."""
     steps = [dataclasses.asdict(step) for step in report.steps]
     return {
         "state_bytes": report.state_bytes,
@@ -102,7 +102,7 @@ def shown(report: Report) -> dict[str, Any]:
 def _given(request: Request) -> Iterator[int]:
     fd = request.take_fd()
     if fd is None:
-        why = "no descriptor came with the request, and no path"
+        why = "neither a descriptor nor a path came with the request"
         raise VdpaBridgeError(request.method, why=why, hint="send one of them")
     try:
         yield fd
@@ -117,7 +117,7 @@ def _path(request: Request) -> str | None:
         return None
     if isinstance(path, str) and os.path.isabs(path) and _is_encodable(path):
         return path
-    # the directory of this process is not that of whoever asks
+    # the working directory of this process is not the client's
     raise VdpaBridgeError("control socket", why=f"path {path!r} is not an absolute path")
 
 
@@ -129,7 +129,7 @@ def _is_encodable(path: str) -> bool:
 
 
 def _progress(request: Request) -> Callable[[int], None]:
-    """Tells the caller of bytes, now and then."""
+    """A function that tells the client the number of bytes, now and then."""
     told_s = time.monotonic()
 
     def tell(state_bytes: int) -> None:

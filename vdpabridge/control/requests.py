@@ -1,4 +1,4 @@
-"""A request of the control socket: what it asks for, and who asks."""
+"""A request of the control socket: what it asks for, and the client that asks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Outcome = dict[str, Any]
 
 
 class Caller:
-    """Who asks: a connection. Who holds the device "by a connection" is one of these."""
+    """The client at one connection. It is the holder of a device that is held "by a connection"."""
 
     def __init__(self) -> None:
         self.when_gone: Callable[[], object] | None = None
-        """Called once by the device's thread when the connection has ended, after what it had asked for."""
+        """Called once by the device's thread when the connection has ended and its requests are done."""
         self.gone = False
         self.listens = False
-        """Whether it wants to hear of events."""
+        """Whether it wants to be told of events."""
 
 
 class Request:
-    """A request of ``caller``. Owns ``fds``, those that nobody has taken, until `close`."""
+    """A request of ``caller``. Owns ``fds`` until `take_fd` or `close`."""
 
     def __init__(self, method: str, params: Params, number: object, *, wants_answer: bool, caller: Caller) -> None:
         self.method = method
@@ -45,9 +45,9 @@ class Request:
         self.caller = caller
         self.fds: list[int] = []
         self.cancel_fd: int | None = None
-        """Readable when what was asked for is to end early; owned by the request."""
+        """Readable when the request is to end early; owned by the request."""
         self.notify: Callable[[str, Params], None] = _nobody
-        """Tells the caller something by the way; if it does not read at once, it misses it."""
+        """Sends the caller a notification; if it does not read at once, it misses it."""
 
     @classmethod
     def parse(cls, line: bytes, caller: Caller) -> Request:
@@ -65,7 +65,9 @@ class Request:
             raise InvalidRequest(INVALID_REQUEST, "that is not a request")
         params = request.get("params", {})
         if not isinstance(params, dict):
-            raise InvalidRequest(INVALID_PARAMS, "parameters have names", request.get("id"), silent="id" not in request)
+            raise InvalidRequest(
+                INVALID_PARAMS, "parameters must have names", request.get("id"), silent="id" not in request
+            )
         return cls(request["method"], params, request.get("id"), wants_answer="id" in request, caller=caller)
 
     def take_fd(self) -> int | None:
@@ -77,7 +79,7 @@ class Request:
         self.cancel_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def cancel(self) -> bool:
-        """Have it end early, if it can; whether it can."""
+        """Make it end early if it can; returns whether it can."""
         if self.cancel_fd is None:
             return False
         os.eventfd_write(self.cancel_fd, 1)
@@ -94,16 +96,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What the control socket can be asked for."""
+    """A method of the control socket."""
 
     act: Callable[[Request], Any]
-    """Does it, in the thread that has the device, and returns the result."""
+    """Does it, in the device's thread, and returns the result."""
     meanwhile: Callable[[Request], Any] | None = None
-    """Answers instead of that, without asking the device anything, while the device's thread is busy."""
+    """Answers instead of `act`, without asking the device, while the device's thread is busy."""
     cancellable: bool = False
-    """Whether it ends early when `Request.cancel_fd` is readable; it does so for a caller who has left."""
+    """Whether it ends early when `Request.cancel_fd` is readable, which it becomes when the caller leaves."""
     at_once: bool = False
-    """Whether `act` needs no device: then it is called without waiting for the device's thread."""
+    """Whether `act` does not need the device: then it is called without waiting for the device's thread."""
 
 
 class InvalidRequest(Exception):
@@ -117,15 +119,15 @@ class InvalidRequest(Exception):
 
 
 def outcome(act: Callable[[Request], Any], request: Request) -> Outcome:
-    """Do ``act`` for ``request``."""
+    """Do ``act`` for ``request``; returns its result or its error."""
     try:
         return {"result": act(request)}
-    except Exception as error:  # noqa: BLE001  # a question must not end the process that owns the device
+    except Exception as error:  # noqa: BLE001  # a request must not end the process that owns the device
         return refused(error)
 
 
 def refused(error: Exception) -> Outcome:
-    """What a client is told of ``error``."""
+    """The outcome that tells a client of ``error``."""
     names = ("device", "what", "why", "hint", "running")
     facts = {name: getattr(error, name) for name in names if getattr(error, name, "")}
     if kind := _kind_of(error):
@@ -139,7 +141,7 @@ def _nobody(_method: str, _params: Params) -> None: ...
 
 
 def _no_constant(name: str) -> float:
-    """Python's JSON knows numbers that JSON does not have."""
+    """Refuse NaN and infinity: Python's parser accepts them, and JSON does not have them."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -151,7 +153,7 @@ def _is_id(value: object) -> bool:
 
 
 def _kind_of(error: BaseException | None) -> str:
-    """What kind of refusal it is, of those that a program tells apart; its cause may say."""
+    """The kind of refusal, for programs, from the error or its causes; empty for every other error."""
     while error is not None:
         if isinstance(error, DeadlineExceeded):
             return TIMED_OUT

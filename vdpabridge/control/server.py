@@ -1,7 +1,7 @@
 """The control socket's side in the process that owns the device.
 
-A thread of its own reads and answers, so that who asks for `status` is answered while the device's thread is busy. What
-touches the device is done by the device's thread, in the order in which it was asked for (`Errands`).
+A thread of its own reads and answers, so that a client gets an answer to `status` while the device's thread is busy.
+The device's thread does all work on the device, in the order of the requests (`Errands`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .requests import Caller, InvalidRequest, Method, Params, Request, outcome, 
 __all__ = ["ControlServer"]
 
 _PAUSE_S = 0.1
-#: For how long the device's thread may be busy with something else before it is answered for.
+#: How long the device's thread may be busy with something else before this thread answers in its place.
 _BUSY_S = 0.3
 #: After which it is tried again to put right what a client has left.
 _AGAIN_S = 1.0
-#: What one client may have asked for, and not have been answered.
+#: How many unanswered requests one client may have.
 _REQUESTS_MAX = 16
 
 
@@ -39,28 +39,28 @@ class _Client:
         self.lines = lines
         self.caller = Caller()
         self.open: list[Request] = []
-        """What it has asked for, and was not answered yet."""
+        """Its requests that are not answered yet."""
         self.ended = False
         """Whether it will ask for nothing more; it may still read answers."""
 
 
 class ControlServer:
-    """Answers requests on ``listener``, which is taken, in a thread of its own, from ``with`` on to `close`.
+    """Takes ownership of ``listener`` and answers requests on it, in a thread of its own, from ``with`` until `close`.
 
-    Who has the device calls `serve` when `fds` are readable. Only this user and root are listened to. ``report`` is
-    told what no client is there to hear.
+    The device's thread calls `serve` when `fds` are readable. Only clients of this user and of root are accepted.
+    ``report`` gets messages that no client gets.
     """
 
     def __init__(self, listener: socket.socket, *, report: Callable[[str], None]) -> None:
         listener.setblocking(False)
         self.methods: Mapping[str, Method] = {}
-        """What can be asked for; to be set before the thread starts."""
+        """The methods that clients can call; to be set before the thread starts."""
         self._report = report
         self._listener = listener
         self._clients: dict[int, _Client] = {}
         self._errands = Errands()
         self._for_others: deque[Callable[[], None]] = deque()
-        """What other threads have the control socket's do."""
+        """What other threads want the control socket's thread to do."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._later: list[tuple[float, Callable[[], None]]] = []
         """(when, what): for the control socket's thread to do."""
@@ -71,11 +71,11 @@ class ControlServer:
     # --- for the device's thread ---
 
     def fds(self) -> list[int]:
-        """What the device's thread is to wait for; borrowed."""
+        """The descriptors that the device's thread is to wait for; borrowed."""
         return [self._errands.fileno()]
 
     def serve(self, _fd: int) -> None:
-        """Do the next thing that was asked for."""
+        """Do the next errand."""
         self._errands.run_one()
 
     # --- for any thread ---
@@ -86,16 +86,16 @@ class ControlServer:
         return self._running
 
     def cancel(self) -> bool:
-        """Have the request that is being done end early; whether there is one that can."""
+        """Make the request that is being done end early; returns whether there is one that can."""
         running = self._running
         return running is not None and running.cancel()
 
     def tell(self, event: Params) -> None:
-        """Tell who listens of ``event``; a client that does not read at once misses it."""
+        """Tell the clients that listen of ``event``; a client that does not read at once misses it."""
         self._have_done(partial(self._tell, event))
 
     def close(self) -> None:
-        """End the thread and close everything; what was not begun is not done. Idempotent."""
+        """End the thread and close everything; drops requests that have not begun. Idempotent."""
         if self._ended:
             return
         self._ended = True
@@ -157,14 +157,14 @@ class ControlServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            # out of descriptors, perhaps; whoever waits there still waits then
-            self._report(f"a client of the control socket cannot be let in: {error.strerror}")
+            # perhaps this process is out of descriptors; the client keeps waiting
+            self._report(f"a client of the control socket cannot be accepted: {error.strerror}")
             time.sleep(_PAUSE_S)
             return
         if credentials_of(connection).uid not in (0, os.geteuid()):
             connection.close()
             return
-        # whoever does not read its answers is hung up on, when they fill this
+        # a client that does not read its answers is hung up on when they fill this
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ANSWER_BYTES_MAX)
         connection.setblocking(False)
         self._clients[connection.fileno()] = _Client(Lines(connection))
@@ -187,7 +187,7 @@ class ControlServer:
             self._let_go(fd)
 
     def _take(self, client: _Client, line: bytes) -> None:
-        """Take one request in."""
+        """Take in one request: answer it, or give it to the device's thread."""
         try:
             request = Request.parse(line, client.caller)
         except InvalidRequest as error:
@@ -229,7 +229,7 @@ class ControlServer:
         self._errands.put(errand)
 
     def _do(self, client: _Client, request: Request, method: Method) -> None:
-        """The device's thread does what was asked for."""
+        """Do ``request``, in the device's thread."""
         if request.caller.gone and method.cancellable:
             # nobody waits for it, and nothing has begun
             self._have_done(partial(self._answer, client, request, {}))
@@ -279,16 +279,16 @@ class ControlServer:
         client.lines.close()
         for request in client.open:
             request.cancel()
-        # after what it has asked for: that may have left something to put right
+        # after its requests: one of them may have left something to put right
         self._errands.put(Errand(partial(self._put_right, client.caller)))
 
     def _put_right(self, caller: Caller, *, again: bool = False) -> None:
-        """What the device's thread does when ``caller`` has left; until it succeeds, since nobody else will do it."""
+        """Do in the device's thread what ``caller`` has left to do, again and again until it succeeds."""
         if caller.when_gone is None:
             return
         try:
             caller.when_gone()
-        except Exception as error:  # noqa: BLE001  # who has left must not end the process that owns the device
+        except Exception as error:  # noqa: BLE001  # a client that has left must not end the process that owns it
             if not again:
                 self._report(f"when a client of the control socket had left: {error}")
             errand = Errand(partial(self._put_right, caller, again=True))

@@ -1,1 +1,1 @@
-"""What controls us: each exporter hands a `vdpabridge.device.Device` on to somebody outside of this process."""
+"""What controls this process: each exporter offers a `vdpabridge.device.Device` to another process."""

@@ -1,1 +1,1 @@
-"""What a device needs to go on elsewhere, and the procedures that carry it there, written against the waist."""
+"""What a device needs to continue elsewhere, and the procedures that carry it there, written against the waist."""

@@ -1,4 +1,4 @@
-"""State that would be lost without a word: named, so that it is refused unless the caller knows of it."""
+"""State that would be lost silently: each loss has a name, and is refused unless the caller accepts it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Loss", "StateWouldBeLost", "require_accepted", "resumes_by_itself", 
 
 
 class Loss(Enum):
-    """What a procedure cannot carry. Who passes one in ``accept`` knows how to do without it."""
+    """What a procedure cannot carry. A caller that passes one in ``accept`` can do without it."""
 
     DEVICE_STATE = "device-state"
-    """The device's own state: what a file server knows of its guest, what is on a disk in memory."""
+    """The device's own state: what a file server knows of its guest, the content of a disk in memory."""
     CONTROL_QUEUE = "control-queue"
-    """What a guest has set by a network device's control queue: MAC filters, queue pairs, VLANs, offloads. Who drives
-    that queue can send the commands again (QEMU does)."""
+    """What a guest has set by a network device's control queue: MAC filters, queue pairs, VLANs, offloads. The
+    program that drives that queue can send the commands again (QEMU does)."""
 
 
 _MEANINGS = {
@@ -30,7 +30,7 @@ _MEANINGS = {
 
 
 class StateWouldBeLost(VdpaBridgeError):
-    """Refused before anything was done: ``losses`` are what would not be there afterwards."""
+    """Refused before anything was done: ``losses`` are what would be missing afterwards."""
 
     nothing_done = True
 
@@ -49,11 +49,11 @@ def require_accepted(what: str, device: Device, losses: Iterable[Loss], accept: 
 
 
 def unsavable(device: Device) -> frozenset[Loss]:
-    """What ``device`` has, or may have, that it cannot give to anybody."""
+    """What ``device`` has, or may have, and cannot give away."""
     device_id = device.identity.device_id
     found = set()
     if device_id == VIRTIO_ID_FS and Capability.DEVICE_STATE not in device.capabilities:
-        # a file server without state of its guest there is none
+        # every file server has state of its guest
         found.add(Loss.DEVICE_STATE)
     if device_id == VIRTIO_ID_NET and device.accepted_features >> VIRTIO_NET_F_CTRL_VQ & 1:
         found.add(Loss.CONTROL_QUEUE)
@@ -61,7 +61,7 @@ def unsavable(device: Device) -> frozenset[Loss]:
 
 
 def unwelcome(device_id: int | None, features: int, has_state: bool, destination: Device) -> frozenset[Loss]:
-    """What ``destination`` would lack that was at work with ``features`` elsewhere, and gave its state or did not."""
+    """What ``destination`` would lack, after a device that worked with ``features`` and gave its state or did not."""
     found = set()
     if not has_state and (Capability.DEVICE_STATE in destination.capabilities or device_id == VIRTIO_ID_FS):
         # it would begin with another state than the guest knows
@@ -72,5 +72,5 @@ def unwelcome(device_id: int | None, features: int, has_state: bool, destination
 
 
 def resumes_by_itself(device: Device) -> bool:
-    """Whether ``device`` goes on after a suspend without a reset, which throws its state away."""
+    """Whether ``device`` resumes after a suspend without a reset, which would drop its state."""
     return Capability.RESUME in device.capabilities

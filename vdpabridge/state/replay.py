@@ -1,7 +1,7 @@
-"""Going on after a suspend, on devices that can resume and on those that cannot.
+"""Resuming after a suspend, on devices that can resume and on those that cannot.
 
 A device without RESUME (every kernel before 6.3, and most hardware) leaves the suspended state only by a reset. Set up
-again with the queue positions it had, and with its own state where it can give that, it goes on as if it had resumed.
+again with its queue positions, and with its own state if it can give that, it continues as if it had resumed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Shared = TypeVar("Shared", DirtyLog, InflightRegion)
 
 
 class ReplayFailed(VdpaBridgeError):
-    """The device was reset and could not be set up again. ``snapshot`` has the queue positions of before.
+    """The device was reset and could not be set up again. ``snapshot`` has its queue positions.
 
-    Whether it has started all the same `Device.state` says: RUNNING unless the opposite is certain.
+    `Device.state` says whether it has started all the same: RUNNING unless it is certain that it has not.
     """
 
     def __init__(self, device: str, why: str, snapshot: DeviceSnapshot) -> None:
@@ -39,9 +39,9 @@ class ReplayFailed(VdpaBridgeError):
 
 
 def resume(device: Device, *, accept: Set[Loss] = frozenset()) -> Capability | None:
-    """Resume after `Device.suspend`, by RESUME where the device has it, else by `replay`, which says what it raises.
+    """Resume after `Device.suspend`, by RESUME if the device has it, otherwise by `replay`; raises as they do.
 
-    Returns Capability.RESUME, or None where the device was reset and set up again.
+    Returns Capability.RESUME, or None if the device was reset and set up again.
     """
     if resumes_by_itself(device):
         device.resume()
@@ -53,14 +53,14 @@ def resume(device: Device, *, accept: Set[Loss] = frozenset()) -> Capability | N
 def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
     """Reset a suspended device, set it up as it was, with the queue positions it had, and start it.
 
-    What else it has is kept as `start_over` keeps it. Raises `StateError` for a device that is not suspended and
-    `StateWouldBeLost` for one with state that nobody can keep and that is not accepted to be lost, before anything is
-    done; `ReplayFailed` from the reset on.
+    `start_over` says what else is kept. Raises, before anything is done, `StateError` if the device is not suspended
+    and `StateWouldBeLost` if it has state that cannot be kept and that ``accept`` does not name; `ReplayFailed` from
+    the reset on.
     """
     if device.state is not RunState.SUSPENDED:
         raise StateError(device.name, "resume", device.state.value, (RunState.SUSPENDED.value,))
     require_accepted(
-        "resume by reset and replay", device, unsavable(device), accept, "a device without RESUME is reset to go on"
+        "resume by reset and replay", device, unsavable(device), accept, "a device without RESUME is reset to continue"
     )
     snapshot = capture(device)
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def replay(device: Device, *, accept: Set[Loss] = frozenset()) -> None:
             )
         except BaseException as interruption:
             if not isinstance(interruption, Exception):
-                # also one that came as the signals did not wait any more
+                # also one that came when signals were no longer held back
                 interruption.__dict__["snapshot"] = snapshot
             raise
 
@@ -95,14 +95,14 @@ def start_over(
     start: bool = True,
     keep: bool = True,
 ) -> None:
-    """Reset a stopped device, have ``set_up`` accept features and place the queues anew, and ``start`` it.
+    """Reset a stopped device, let ``set_up`` accept features and place the queues again, and ``start`` it.
 
-    A device that can give its own state (DEVICE_STATE) gives it before and has it back after the reset; where it does
-    not give it, nothing is done; where it does not take it back, it has failed. With ``keep``, the eventfd for
+    A device that can give its own state (DEVICE_STATE) gives it before the reset and gets it back after. If it does not
+    give it, nothing is done; if it does not take it back, it has failed. With ``keep``, the eventfd for
     configuration changes, the dirty log and the in-flight region stay.
 
-    ``failed`` turns what goes wrong from the reset on into another error; the device is reset then, or has failed, or
-    runs, as its `Device.state` says.
+    ``failed`` turns an error from the reset on into another error. The device then is reset, has failed or runs: its
+    `Device.state` says which.
     """
     limits = Limits(Deadline(device.timeout_s))
     with ExitStack() as stack, device.limit.within(limits.deadline):
@@ -110,7 +110,7 @@ def start_over(
         config_call = _keep(stack, os.dup(device.config_call) if keep and device.config_call is not None else None)
         log = _kept(stack, device.dirty_log if keep else None)
         inflight = _kept(stack, device.inflight if keep else None)
-        # cut in two it would leave a device that is reset, and what it had nobody has
+        # an interruption here would leave a device that is reset, and lose what it had
         with _uncut(failed):
             device.reset()
             if spool is not None:
@@ -128,8 +128,8 @@ def start_over(
 
 @contextmanager
 def _uncut(failed: Callable[[Exception], VdpaBridgeError] | None) -> Iterator[None]:
-    """Signals wait for the end of the body, whose errors ``failed`` turns into others. What the signals bring about has
-    the snapshot of such an error: nobody else has it any more."""
+    """Signals wait for the end of the body, whose errors ``failed`` turns into others. If a signal then raises, its
+    exception gets the snapshot of that error: nothing else has it any more."""
     lost: VdpaBridgeError | None = None
     try:
         with uninterrupted():
@@ -152,7 +152,7 @@ def _give_back(device: Device, spool: int, limits: Limits) -> None:
         write_state(device, spool, limits, Report())
         device.check_state()
     except BaseException as error:
-        # it has another now, and would go on with that
+        # it may have another state now, and would continue with that
         failed = device.condemn(f"its own state could not be given back: {str(error) or type(error).__name__}")
         if isinstance(error, (VdpaBridgeError, OSError)):
             raise failed from error

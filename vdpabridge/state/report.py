@@ -1,4 +1,4 @@
-"""What a procedure has done: its steps, each with its time, for people and for pictures."""
+"""What a procedure has done: its steps, each with its time, for people and for diagrams."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Step:
 
 @dataclass(slots=True)
 class Report:
-    """What was done, and what came of it. Steps of undoing begin with ``undo: ``."""
+    """What was done, and the results. Steps that undo something begin with ``undo: ``."""
 
     steps: list[Step] = field(default_factory=list)
     state_bytes: int = 0
-    """The device's own state."""
+    """The size of the device's own state."""
     copied_by: str = ""
-    """How that was moved: a system call's name, or that it was read and written, as an image's digest needs it."""
+    """How the state was moved: a system call's name, or that it was read and written, as an image's digest needs."""
     digest: bytes = b""
-    """Of the image, where there is one."""
+    """The image's digest, if there is an image."""
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Note the body as a step, also where it raises."""
+        """Note the body as a step, also if it raises."""
         begin_s = time.monotonic()
         failed = ""
         try:

@@ -1,6 +1,6 @@
 """The virtio-level state of a stopped device: what it negotiated and where its queues stand.
 
-With the guest's memory, which the rings lie in, this is all that a device without internal state needs to go on.
+With the guest's memory, which the rings lie in, this is all that a device without internal state needs to continue.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class QueueSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSnapshot:
-    """A device between two places."""
+    """The virtio-level state of a device."""
 
     device_id: int | None
     features: int
-    """What the guest had accepted."""
+    """The features that the guest had accepted."""
     queues: Mapping[int, QueueSnapshot]
     config: bytes
     started: bool | None = None
-    """Whether the device was at work before it was suspended (DRIVER_OK); None where that is not known."""
+    """Whether the device was at work before it was suspended (DRIVER_OK); None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueEventfds:
-    """A queue's eventfds in the process that restores; borrowed. None for one that is not used."""
+    """A queue's eventfds in the process that restores; borrowed. None if one is not used."""
 
     kick: int | None = None
     call: int | None = None
@@ -66,19 +66,19 @@ class QueueEventfds:
 
 
 def capture(device: Device) -> DeviceSnapshot:
-    """The snapshot of a suspended (or merely configured) device, which is not changed by it.
+    """The snapshot of a suspended (or merely configured) device. Does not change the device.
 
-    Raises `DeviceFailed` for one that has given up meanwhile.
+    Raises `DeviceFailed` if the device has failed meanwhile.
     """
     snapshot = _snapshot(device, device.get_base)
     if device.state is RunState.SUSPENDED:
-        # one that gave up, or was reset behind our back, answers too, and stands at the beginning
+        # a device that failed, or that something else reset, answers too, with positions at the beginning
         device.check_health()
     return snapshot
 
 
 def outline(device: Device) -> DeviceSnapshot:
-    """The snapshot that `capture` would give of a device that may run: its positions are not known, and 0 here."""
+    """The snapshot of a device that may run, as `capture` would give it; its positions are not known, and 0 here."""
     return _snapshot(device, lambda _index: SplitBase())
 
 
@@ -94,10 +94,10 @@ def _snapshot(device: Device, base_of: Callable[[int], QueueBase]) -> DeviceSnap
 
 
 def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
-    """Bring a reset ``device`` to where ``snapshot`` was taken, short of `Device.start`.
+    """Bring a reset ``device`` to where ``snapshot`` was taken, without `Device.start`.
 
-    ``eventfds`` are those of this process, by queue. The guest's memory is the caller's to map. Raises `SnapshotError`,
-    `FeatureError` or `StateError` before the device is touched where they do not fit; where a step fails, the device is
+    ``eventfds`` are those of this process, by queue. The caller maps the guest's memory. Raises `SnapshotError`,
+    `FeatureError` or `StateError` before the device is touched, if the two do not fit; if a step fails, the device is
     reset.
     """
     check_snapshot(device, snapshot)
@@ -112,7 +112,7 @@ def restore(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
 def prepare(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
     """The part of `restore` that needs no position: it can be done while the device to be replaced is at work.
 
-    Not the kicks, which that device is given still: nobody knows what another makes of them before it is started.
+    It does not set the kicks: that device still gets them, and another may do anything with them before it is started.
     """
     device.accept_features(snapshot.features)
     for index, queue in snapshot.queues.items():
@@ -123,7 +123,7 @@ def prepare(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Que
 
 
 def place(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, QueueEventfds]) -> None:
-    """The rest of `restore`: where every queue stands, what the guest has set, and the kicks."""
+    """The rest of `restore`: the queues' positions, what the guest has set, and the kicks."""
     _restore_config(device, snapshot)
     for index, queue in snapshot.queues.items():
         device.set_base(index, queue.base)
@@ -134,8 +134,8 @@ def place(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Queue
 def guest_written(snapshot: DeviceSnapshot) -> list[tuple[int, bytes]]:
     """(offset, bytes) of what the guest may have written in the configuration space, which every device starts with.
 
-    Source: VIRTIO 1.4, 5.2.5 (a disk's ``writeback``); no other field of a disk, network or file system is the guest's
-    to write since VIRTIO 1.0.
+    Source: VIRTIO 1.4, 5.2.5 (a disk's ``writeback``); since VIRTIO 1.0 a guest may write no
+    other field of a disk, network card or file system.
     """
     at = VIRTIO_BLK_CONFIG.offsets["wce"]
     can_write = snapshot.device_id == VIRTIO_ID_BLOCK and snapshot.features >> VIRTIO_BLK_F_CONFIG_WCE & 1
@@ -148,7 +148,7 @@ def _restore_config(device: Device, snapshot: DeviceSnapshot) -> None:
         if device.read_config(offset, len(data)) == data:
             continue
         device.write_config(offset, data)
-        # a device ignores what it does not want written, and does not say so
+        # a device silently ignores writes that it does not accept
         if device.read_config(offset, len(data)) != data:
             _refuse(device, f"its configuration space does not take {data.hex()} at {offset}, which the guest had set")
 
@@ -166,7 +166,7 @@ def eventfds_of(device: Device) -> dict[int, QueueEventfds]:
 
 
 def check_snapshot(device: Device, snapshot: DeviceSnapshot) -> None:
-    """Raise `SnapshotError`, `FeatureError` or `StateError` where ``device`` cannot go on from ``snapshot``."""
+    """Raise `SnapshotError`, `FeatureError` or `StateError` if ``device`` cannot continue from ``snapshot``."""
     if device.state is not RunState.RESET:
         raise StateError(device.name, "restore", device.state.value, (RunState.RESET.value,))
     identity = device.identity

@@ -1,7 +1,7 @@
 """One end of a vhost-user socket: whole messages in and out, descriptors with them, a deadline on everything.
 
 Source: docs/interop/vhost-user.rst, "Message Specification" and "Communication": descriptors go with the first byte of
-the header, and are looked for there only. The kernel closes those that come with a payload.
+the header. Those that come with any other byte are closed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["FDS_MAX", "Connection", "Message", "is_listening"]
 #: The most descriptors in one message: rust-vmm's limit; QEMU sends 8 at the most.
 FDS_MAX = 32
 _FD_BYTES = array.array("i").itemsize
-#: As a plain number: an enumeration's own arithmetic takes longer than the system call beside it.
+#: As a plain int: arithmetic with an enumeration takes longer than the system call.
 _CTRUNC = int(socket.MSG_CTRUNC)
 _ANCILLARY_BYTES = socket.CMSG_SPACE(FDS_PER_MESSAGE_MAX * _FD_BYTES)
 _KNOWN_FLAGS = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
@@ -36,7 +36,7 @@ _RETRY_S = 0.01
 
 
 class Message:
-    """A message as it came. Owns its descriptors until they are taken; closes the rest."""
+    """A message as it came. Owns its descriptors until `take_fds` or `close`."""
 
     __slots__ = ("_fds", "flags", "payload", "request")
 
@@ -48,7 +48,7 @@ class Message:
 
     @property
     def fd_count(self) -> int:
-        """Descriptors that were not taken."""
+        """The number of descriptors that were not taken."""
         return len(self._fds)
 
     def take_fds(self) -> list[int]:
@@ -73,10 +73,10 @@ class Message:
 
 
 class Connection:
-    """A connected vhost-user socket. Takes ``connection``; ``peer`` is what errors call the other end.
+    """A connected vhost-user socket. Takes ownership of ``connection``; errors call the other end ``peer``.
 
-    ``timeout_s`` bounds each message, sent or received, for which no deadline is given. One thread at a time. After an
-    error, an interruption too, `cut` says whether the connection is good for nothing but `close`.
+    ``timeout_s`` bounds each message, sent or received, for which no deadline is given. Only one thread at a time may
+    use it. After an error or an interruption, `cut` says whether only `close` is still possible.
     """
 
     def __init__(self, connection: socket.socket, peer: str, *, timeout_s: float | None = None) -> None:
@@ -85,15 +85,15 @@ class Connection:
         self.peer = peer
         self.timeout_s = timeout_s
         self.cut = False
-        """Whether something has ended in the middle of a message, and the stream's position is not known any more."""
+        """Whether a transfer ended in the middle of a message, so that the position in the stream is not known."""
         self.sent = 0
-        """How many whole messages have gone."""
+        """How many whole messages were sent."""
         self.received = 0
-        """How many whole messages have come."""
+        """How many whole messages were received."""
         self.ended = False
         """Whether the peer has closed, between two messages."""
         self._part = bytearray()
-        """What has come of a message that is not whole yet."""
+        """What was received of a message that is not complete yet."""
         self._part_fds: list[int] = []
         self._part_deadline = Deadline(None)
         self._readable = select.poll()
@@ -101,14 +101,14 @@ class Connection:
 
     @property
     def peer_process(self) -> int:
-        """The number of the peer's process; 0 for one of another PID namespace."""
+        """The process ID of the peer; 0 if it is in another PID namespace."""
         return credentials_of(self._socket).pid
 
     @classmethod
     def connect(cls, path: str, *, timeout_s: float | None = None) -> Self:
         """Connect to the socket at ``path``, trying again until ``timeout_s`` while nobody listens.
 
-        Raises `ConnectionLost` where nobody does (at once, with no ``timeout_s``), OSError as connect(2) does.
+        Raises `ConnectionLost` if nobody does (at once, without a ``timeout_s``), OSError as connect(2) does.
         """
         deadline = Deadline(0.0 if timeout_s is None else timeout_s)
         while True:
@@ -127,17 +127,17 @@ class Connection:
 
     @classmethod
     def from_fd(cls, fd: int, *, timeout_s: float | None = None) -> Self:
-        """The connected socket ``fd``, which is taken, also where OSError is raised.
+        """A connection over socket ``fd``; takes ownership of ``fd``, also if it raises OSError.
 
-        ENOTSOCK for what is none, EPROTOTYPE for one that is no AF_UNIX stream, ENOTCONN for one without a peer.
+        ENOTSOCK if it is not a socket, EPROTOTYPE if it is not an AF_UNIX stream, ENOTCONN if it has no peer.
         """
         connection = _socket_of(fd)
         try:
             if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-                raise OSError(errno.EPROTOTYPE, "it is no UNIX stream socket")
+                raise OSError(errno.EPROTOTYPE, "it is not a UNIX stream socket")
             connection.getpeername()
         except OSError:
-            # somebody else's, of any kind
+            # it may be a socket of any kind, from another process
             discard([connection.detach()])
             raise
         return cls(connection, f"descriptor {fd}", timeout_s=timeout_s)
@@ -162,7 +162,7 @@ class Connection:
         begun = False
         while True:
             try:
-                # an exception of a signal's handler may come when the kernel has the data already
+                # a signal's handler may raise after the kernel has taken the data
                 self.cut = True
                 sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
                 data = data[sent:]
@@ -179,10 +179,10 @@ class Connection:
                 raise self._lost(f"send message {request}", request, error) from None
 
     def receive(self, *, deadline: Deadline | None = None) -> Message | None:
-        """The next message; None where the peer closed between two messages.
+        """The next message; None if the peer closed between two messages.
 
-        Raises `ProtocolError` for what is no message, `ConnectionLost` where the peer closed in the middle of one,
-        `DeadlineExceeded`. No descriptor stays open where it raises.
+        Raises `ProtocolError` for something that is not a message, `ConnectionLost` if the peer closed in the middle of
+        one, `DeadlineExceeded`. If it raises, no descriptor stays open.
         """
         deadline = deadline or Deadline(self.timeout_s)
         try:
@@ -197,22 +197,22 @@ class Connection:
         return message
 
     def take_in(self) -> Message | None:
-        """Take in what is there of the next message, without waiting. The message when it is whole.
+        """Take in what has come of the next message, without waiting. Returns the message when it is complete.
 
-        None: `ended` says whether the peer has closed; else the rest is still to come, within `left_s`. Raises as
-        `receive`, which may be called at any time too.
+        None: `ended` says whether the peer has closed; otherwise the rest is to come within `left_s`. Raises as
+        `receive`, which may also be called at any time.
         """
         if self.fileno() < 0:
             raise self._lost("receive a message", error=OSError(errno.EBADF, "the connection was closed"))
         part, fds = self._part, self._part_fds
         while (missing := self._missing()) > 0:
-            self.cut = True  # an exception of a signal's handler may come when the kernel has given the data out
+            self.cut = True  # a signal's handler may raise after the kernel has given the data out
             whose = len(fds)
             came = self._receive_some(missing, fds)
             if came:
                 if part:
-                    # descriptors belong to the first byte: these are nobody's. Room is made for them all the same: else
-                    # the kernel closes them in this thread, and may wait for that
+                    # descriptors belong to the first byte: these belong to no message. There is room for them all the
+                    # same: otherwise the kernel would close them in this thread, which may block
                     discard(fds[whose:])
                     del fds[whose:]
                 else:
@@ -236,11 +236,11 @@ class Connection:
         return message
 
     def left_s(self) -> float | None:
-        """How long the rest of a message may take; None if none has begun, or for ever."""
+        """How long the rest of a message may take; None if no message has begun, or if there is no limit."""
         return self._part_deadline.left_s() if self._part else None
 
     def check(self) -> None:
-        """Raise `ConnectionLost` if the peer cannot be sent anything any more."""
+        """Raise `ConnectionLost` if nothing can be sent to the peer any more."""
         try:
             self._socket.send(b"", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -274,7 +274,7 @@ class Connection:
             raise ProtocolError(f"message {request}", peer=self.peer, why=why, request=request)
 
     def _missing(self) -> int:
-        """How many bytes are to be asked for next. Raises `ProtocolError` for a header that is none."""
+        """How many bytes to ask for next. Raises `ProtocolError` for an invalid header."""
         have = len(self._part)
         if have < HEADER.size_bytes:
             return HEADER.size_bytes - have
@@ -289,7 +289,7 @@ class Connection:
         return fds
 
     def _receive_some(self, size: int, fds: list[int]) -> bytes | None:
-        """Up to ``size`` bytes, nothing where the peer has closed; None where there is nothing yet."""
+        """Up to ``size`` bytes; empty if the peer has closed, None if nothing has come yet."""
         try:
             data, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -313,7 +313,7 @@ class Connection:
     def _await(self, deadline: Deadline) -> None:
         """Wait for something to read."""
         left_s = deadline.left_s()
-        # in the path of every reply: what `Deadline.wait` does, with a set that is made once
+        # every reply passes here: this does what `Deadline.wait` does, with a poll object that is made once
         if not self._readable.poll(None if left_s is None else left_s * 1000):
             raise DeadlineExceeded("receive a message", deadline.timeout_s or 0, device=self.peer)
 
@@ -328,16 +328,16 @@ class Connection:
 
 
 def is_listening(fd: int) -> bool:
-    """Whether socket ``fd`` (borrowed) is one to accept from; False for a connected one. Raises OSError for no socket.
+    """Whether socket ``fd`` (borrowed) listens; False if it is connected. Raises OSError if it is not a socket.
 
-    The specification leaves open which of the two ``--fd`` hands to a back-end, and back-ends differ.
+    The specification does not say which of the two ``--fd`` gives to a back-end, and back-ends differ.
     """
     with _socket_of(os.dup(fd)) as duplicate:
         return bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _socket_of(fd: int) -> socket.socket:
-    """A socket object that owns ``fd``, which is closed where it is no socket."""
+    """A socket object that owns ``fd``. If it is not a socket, closes it and raises OSError."""
     try:
         return socket.socket(fileno=fd)
     except OSError:

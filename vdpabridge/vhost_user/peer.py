@@ -13,10 +13,10 @@ __all__ = ["PeerProcess"]
 
 
 class PeerProcess:
-    """The process that listened where socket ``connection`` (borrowed) leads to. Owns a descriptor of it.
+    """The process that listened at the other end of socket ``connection`` (borrowed). Owns a descriptor of the process.
 
-    It is not known where it had ended before (it handed its socket to another), where it is this process, or of another
-    PID namespace. Source: unix(7), SO_PEERCRED; pidfd_open(2), Linux 5.3.
+    The process is not known if it had ended before (and handed its socket to another), if it is this process, or if it
+    is in another PID namespace. Source: unix(7), SO_PEERCRED; pidfd_open(2), Linux 5.3.
     """
 
     def __init__(self, connection: int) -> None:
@@ -24,22 +24,22 @@ class PeerProcess:
         self._pidfd = _pidfd_of(connection)
 
     def hang_up(self, timeout_s: float | None) -> bool:
-        """Send nothing any more, and wait for the process's end and that of every other that has its end of the socket.
+        """Stop sending, and wait until the process has ended and no process has its end of the socket any more.
 
-        Whether it is certain that both have come.
+        Returns whether both are certain.
         """
         if self._pidfd < 0:
             return False
         deadline = Deadline(timeout_s)
         with socket.socket(fileno=os.dup(self._connection)) as connection:
             connection.shutdown(socket.SHUT_WR)
-            # both: to close a socket does not end a thread that is at work
+            # both: a process that has closed its socket may still have a thread at work
             return bool(deadline.wait({connection.fileno(): 0}) and deadline.wait({self._pidfd: select.POLLIN}))
 
     def has_ended(self, timeout_s: float | None) -> bool:
-        """Whether it is certain that the process has ended, and whoever else had its end of the socket.
+        """Whether it is certain that the process has ended, and that no process has its end of the socket any more.
 
-        Waits up to ``timeout_s`` for the process where the socket was closed already: that comes first.
+        If the socket is closed, waits up to ``timeout_s`` for the end of the process: the socket closes first.
         """
         if self._pidfd < 0 or not NOW.wait({self._connection: 0}):
             return False
@@ -62,7 +62,7 @@ def _pidfd_of(connection: int) -> int:
     except OSError:
         return -1
     if NOW.wait({pidfd: select.POLLIN}):
-        # it has ended, and somebody answers
+        # it has ended, but another process answers
         os.close(pidfd)
         return -1
     return pidfd

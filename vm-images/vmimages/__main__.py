@@ -19,14 +19,14 @@ from .runner import Outcome, OutputLost, Result, run
 
 #: Exit codes that no command has: wrong usage, nothing to boot.
 USAGE, NO_IMAGE = 120, 121
-#: As the suite's own, where it has only skips.
+#: The suite's own exit code if it has only skips.
 NOTHING_TESTED = 4
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KTAP = "tests.ktap"
 _IN_KTAP = ("python3", "-m", KTAP)
 _MAPPING = ("tests/vm/test_mapping.py", "tests/vm/test_suspend.py", "tests/vm/test_killed.py")
-#: More kernel arguments -> what is run with them. The simulator as hardware does it: by physical address, with pages
-#: that are pinned and counted as locked memory; and told of every mapping by itself (dma_map), not of all (set_map).
+#: More kernel arguments -> what is run with them. They make the simulator work as hardware does: by physical address,
+#: with pages that are pinned and counted as locked memory; and told of each mapping (dma_map), not of all (set_map).
 SUITE = {
     "": (*_IN_KTAP, "tests/vm"),
     "vdpa_sim.use_va=0": (*_IN_KTAP, *_MAPPING),
@@ -46,7 +46,7 @@ def main() -> int:
         usage="%(prog)s [options] [KERNEL] [-- COMMAND ...]",
         description="Boot a kernel in QEMU, with Debian and this checkout in it, and run a command there as root.",
         epilog="exit code: the command's own; 120 wrong usage, 121 nothing to boot, 122 no verdict (the suite did not "
-        "say what it tested, or nobody took the output), 123 the kernel warned, 124 time limit, 125 it panicked, "
+        "say what it tested, or nobody read the output), 123 the kernel warned, 124 time limit, 125 it panicked, "
         "126 the machine ended early",
     )
     names = ", ".join(KERNELS)
@@ -65,7 +65,7 @@ def main() -> int:
         "--kernel-log",
         type=Path,
         metavar="FILE",
-        help="keep what the guest's kernel said here (default: logs/ in the cache)",
+        help="keep the log of the guest's kernel here (default: logs/ in the cache)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="more symbols for a source tree's configuration")
     parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest, next: ask Debian for a newer source")
@@ -74,7 +74,7 @@ def main() -> int:
     text = "a file or folder that the guest has as /run/payload/with/NAME; may be repeated"
     parser.add_argument("--with", action="append", type=Path, default=[], dest="extra", metavar="PATH", help=text)
     parser.add_argument("--build-only", action="store_true", help="build what is missing, boot nothing")
-    # so that the machine ends with this process, also when something else than Ctrl-C ends it
+    # so that the machine ends with this process, also if something other than Ctrl-C ends it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -87,7 +87,7 @@ def main() -> int:
     return _attempt(words, command)
 
 
-#: Where nothing was run.
+#: Exit codes if nothing was run.
 _CODES = {NothingNewer: NOTHING_TESTED, OutputLost: Outcome.NO_VERDICT.value, Exception: NO_IMAGE}
 
 
@@ -124,12 +124,12 @@ def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _verdict(words: argparse.Namespace, bootable: Kernel, command: Sequence[str], result: Result) -> int:
-    """Keep and say what there is of ``result``; the exit code."""
+    """Keep the log of ``result``, and print why it failed, if it did; the exit code."""
     _keep_log(words.kernel_log, bootable.name, result.kernel_log)
     if result.why:
         print(f"vm-images: {bootable.name}: {result.why}", file=sys.stderr)
     if KTAP in command and result.exit_code == 0 and not TOTALS.search(result.output_end):
-        print(f"vm-images: {bootable.name}: the suite ended well without having tested anything", file=sys.stderr)
+        print(f"vm-images: {bootable.name}: the suite ended well, but tested nothing", file=sys.stderr)
         return Outcome.NO_VERDICT.value
     return result.exit_code
 
@@ -142,7 +142,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _keep_log(file: Path | None, name: str, log: str) -> None:
-    """Keep what the guest's kernel said in ``file``, or where the last run's is kept. The result counts in any case."""
+    """Keep the guest kernel's log in ``file``, by default in the cache. If that fails, the result still counts."""
     if file is None:
         file = cache_root() / "logs" / f"{Path(name).name}.log"
     try:

@@ -41,9 +41,9 @@ def cached(
     """Return the finished directory of ``kind``/``key``, calling ``build`` to fill it when it is not there.
 
     ``build`` gets an empty directory and returns facts that are kept in ``facts.json`` beside its result; ``has`` are
-    files that belong to it: an entry that lacks one is made again. ``again``: so is one that lacks nothing, which stays
-    until there is another. The directory is renamed into place only when ``build`` returned, and a lock makes a second
-    caller wait, so an interrupted or concurrent build never leaves half an entry.
+    files that belong to it: an entry that lacks one is made again. ``again``: make it again even if it lacks nothing;
+    the old one stays until the new one is ready. The directory is renamed into place only when ``build`` has returned,
+    and a lock makes a second caller wait, so an interrupted or concurrent build never leaves half an entry.
     """
     entry = cache_root() / kind / key
 
@@ -57,7 +57,7 @@ def cached(
         if whole() and not again:
             return entry
         for left in entry.parent.glob(f".{key}.*/"):
-            # whoever made it was killed: it would hold the lock
+            # the process that made it was killed: otherwise it would hold the lock
             shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=entry.parent))
         try:
@@ -81,7 +81,7 @@ def _put_in_place(work: Path, entry: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to file ``path``, which is there whole or as it was before, also on a full disk."""
+    """Write ``text`` to file ``path``, which then is complete, or as it was before, also on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", prefix=f".{path.name}.", dir=path.parent, delete=False) as file:
         try:

@@ -53,7 +53,7 @@ def _sites() -> dict[str, str]:
 
 @cache
 def _apt_options(*more: str) -> tuple[str, ...]:
-    """The words that have apt read our suites, and ``more`` of them."""
+    """The options that make apt read `SUITES`, and ``more``."""
     root = store.cache_root() / "-".join(("apt", *more))
     for folder in ("etc/apt/preferences.d", "state/lists/partial", "cache/archives/partial"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def _apt_options(*more: str) -> tuple[str, ...]:
 def newest_package(pattern: str, *more: str) -> str:
     """The package whose name matches ``pattern``, with the highest number in the pattern's one group.
 
-    ``more``: suites to look into beside ours.
+    ``more``: suites to look into beside `SUITES`.
     """
     names = command(["apt-cache", *_apt_options(*more), "pkgnames"]).split()
     found = [(tuple(map(int, match[1].split("."))), name) for name in names if (match := re.fullmatch(pattern, name))]
@@ -88,7 +88,7 @@ def newest_package(pattern: str, *more: str) -> str:
 
 
 def download(package: str, into: Path, *more: str) -> tuple[Path, str]:
-    """Fetch ``package``, also out of suites ``more``, and unpack it under ``into``; the folder and its version."""
+    """Fetch ``package``, also from suites ``more``, unpack it under ``into``; returns that folder and the version."""
     with step(f"downloading {package}"):
         into.mkdir(parents=True, exist_ok=True)
         command(["apt-get", *_apt_options(*more), "download", "-qq", package], cwd=into)

@@ -21,7 +21,7 @@ def newest_headers() -> Path:
 
 def _build(work: Path) -> dict[str, str]:
     package, version = download(_PACKAGE, work / "package")
-    # linux/ and asm-generic/ only: asm/ of the machine's own compiler does for what is looked at here
+    # linux/ and asm-generic/ only: for what is used here, asm/ of the machine's own compiler is enough
     (package / "usr/include").rename(work / "include")
     shutil.rmtree(package)
     return {"version": version}

@@ -31,7 +31,7 @@ BUILD_KERNEL = {
 }
 
 
-#: mke2fs and others are not on an ordinary user's.
+#: An ordinary user's PATH does not have mke2fs and others.
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
@@ -88,7 +88,7 @@ def command(words: Sequence[str | os.PathLike[str]], *, cwd: Path | None = None)
         try:
             output, errors = process.communicate()
         except BaseException:
-            # with all that it has started: a compiler would go on for minutes, in a folder that is not there any more
+            # with all that it has started: a compiler would run for minutes, in a folder that does not exist any more
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise

@@ -16,7 +16,7 @@ from .host import BUILD_KERNEL, HostError, command, need, step
 
 __all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "NothingNewer", "kernel"]
 
-#: To be changed with the steps below, where what comes out of them changes.
+#: Change this with the steps below, if their result changes.
 RECIPE = "1"
 FRAGMENT = Path(__file__).parent.parent / "kernel" / "config"
 DEBUG_FRAGMENT = FRAGMENT.with_suffix(".debug")
@@ -29,12 +29,12 @@ class Recipe:
     package: str
     """A pattern of the Debian source package. The group orders several matches."""
     suites: tuple[str, ...] = ()
-    """Where to look beside the suites that have all the others: release candidates."""
+    """More suites to look into, beside those that have all the others: for release candidates."""
     fragments: tuple[Path, ...] = (FRAGMENT,)
     """The configuration."""
 
 
-#: Names that the runner takes.
+#: Names that the runner accepts.
 KERNELS = {
     "6.12": Recipe(r"linux-source-(6\.12)"),
     "6.1": Recipe(r"linux-source-(6\.1)"),
@@ -45,7 +45,7 @@ KERNELS = {
 DEFAULT_KERNEL = "6.12"
 
 
-#: What no test kernel is without.
+#: What every test kernel must have.
 _NEEDED = re.compile(r"CONFIG_(VDPA|VHOST_VDPA|VIRTIO_VDPA)")
 #: What a build leaves in a tree.
 _BUILD_PRODUCTS = (
@@ -62,7 +62,7 @@ _BUILD_PRODUCTS = (
 
 
 class NothingNewer(HostError):
-    """There is no release candidate at the moment."""
+    """There is no release candidate now."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Kernel:
     image: Path
     """The bzImage."""
     headers: Path | None
-    """Root of its exported user-space headers (has ``include/linux``), where it was built here."""
+    """Root of its exported user-space headers (has ``include/linux``), if it was built here."""
     name: str
     """What the user called it."""
 
@@ -80,8 +80,8 @@ class Kernel:
 def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False) -> Kernel:
     """The kernel ``what``: a name of `KERNELS` (built on first use), a kernel source tree, or a bzImage.
 
-    ``extra_config`` has more symbols for a source tree; ``refresh`` has Debian asked for a newer source. Raises
-    `HostError` where ``what`` is none of these or does not build.
+    ``extra_config`` has more symbols for a source tree; ``refresh`` asks Debian for a newer source. Raises
+    `HostError` if ``what`` is not one of these, or does not build.
     """
     path = Path(what)
     if what in KERNELS:
@@ -136,7 +136,7 @@ def _from_debian(name: str, work: Path) -> dict[str, str]:
 
 
 def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
-    """Build somebody's own tree outside of it. Both folders are kept, so the next build is incremental."""
+    """Build a copy of the user's own tree. Both folders are kept, so the next build is incremental."""
     need(BUILD_KERNEL)
     place = cache_root() / "tree" / content_key(str(tree), FRAGMENT)
     source, build = place / "source", place / "build"
@@ -164,12 +164,12 @@ def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
 
 
 def _check_config(fragment: Path, config: str, tree: Path) -> None:
-    """Kconfig drops what has an unmet dependency without a word; a test kernel without vdpa_sim helps nobody.
+    """Raise `HostError` if Kconfig dropped a symbol of ``fragment``, as it does silently if a dependency is missing.
 
-    What the tree has never heard of, or not any more, is told: who needs it notices.
+    Symbols that the tree does not know (any more) are only printed, except those that every test kernel must have.
     """
     lines = [line.strip() for line in fragment.read_text().splitlines()]
-    # CONFIG_X=n, or that it is not set, is granted where nobody has heard of X
+    # CONFIG_X=n, or that it is not set, is fulfilled if the tree does not know X
     wanted = [line for line in lines if line.startswith("CONFIG_") and "=" in line and not line.endswith("=n")]
     got = set(config.splitlines())
     dropped = [line for line in wanted if line not in got]

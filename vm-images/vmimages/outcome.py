@@ -20,7 +20,7 @@ class Outcome(enum.Enum):
     PANIC = 125
     """The guest's kernel panicked or oopsed."""
     COMPLAINT = 123
-    """The command ended well, and the guest's kernel had something to complain about (a WARNING, a hung task ...)."""
+    """The command ended well, but the guest's kernel complained (a WARNING, a hung task ...)."""
     NO_GUEST = 126
     """The machine ended without a panic and without the command having ended."""
     NO_VERDICT = 122
@@ -29,18 +29,18 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run."""
+    """The result of a run."""
 
     outcome: Outcome
     command_exit_code: int | None
-    """The command's own exit code, where it ended."""
+    """The command's own exit code, if it ended."""
     kernel_log: str
-    """Everything the guest's kernel said."""
+    """The whole log of the guest's kernel."""
     why: str
     """One paragraph for a person; empty when the command ended."""
     elapsed_s: float
     output_end: bytes = b""
-    """The last of what the command said."""
+    """The end of the command's output."""
 
     @property
     def exit_code(self) -> int:

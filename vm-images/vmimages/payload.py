@@ -1,4 +1,4 @@
-"""What the guest is handed: the checkout, the agent that runs the command, and modules that Debian stable lacks."""
+"""What the guest gets: the checkout, the agent that runs the command, and modules that Debian stable lacks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .host import HostError
 __all__ = ["write_payload"]
 
 GUEST = Path(__file__).parent.parent / "guest"
-#: What of the checkout the guest sees, below /run/payload/tree, which is also where the command runs.
+#: The parts of the checkout that the guest gets, below /run/payload/tree. The command runs there too.
 TREE = ("README.md", "pyproject.toml", "vdpabridge", "examples", "tests", "udev", "vm-images")
-#: Pure Python modules that the root file system's Debian release has no package of: taken from this interpreter.
+#: Pure Python modules that the root file system's Debian release has no package for: copied from this interpreter.
 MODULES = ("ioctl_opt",)
 ENVIRONMENT = {
     "PYTHONPATH": "/run/payload/tree:/run/payload/tree/vm-images:/run/payload/modules",
@@ -38,7 +38,7 @@ def write_payload(
 ) -> None:
     """Write the tar that the guest's first process unpacks and starts; ``extra`` goes to /run/payload/with.
 
-    ``mark`` is what the guest says when all of the output was said.
+    The guest writes ``mark`` after all of the output.
     """
     exports = ENVIRONMENT | dict(environment)
     script = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports.items())
@@ -49,14 +49,14 @@ def write_payload(
             if (repository / name).exists():
                 archive.add(repository / name, f"tree/{name}", filter=_for_guest)
         for path in _distinct(extra):
-            # all of it: somebody asked for just this
+            # all of it: the user has asked for exactly this
             archive.add(path, f"with/{path.name}", filter=_as_roots)
         for module in MODULES:
             path = _module_path(module)
             archive.add(path, f"modules/{path.name}", filter=_for_guest)
         _add_text(archive, "command", script)
         _add_text(archive, "mark", mark)
-        # the guest runs nothing without it: what is cut off must not be taken for a suite without failures
+        # the guest runs nothing without it: a truncated tar must not pass for a suite without failures
         _add_text(archive, "complete", "")
 
 
@@ -73,7 +73,7 @@ def _distinct(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise HostError(f"{path} is not there")
         if [other.name for other in resolved].count(path.name) > 1:
-            raise HostError(f"two of what is to be in the guest are called {path.name}")
+            raise HostError(f"two of the files for the guest are called {path.name}")
     return resolved
 
 

@@ -1,6 +1,6 @@
 """Programs of the root file system, run on this machine: the QEMU and the virtiofsd that the tests speak to.
 
-They are taken out of the image without mounting it and started by their own dynamic loader with their own libraries,
+They are extracted from the image without mounting it and started by their own dynamic loader with their own libraries,
 so neither root nor a chroot is needed, and this machine's release does not matter.
 """
 
@@ -17,9 +17,9 @@ from .rootfs import rootfs
 
 __all__ = ["PROGRAMS", "Peers", "peers"]
 
-#: To be changed with the steps below, where what comes out of them changes.
+#: Change this with the steps below, if their result changes.
 RECIPE = "1"
-#: Program -> where it is in the image. Symbolic links do not do: debugfs would write an empty file.
+#: Program -> where it is in the image. Symbolic links do not work: debugfs would write an empty file.
 PROGRAMS = {
     "qemu-system-x86_64": "usr/bin/qemu-system-x86_64",
     "qemu-img": "usr/bin/qemu-img",
@@ -46,7 +46,7 @@ class Peers:
         words = [str(self.tree / _LOADER), "--library-path", libraries, "--argv0", program]
         words.append(str(self.tree / PROGRAMS[program]))
         if program == "qemu-system-x86_64":
-            # QEMU looks for what belongs to it beside the host's, if there is one
+            # otherwise QEMU looks for its files where the host's QEMU has them, if there is one
             for folder in ("usr/share/qemu", "usr/share/seabios"):
                 words += ["-L", str(self.tree / folder)]
         return [*words, *arguments]
@@ -57,12 +57,12 @@ class Peers:
         return {**os.environ, "QEMU_MODULE_DIR": str(self.tree / _LIBRARIES / "qemu")}
 
     def path(self, program: str) -> Path:
-        """The file of ``program``; runs as it is only where it is linked statically, as busybox is."""
+        """The file of ``program``; it runs as it is only if it is linked statically, as busybox is."""
         return self.tree / PROGRAMS[program]
 
 
 def peers() -> Peers:
-    """The programs; extracted on first use, in less than a second. Builds the root file system where there is none."""
+    """The programs; extracted on first use, in less than a second. Builds the root file system if there is none."""
     image = rootfs()
     key = content_key(image.parent.name, RECIPE)
     return Peers(cached("peers", key, lambda work: _extract(image, work), has=[f"tree/{_LOADER}"]) / "tree")
@@ -81,9 +81,9 @@ def _extract(image: Path, work: Path) -> dict[str, str]:
     with step("taking programs out of the root file system"), tempfile.NamedTemporaryFile("w", dir=work) as script:
         script.write("\n".join(lines) + "\n")
         script.flush()
-        # it ends with 0 whatever happens, and complains about every owner that it may not set
+        # debugfs always ends with 0, and complains about every owner that it may not set
         command(["debugfs", "-f", script.name, image])
     for path in _MUST_BE_THERE:
         if not (tree / path).is_file() or not (tree / path).stat().st_size:
-            raise HostError(f"{path} did not come out of {image}: remove that directory, and it is built again")
+            raise HostError(f"{path} could not be extracted from {image}: remove that directory, and it is built again")
     return {"image": str(image)}

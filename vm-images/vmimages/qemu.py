@@ -1,4 +1,4 @@
-"""QEMU's command line for the test machine, and whether /dev/kvm is any good here."""
+"""QEMU's command line for the test machine, and whether /dev/kvm works here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KVM_PROBE_S = 10
 class Machine:
     """What to boot. Paths are files of the host; sockets are ones the runner listens on.
 
-    It has an emulated IOMMU that snoops: vhost-vdpa takes no other for a device that does DMA by itself. Only the
+    It has an emulated IOMMU that snoops: vhost-vdpa accepts no other for a device that does DMA by itself. Only the
     tested disk is behind it.
     """
 
@@ -67,10 +67,10 @@ class Machine:
 
 
 def accelerator(kernel: Path) -> str:
-    """The ``-accel`` value to use: KVM where a guest was seen to boot on it since this host started, else emulation.
+    """The ``-accel`` value to use: KVM if a guest was seen to boot on it since this host started, otherwise emulation.
 
-    That /dev/kvm opens, and even that a virtual machine can be created on it, says nothing: there are hosts where
-    every guest then hangs without a word.
+    It proves nothing that /dev/kvm opens, or even that a virtual machine can be created on it: on some hosts every
+    guest then hangs silently.
     """
     emulation = "tcg,thread=multi"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -80,14 +80,14 @@ def accelerator(kernel: Path) -> str:
     known = verdict.read_text() if verdict.exists() else ""
     if known not in ("kvm", emulation):
         known = "kvm" if _boots_on_kvm(kernel) else emulation
-        # where it cannot be kept it is found out again next time
+        # if it cannot be kept, the next run finds it out again
         with contextlib.suppress(OSError):
             write_whole(verdict, known)
     return known
 
 
 def _boots_on_kvm(kernel: Path) -> bool:
-    """Whether ``kernel`` gets as far as missing its root file system, and QEMU with it to its end, in time."""
+    """Whether ``kernel`` boots until it misses its root file system, and QEMU then ends, in time."""
     with tempfile.TemporaryDirectory() as scratch:
         console = Path(scratch) / "console"
         words = [QEMU, "-nodefaults", "-no-reboot", "-display", "none", "-accel", "kvm", "-cpu", "max", "-m", "256"]

@@ -13,7 +13,7 @@ from .host import BUILD_ROOT, as_root, command, need, step
 
 __all__ = ["PACKAGES", "SUITE", "rootfs"]
 
-#: To be changed with the steps below, where what comes out of them changes.
+#: Change this with the steps below, if their result changes.
 RECIPE = "1"
 SUITE = "trixie"
 INIT = Path(__file__).parent.parent / "guest" / "init"
@@ -21,7 +21,7 @@ PACKAGES = (
     *("python3", "python3-pytest", "python3-hypothesis", "python3-pyroute2", "python3-cffi"),
     *("udev", "iproute2", "kmod", "procps", "strace", "e2fsprogs"),
     *("qemu-system-x86", "qemu-utils", "qemu-block-extra", "virtiofsd", "fio"),
-    # of which the smallest guest is made
+    # for the smallest guest (initramfs.py)
     "busybox-static",
 )
 SPARE_BYTES = 512 << 20
@@ -41,7 +41,7 @@ def _build(work: Path) -> dict[str, str]:
         with step(f"making the {SUITE} root file system"):
             _make(scratch, image)
     finally:
-        # its files are root's
+        # root owns its files
         command([*as_root(), "rm", "-rf", scratch])
     return {"suite": SUITE, "packages": " ".join(PACKAGES)}
 
@@ -50,7 +50,7 @@ def _make(scratch: Path, image: Path) -> None:
     sources = scratch / "sources.list"
     sources.write_text(archive_sources(SUITE))
     tree = scratch / "tree"
-    # whatever is compiled in the guest is thrown away with it, so it is compiled here
+    # what the guest compiles is thrown away with the guest, so it is compiled here
     compile_all = 'chroot "$1" python3 -m compileall -q /usr/lib/python3 /usr/lib/python3.13 || true'
     command(
         [

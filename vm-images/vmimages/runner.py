@@ -53,8 +53,7 @@ def run(
     Output (standard output and error together) is copied to ``output``, by default this process's standard output,
     as it comes. The guest is thrown away afterwards. Interrupting the call ends the machine too.
 
-    Raises `HostError` where QEMU or an image is missing and cannot be made, `OutputLost` where ``output`` takes no
-    more.
+    Raises `HostError` if QEMU or an image is missing and cannot be made, `OutputLost` if ``output`` accepts no more.
     """
     need(RUN)
     root = rootfs()
@@ -105,7 +104,7 @@ def run(
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for this run. Those that runs have left which were killed are removed: nobody has them locked."""
+    """A folder for this run. Removes the folders of runs that were killed: nobody has them locked."""
     parent = Path(_short_folder() or tempfile.gettempdir())
     for left in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError), (left / "lock").open("r") as lock:
@@ -135,7 +134,7 @@ def _attend(qemu: subprocess.Popen[bytes], ports: _Ports, end_s: float) -> None:
 
 
 class OutputLost(RuntimeError):
-    """What the guest says cannot be handed on."""
+    """The guest's output cannot be handed on."""
 
 
 class _Ports:
@@ -164,7 +163,7 @@ class _Ports:
             self._selector.register(listener, selectors.EVENT_READ, (listener, port))
 
     def copy(self, timeout_s: float) -> bool:
-        """Take in what there is, once; wait ``timeout_s`` where there is nothing. Returns whether something came."""
+        """Take in what there is, once; wait ``timeout_s`` if there is nothing. Returns whether something came."""
         events = self._selector.select(timeout_s)
         for key, _ in events:
             listener, port = key.data
@@ -181,7 +180,7 @@ class _Ports:
             else:
                 self.status += chunk
         if self.complete and self._guest is not None and _EXIT.search(self.status):
-            # it waits for this, and may be gone already where it does not
+            # the guest waits for this, or is gone already
             with suppress(OSError):
                 self._guest.send(b"\n")
             self._guest = None
@@ -201,7 +200,7 @@ class _Ports:
         self._hand_on(data)
 
     def hand_on_rest(self) -> None:
-        """Of output that was not ended."""
+        """Hand on what was held back, if the mark did not come."""
         self._hand_on(self._held)
         self._held = b""
 

@@ -232,7 +232,7 @@ def test_a_stopped_device_that_could_not_go_on_with_its_state():
 
 
 def test_a_queue_in_another_address_space_cannot_be_saved():
-    """An image has no word for it: it would be restored into space 0."""
+    """An image cannot record it: it would be restored into space 0."""
     parent = Parent(device_id=1, queues=3, address_spaces=2, groups=((0, 0), (0, 0), (1, 1)))
     with (
         GuestMemory(1 << 20) as memory,
@@ -242,7 +242,7 @@ def test_a_queue_in_another_address_space_cannot_be_saved():
     ):
         device.accept_features(1 << 32)
         queue.attach(device, 2, address_space=1)
-        with pytest.raises(VdpaBridgeError, match="queue 2 is in address space 1, which an image has no word for"):
+        with pytest.raises(VdpaBridgeError, match="queue 2 is in address space 1, which an image cannot record"):
             save(device, file, limits())
 
 

@@ -1,8 +1,8 @@
-"""Descriptors that a front-end sends: each is what its request needs, or it is refused.
+"""Checks the descriptors that a front-end sends: each must be of a kind that its request needs, or it is refused.
 
-Whoever keeps a descriptor keeps what is behind it. A front-end could hand over an end of its own connection, or a
-socket in whose queue one lies, and the connection would not end when the front-end does: its device would be in use for
-ever.
+A process that keeps a descriptor keeps what it refers to. A front-end could send an end of its own connection, or a
+socket with that end in its queue. Then the connection would not end when the front-end does, and the device would be in
+use for ever.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _KINDS = {
 
 
 def admit(request: FrontendRequest, fds: Sequence[int]) -> None:
-    """Raise `VdpaBridgeError` unless ``fds`` (borrowed) are of a kind that ``request`` has a use for.
+    """Raise `VdpaBridgeError` unless ``fds`` (borrowed) are of a kind that ``request`` can use.
 
-    Files are kept from becoming smaller, where the front-end allows it: a process that has one mapped would be killed
-    by SIGBUS.
+    Files are sealed so that they cannot become smaller, if the front-end allows it: otherwise SIGBUS would kill a
+    process that has one mapped.
     """
     for fd in fds:
         wanted = _KINDS.get(request)
@@ -51,8 +51,8 @@ def admit(request: FrontendRequest, fds: Sequence[int]) -> None:
 
 
 def is_channel(fd: int) -> bool:
-    """Whether device state may go through ``fd`` (borrowed): nothing can lie in it but bytes, and it can be opened
-    again, for a mode of its own. For anything else the device's side makes the channel, as the protocol allows."""
+    """Whether device state may go through ``fd`` (borrowed): it can hold only bytes, and it can be opened again, in
+    another mode. For anything else the back-end makes the channel, as the protocol allows."""
     kind = kind_of(fd)
     if kind is Kind.FILE:
         return True

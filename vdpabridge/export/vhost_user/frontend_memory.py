@@ -33,19 +33,19 @@ class _Known:
 
 
 class FrontendMemory:
-    """What a front-end has shown of its guest's memory to ``device`` (borrowed). Descriptors are borrowed too."""
+    """The memory that a front-end has shared with ``device`` (borrowed). Descriptors are borrowed too."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._known: list[_Known] = []
 
     def lost_by(self, regions: Sequence[Region], fds: Sequence[int]) -> list[Region]:
-        """What `replace` would take away from the device."""
+        """The regions that `replace` would unmap from the device."""
         wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
         return [old.region for old in self._known if not any(old.same_mapping(new.region, new.file) for new in wanted)]
 
     def replace(self, regions: Sequence[Region], fds: Sequence[int]) -> None:
-        """The whole table anew. What stays as it was stays mapped: a running device needs it."""
+        """Replace the whole table. Regions that do not change stay mapped: a running device needs them."""
         wanted = [_known(region, fd) for region, fd in zip(regions, fds, strict=True)]
         _check([each.region for each in wanted])
         kept = [old for old in self._known if any(old.same_mapping(new.region, new.file) for new in wanted)]
@@ -59,7 +59,7 @@ class FrontendMemory:
         self._known = wanted
 
     def add(self, region: Region, fd: int) -> None:
-        """One region more."""
+        """Add one region."""
         _check([*(each.region for each in self._known), region])
         if len(self._known) >= MEMORY_SLOTS:
             raise VdpaBridgeError("add a memory region", why=f"all {MEMORY_SLOTS} slots are in use")
@@ -68,14 +68,14 @@ class FrontendMemory:
         self._known.append(known)
 
     def remove(self, region: Region) -> None:
-        """One region less: guest address, user address and size must be those of one; the offset does not matter."""
+        """Remove the region with the same guest address, user address and size; the offset does not matter."""
 
         def key(each: Region) -> tuple[int, int, int]:
             return each.guest_address, each.user_address, each.size_bytes
 
         found = [each for each in self._known if key(each.region) == key(region)]
         if not found:
-            why = f"there is none of {region.size_bytes:#x} bytes at {region.guest_address:#x}"
+            why = f"there is no region of {region.size_bytes:#x} bytes at {region.guest_address:#x}"
             raise VdpaBridgeError("remove a memory region", why=why)
         self._unmap(found[:1])
         self._known.remove(found[0])
@@ -84,7 +84,7 @@ class FrontendMemory:
         try:
             self._device.unmap([each.mapped for each in regions])
         except BaseException:
-            # what counts as gone all the same
+            # some may be unmapped all the same: keep those that the device still has
             mapped = {(region.guest_address, region.size_bytes) for region in self._device.regions}
             self._known = [
                 each for each in self._known if (each.mapped.guest_address, each.mapped.size_bytes) in mapped
@@ -92,7 +92,7 @@ class FrontendMemory:
             raise
 
     def guest_address(self, user_address: int) -> int:
-        """The guest address of what the front-end has at ``user_address``."""
+        """The guest address of the front-end's ``user_address``. Raises `VdpaBridgeError` if no region has it."""
         for each in self._known:
             offset = user_address - each.region.user_address
             if 0 <= offset < each.region.size_bytes:
@@ -100,7 +100,7 @@ class FrontendMemory:
         raise VdpaBridgeError("find a ring", why=f"no memory region has user address {user_address:#x}")
 
     def clear(self) -> None:
-        """The front-end is gone, and its memory with it."""
+        """Unmap everything: the front-end is gone, and its memory with it."""
         self._known = []
         if self._device.regions:
             self._device.unmap(self._device.regions)
@@ -113,7 +113,7 @@ def _known(region: Region, fd: int) -> _Known:
 
 
 def _check(regions: Sequence[Region]) -> None:
-    """Whether there can be such ``regions``, which are all that the front-end has."""
+    """Raise `VdpaBridgeError` unless ``regions``, all that the front-end has, are valid."""
     for region in regions:
         starts = (("guest", region.guest_address), ("user", region.user_address), ("file", region.mmap_offset))
         for what, start in starts:

@@ -15,31 +15,31 @@ __all__ = ["FrontendRing"]
 
 @dataclass(slots=True)
 class FrontendRing:
-    """What the front-end has said of ring ``index``, and what of it the device knows. Owns its eventfds."""
+    """What the front-end has said about ring ``index``, and what the device knows of it. Owns its eventfds."""
 
     index: int
     size: int = 0
     address: VringAddr | None = None
     base_word: int | None = None
-    """Where it stands, as GET_VRING_BASE and SET_VRING_BASE say it."""
+    """Its position, as in GET_VRING_BASE and SET_VRING_BASE."""
     eventfds: dict[Operation, int] = field(default_factory=dict)
     started: bool = False
-    """Whether its kick came, and no GET_VRING_BASE since."""
+    """Whether SET_VRING_KICK came, and no GET_VRING_BASE since."""
     enabled: bool = False
     enable_known: bool = False
     """Whether `enabled` is what the front-end has said, since the ring was last stopped and disabled."""
     in_device: bool = False
     """Whether the running device has it."""
     installed: QueueSetup | None = None
-    """Where the device was told that it is."""
+    """The size and addresses that the device was given."""
 
     @property
     def described(self) -> bool:
-        """Whether the front-end has said where it is."""
+        """Whether the front-end has given its size and addresses."""
         return self.address is not None and self.size > 0
 
     def setup(self, memory: FrontendMemory, address: VringAddr | None = None) -> QueueSetup:
-        """The ring in guest addresses; with ``address`` as it would be there.
+        """The ring in guest addresses; with ``address``, as if it were there.
 
         Raises `VdpaBridgeError` if it was not described, or is not in ``memory``.
         """
@@ -50,12 +50,12 @@ class FrontendRing:
         return QueueSetup(self.size, desc, avail, used)
 
     def base(self, *, packed: bool) -> QueueBase:
-        """Where it stands. A packed ring begins with both wrap counters set."""
+        """Its position. A packed ring begins with both wrap counters set."""
         initial = 1 << 15 | 1 << 31 if packed else 0
         return decode_base(initial if self.base_word is None else self.base_word, packed=packed)
 
     def keep(self, operation: Operation, fd: int | None) -> None:
-        """Take ``fd`` (None: nothing) as the eventfd that ``operation`` sets, and close the one before it."""
+        """Take ownership of ``fd`` (None: nothing), the eventfd that ``operation`` sets, and close the previous one."""
         if (old := self.eventfds.pop(operation, None)) is not None:
             os.close(old)
         if fd is not None:

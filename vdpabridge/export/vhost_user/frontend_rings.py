@@ -1,12 +1,12 @@
 """The rings as a front-end wants them, and the policy that brings the device there.
 
-A front-end speaks of rings one by one; a device starts, suspends and resumes as a whole. A ring is started by
-SET_VRING_KICK and stopped by GET_VRING_BASE; the device runs when a ring that is started is also enabled, and is
-suspended when the last is stopped. Source: docs/interop/vhost-user.rst, "Ring states".
+A front-end controls rings one by one; a device starts, suspends and resumes as a whole. SET_VRING_KICK starts a ring,
+and GET_VRING_BASE stops it. The device runs when a started ring is also enabled, and is suspended when the last ring is
+stopped. Source: docs/interop/vhost-user.rst, "Ring states".
 
-Where a device cannot disable a queue while it runs, a disabled ring is one whose kick the device does not get: it finds
-no reason to look into it. To suspend the device for every ring would be slow, and a device that cannot resume would be
-reset, in the middle of an ordinary stop.
+If a device cannot disable a queue while it runs, it does not get the kicks of a disabled ring: then it has no reason to
+look into the ring. To suspend the device for every ring would be slow, and a device that cannot resume would be reset,
+in the middle of an ordinary stop.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class FrontendRings:
         self.prepare: Callable[[], None] = _nothing
         """Called before rings are set up in a device that is stopped."""
         self.features: int | None = None
-        """What the front-end has accepted; the device forgets it when it is reset."""
+        """The features that the front-end has accepted; the device forgets them when it is reset."""
         self._held = False
         self._due = False
-        """Whether it is held only because letting it go on did not succeed."""
+        """Whether it is held only because resuming it failed."""
         self._ending = False
         """Whether the device was suspended because one ring was stopped. The others are stopped next."""
         self._waiting = False
@@ -60,13 +60,13 @@ class FrontendRings:
         self._stopped(index).size = size
 
     def set_address(self, index: int, address: VringAddr) -> None:
-        """SET_VRING_ADDR. Of a ring at work only the logging may change, which the device does in any case."""
+        """SET_VRING_ADDR. For a ring at work only the logging may change, and the device logs in any case."""
         ring = self._settled(index)
         if ring.in_device and ring.setup(self._memory, address) != ring.installed:
             raise VdpaBridgeError(f"queue {index}", why="it is at work and cannot be moved")
         ring.address = address
         if ring.started and not ring.in_device:
-            # it paused because its place was gone
+            # it paused because its memory was gone
             self.go_on()
 
     def set_base(self, index: int, word: int) -> None:
@@ -74,12 +74,12 @@ class FrontendRings:
         self._stopped(index).base_word = word
 
     def set_eventfd(self, operation: Operation, index: int, fd: int | None) -> None:
-        """SET_VRING_KICK, CALL or ERR. Takes ``fd``. A kick descriptor starts the ring."""
+        """SET_VRING_KICK, CALL or ERR. Takes ownership of ``fd``. A kick descriptor starts the ring."""
         starts = operation is Operation.SET_KICK and fd is not None
         try:
             ring = self._settled(index)
             if starts and ring.described and not ring.started:
-                # one that is nowhere is not started: the others would wait for it
+                # a ring that is not in memory is not started: the others would wait for it
                 ring.setup(self._memory)
         except BaseException:
             if fd is not None:
@@ -115,7 +115,7 @@ class FrontendRings:
         self._advance()
 
     def stop(self, index: int, *, drain: bool) -> int:
-        """GET_VRING_BASE: stop the ring and return the word that says where it stands."""
+        """GET_VRING_BASE: stop the ring and return the word for its position."""
         ring = self._settled(index)
         device = self._device
         if ring.in_device:
@@ -125,7 +125,7 @@ class FrontendRings:
                 if not any(each.in_device for each in self._rings.values()):
                     device.suspend(drain=drain)
             else:
-                # the device stops as a whole; the others' positions are asked for next
+                # the device stops as a whole; the front-end asks for the others' positions next
                 device.suspend(drain=drain)
                 self._collect_bases()
                 self._ending = True
@@ -136,7 +136,7 @@ class FrontendRings:
         # the others may have waited for this one
         self.go_on()
         if self.features is None and ring.base_word is not None:
-            # what it means is not known yet
+            # without features the meaning of the word is not known yet
             return ring.base_word
         return ring.base(packed=self._packed).encode()
 
@@ -147,7 +147,7 @@ class FrontendRings:
             self.settle()
 
     def settle(self) -> None:
-        """Ask where the rings stand, if the device stands still and that could not be asked when it was stopped."""
+        """Ask for the rings' positions, if the device is stopped and could not be asked when it stopped."""
         if self._device.state in (RunState.CONFIGURED, RunState.SUSPENDED):
             self._collect_bases()
 
@@ -173,8 +173,8 @@ class FrontendRings:
 
     @property
     def lost(self) -> bool:
-        """Whether the device has failed, and what it was at is not known: neither where its rings stand, which at an
-        earlier position would do requests twice, nor a state of its own."""
+        """Whether the device has failed and cannot continue for this front-end: the positions of its rings are not
+        known (an earlier position would do requests twice), or it had state of its own."""
         if self._device.state is not RunState.FAILED:
             return False
         return Capability.DEVICE_STATE in self._device.capabilities or any(
@@ -187,45 +187,45 @@ class FrontendRings:
         return self._held
 
     def hold(self) -> None:
-        """Suspend, and stay so whatever the front-end does, until `release`; also where this raises."""
+        """Suspend, and stay suspended whatever the front-end does, until `release`; also if this raises."""
         self._held, self._due = True, False
         self.suspend()
 
     def release(self) -> None:
-        """End `hold`: what the front-end wants by now is done. Where this raises, the hold lasts. Idempotent."""
+        """End `hold`: do what the front-end wants by now. If this raises, the hold lasts, unless `lost`. Idempotent."""
         if not self._held:
             return
         self._due = True
-        # one that failed late may have stopped some queues, or all, and not said so: it is brought to its end first
+        # a suspend that failed late may have stopped some or all queues without saying so: it is completed first
         self.suspend()
         self._held = False
         try:
             self.go_on()
         except BaseException:
-            # one that is lost cannot run, whatever happens
+            # a lost device cannot run in any case
             self._held = self._due = not self.lost
             raise
         self._due = False
 
     def go_on(self) -> None:
-        """Go on after `suspend`, where every ring that was started is in memory (still, or again)."""
+        """Continue after `suspend`, if every ring that was started is in memory (still, or again)."""
         if all(ring.described for ring in self._rings.values() if ring.started):
             self._advance()
 
     @property
     def waiting(self) -> bool:
-        """Whether rings that are enabled wait for the front-end to say of others whether they are: it says so of each
-        of them, or of some only, and there is no telling which."""
+        """Whether enabled rings wait for the front-end to say whether others are enabled. Some front-ends say so for
+        each ring and others only for some, and this one may be either."""
         return self._waiting
 
     def wait_no_longer(self) -> None:
-        """What the front-end has not said by now it will not say: a ring is disabled then."""
+        """Stop waiting for the front-end: a ring that it has not enabled by now is disabled."""
         for ring in self._rings.values():
             ring.enable_known = True
         self.go_on()
 
     def leave_device(self) -> None:
-        """The device was reset by ourselves: it has no ring any more. What the front-end has said of them stands."""
+        """This process has reset the device: it has no rings any more. What the front-end has said of them stands."""
         for ring in self._rings.values():
             ring.in_device, ring.installed = False, None
 
@@ -247,14 +247,14 @@ class FrontendRings:
     # --- what the device is told ---
 
     def _advance(self) -> None:
-        """Start, or go on, where the front-end has said all that there is to wait for."""
+        """Start or resume the device, if the front-end has said everything that must be waited for."""
         device = self._device
         self._waiting = False
         started = [ring for ring in self._rings.values() if ring.started]
         if self._held or self._ending or not any(ring.enabled for ring in started) or self._waits_for_memory():
             return
         if device.state is RunState.RUNNING:
-            # who did not wait for a ring once does not wait for it after a pause
+            # the device did not wait for these rings before, so it does not wait for them after a pause
             for ring in started:
                 ring.enable_known = True
             if any(ring.enabled and not ring.in_device for ring in started):
@@ -267,7 +267,7 @@ class FrontendRings:
             self._waiting = True
 
     def _waits_for_memory(self) -> bool:
-        """Whether a ring that was started has lost its place: who takes memory away gives other memory next."""
+        """Whether a started ring is not in memory: a front-end that removes memory adds other memory next."""
         try:
             for ring in self._rings.values():
                 if ring.started and ring.described:
@@ -278,7 +278,7 @@ class FrontendRings:
 
     @property
     def _can_join(self) -> bool:
-        """Whether a ring can be enabled later without much ado."""
+        """Whether a ring can be enabled later, while the device runs."""
         return Capability.ENABLE_WHILE_RUNNING in self._device.capabilities
 
     def _withholds(self, ring: FrontendRing) -> bool:
@@ -286,8 +286,8 @@ class FrontendRings:
         return not ring.enabled and Capability.ENABLE_WHILE_RUNNING not in self._device.capabilities
 
     def _enables(self, ring: FrontendRing) -> bool:
-        """Whether ``ring`` is enabled in the device when it is set up: it can only be withheld or not, later, in a
-        device that is not to be reset for it."""
+        """Whether ``ring`` is enabled in the device when it is set up. If a device must not be reset to enable a ring
+        later, all are enabled, and only the kicks are withheld."""
         return ring.enabled or self._enables_all
 
     @property
@@ -298,22 +298,22 @@ class FrontendRings:
         device = self._device
         if self.lost:
             device.check_health()
-        # all of them, before anything is touched
+        # check all of them before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         self.settle()
         go = self._set_up(setups)
-        # before it is told: where that raises, the rings may be at work all the same
+        # before the device is told: if that raises, the rings may be at work all the same
         for index, setup in setups.items():
             self._rings[index].in_device, self._rings[index].installed = True, setup
         try:
             go()
         except BaseException:
-            # in any state but RUNNING and FAILED it is certain that nothing is at work; some of it may have been
+            # in any state but RUNNING and FAILED it is certain that nothing is at work; some rings may have been
             self.settle()
             raise
 
     def _set_up(self, setups: dict[int, QueueSetup]) -> Callable[[], None]:
-        """Bring the stopped device there that it has only to go: by what is returned."""
+        """Set up the stopped device. The function that is returned makes it run."""
         device = self._device
         if device.state is RunState.CONFIGURED:
             self._install_all(setups)
@@ -326,12 +326,12 @@ class FrontendRings:
                 for index in setups:
                     self._bind(index, self._rings[index])
                 return device.resume
-        # for want of another way, or because an attempt at this has failed half-way
+        # there is no other way, or an earlier replay has failed half-way
         self._replay(setups)
         return device.start
 
     def _join(self) -> None:
-        """Rings that were started after the device was."""
+        """Add the rings that were started after the device."""
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         if {Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} <= self._device.capabilities:
             for index, setup in setups.items():
@@ -347,7 +347,7 @@ class FrontendRings:
         try:
             self._install(index, ring, setup)
         except BaseException:
-            # it may be at work all the same, or have been
+            # the ring may be at work all the same, or may have been
             ring.base_word = self._device.stop_queue(index).encode()
             ring.in_device = False
             raise
@@ -357,7 +357,7 @@ class FrontendRings:
         if Capability.ENABLE_WHILE_RUNNING in device.capabilities:
             device.enable_queue(index, enabled)
         elif not any(ring.in_device and ring.enabled for ring in self._rings.values()):
-            # a pause, or the beginning of the end
+            # no ring is enabled: this is a pause, or a stop follows
             self.suspend()
         elif enabled and not device.queues[index].enabled:
             self.suspend()
@@ -365,11 +365,11 @@ class FrontendRings:
         else:
             kick = self._rings[index].eventfds.get(Operation.SET_KICK) if enabled else None
             device.set_kick(index, kick)
-            # whoever had it before may have read a kick from it
+            # the previous reader of the eventfd may have read a kick from it
             signal(kick)
 
     def _replay(self, setups: dict[int, QueueSetup]) -> None:
-        """Reset and set up anew, as the only way for what this device is not able to change otherwise."""
+        """Reset the device and set it up again: the only way to change what it cannot change otherwise."""
         device, features = self._device, self.features or 0
 
         def set_up() -> None:

@@ -1,4 +1,4 @@
-"""A front-end's transfer of device state: begun, checked, or left behind."""
+"""A front-end's transfer of device state: begun, checked, or abandoned."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ TransferKind: TypeAlias = tuple[StateDirection, StatePhase]
 
 
 class FrontendState:
-    """What a front-end does with the state of ``device`` (borrowed)."""
+    """A front-end's transfers of the state of ``device`` (borrowed)."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._pending = False
         self.loaded = False
-        """Whether the device has state that was loaded, and no reset has taken it away."""
+        """Whether state was loaded into the device, and no reset has dropped it."""
 
     def check_kind(self, direction: int, phase: int) -> TransferKind:
-        """The kind of transfer that is asked for. ValueError for what does not exist."""
+        """The kind of transfer that is asked for. Raises ValueError for a kind that does not exist."""
         return StateDirection(direction), StatePhase(phase)
 
     def begin(self, kind: TransferKind, fd: int) -> int | None:
-        """Begin through ``fd``, which is taken. As `Device.set_state_fd`."""
+        """Begin a transfer through ``fd``; takes ownership of it. Returns and raises as `Device.set_state_fd`."""
         direction, when = kind
         try:
             theirs = None if is_channel(fd) else os.pipe2(os.O_CLOEXEC)
@@ -45,7 +45,7 @@ class FrontendState:
         return instead
 
     def _begin_through(self, pipe: tuple[int, int], direction: StateDirection, when: StatePhase) -> int:
-        """Begin through a ``pipe`` of our own, which is taken; returns the end that is the front-end's."""
+        """Begin through ``pipe``, made by this process; takes ownership of it, and returns the front-end's end."""
         mine, theirs = pipe[::-1] if direction is StateDirection.SAVE else pipe
         try:
             instead = self._device.set_state_fd(direction, when, mine)
@@ -58,7 +58,7 @@ class FrontendState:
         return instead
 
     def check(self) -> None:
-        """Wait for its end, as long as the device's deadline allows. Raises as `Device.check_state`."""
+        """Wait for the end of the transfer, as long as the device's deadline allows. Raises as `Device.check_state`."""
         self._pending = False
         try:
             self._device.check_state()
@@ -67,8 +67,8 @@ class FrontendState:
             raise
 
     def needs_fresh_device(self, kind: TransferKind, *, features_set: bool) -> bool:
-        """Whether what another front-end has left is to be reset first: state is loaded into a device without any,
-        features come after it, and they may differ."""
+        """Whether to reset first what another front-end has left. State is loaded into a device without features; this
+        front-end sets them later, and they may differ."""
         return (
             kind[0] is StateDirection.LOAD
             and not features_set
@@ -81,7 +81,7 @@ class FrontendState:
         self._pending = self.loaded = False
 
     def abandon(self) -> None:
-        """The front-end has left: what it has not checked is dropped."""
+        """The front-end has left: drop a transfer that it has not checked."""
         if self._pending:
             self._pending = False
             self._device.abandon_state()

@@ -1,7 +1,7 @@
-"""What is done for each request of a front-end: one method each, by the table at the end.
+"""Handles the requests of a front-end: one method for each, by the table at the end.
 
-A method gets the decoded payload and owns the descriptors in ``fds``; what it leaves there is closed. It returns
-the payload of the reply, where the request has one.
+A method gets the decoded payload and owns the descriptors in ``fds``; the caller closes those that it leaves there. It
+returns the payload of the reply, if the request has one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _LOG_ALL = 1 << VHOST_F_LOG_ALL
 _PROTOCOL_FEATURES = 1 << VHOST_USER_F_PROTOCOL_FEATURES
 #: The low byte is the error; with "no descriptor" set beside it every front-end sees that none comes.
 _STATE_REFUSED = DEVICE_STATE_NO_FD | 1
-#: For a front-end to take an announcement in; its socket has room for hundreds.
+#: How long a front-end may take to accept an announcement; its socket has room for hundreds.
 _ANNOUNCEMENT_S = 0.5
 
 
 class Answer:
-    """A reply: its payload, and descriptors to go with it, which are closed when it was sent."""
+    """A reply: its payload, and the descriptors to send with it, which the sender closes afterwards."""
 
     __slots__ = ("error", "fds", "payload")
 
@@ -55,7 +55,7 @@ class Answer:
         self.payload = payload
         self.fds = fds
         self.error = error
-        """What the reply tells in a number, for the log."""
+        """The error, for the log; the reply has only a number."""
 
 
 class Handlers:
@@ -68,7 +68,7 @@ class Handlers:
         self.protocol_features = 0
         self._offered = features_of(device)
         self.channel: Connection | None = None
-        """For our own requests to the front-end."""
+        """For the back-end's requests to the front-end."""
         self._log = LogSwitch(device)
         self._inflight = InflightSwitch(device)
         self.rings.prepare = self._prepare
@@ -77,9 +77,9 @@ class Handlers:
         self._inflight_set = False
         self._change_kept = False
         if device.state is RunState.FAILED:
-            # what became of it with the last front-end is no concern of this one
+            # it failed with the last front-end; that does not concern this one
             device.reset()
-        # and if it could not be taken away when that one left
+        # also the last front-end's memory, if it could not be unmapped when that one left
         self.memory.clear()
         if device.inflight is not None:
             device.set_inflight(None)
@@ -102,7 +102,7 @@ class Handlers:
         return Answer(U64(self._offered))
 
     def set_features(self, payload: U64, _fds: list[int]) -> None:
-        """Accept features, and switch the dirty log. A change of the device's features takes a reset."""
+        """Accept features, and switch the dirty log. A change of the device's features needs a reset."""
         if unknown := payload.value & ~self._offered:
             raise VdpaBridgeError("SET_FEATURES", why=f"bits {unknown:#x} were not offered")
         self._accept_features(payload.value & ~(_LOG_ALL | _PROTOCOL_FEATURES))
@@ -110,7 +110,7 @@ class Handlers:
         if Capability.CONFIG_CALL in self.device.capabilities:
             self.device.set_config_call(self.config_changed)
         self._log.set_wanted(bool(payload.value & _LOG_ALL))
-        # with the bit, the rings' own enable states stand
+        # with the bit, each ring keeps its own enable state
         if not payload.value & _PROTOCOL_FEATURES:
             self.rings.enable_all()
         self.rings.go_on()
@@ -119,7 +119,7 @@ class Handlers:
         device = self.device
         if device.state is RunState.FAILED:
             if self.rings.lost:
-                # who wants it reset, and all forgotten, says so: RESET_DEVICE
+                # a front-end that wants it reset, and everything forgotten, sends RESET_DEVICE
                 device.check_health()
             device.reset()
             self._transfer.forget()
@@ -133,8 +133,8 @@ class Handlers:
         self.rings.features = wanted
 
     def _accept_others(self, wanted: int) -> None:
-        """Other features take a reset. All else stays: the device's own state, which may be what was loaded into it,
-        and what the front-end has said already."""
+        """Accept other features, which needs a reset. All else stays: the device's own state, which may have been
+        loaded, and what the front-end has said already."""
         self.rings.settle()
         loaded = self._transfer.loaded
         start_over(self.device, lambda: self.device.accept_features(wanted), start=False, keep=False)
@@ -147,7 +147,7 @@ class Handlers:
         return Answer(U64(protocol_features_of(self.device)))
 
     def set_protocol_features(self, payload: U64, _fds: list[int]) -> None:
-        """Also from a front-end that did not ask what there is: Cloud Hypervisor when it restores."""
+        """Legal without GET_PROTOCOL_FEATURES: Cloud Hypervisor does not send that when it restores."""
         if unknown := payload.value & ~protocol_features_of(self.device):
             raise VdpaBridgeError("SET_PROTOCOL_FEATURES", why=f"bits {unknown:#x} were not offered")
         self.protocol_features = payload.value
@@ -193,13 +193,13 @@ class Handlers:
         return Answer(Config(payload.offset, payload.size_bytes, payload.flags, data))
 
     def set_config(self, payload: Config, _fds: list[int]) -> None:
-        """What a guest may write. What only a migration may write, no device here lets anybody write."""
+        """Write what a guest may write. No device here accepts what only a migration may write."""
         if payload.flags != ConfigFlags.GUEST_WRITE:
             raise VdpaBridgeError("SET_CONFIG", why=f"flags {payload.flags:#x}: read-only fields stay as they are")
         self.device.write_config(payload.offset, payload.data)
 
     def set_backend_req_fd(self, _payload: Any, fds: list[int]) -> None:
-        """The channel for our own requests, none of which asks for an answer."""
+        """Take the channel for the back-end's requests, none of which asks for an answer."""
         channel = Connection.from_fd(fds.pop(), timeout_s=_ANNOUNCEMENT_S)
         stop_receiving(channel.fileno())
         if self.channel is not None:
@@ -207,11 +207,11 @@ class Handlers:
         self.channel = channel
 
     def announce_config_change(self) -> None:
-        """Pass the device's notification on; of a suspended device when it resumes, for until then the front-end must
-        not be told anything ("Suspended device state"). One that was never started is not meant: its front-end may
-        have read the configuration already.
+        """Pass the device's notification on to the front-end. If the device is suspended, do so when it resumes: until
+        then the front-end must not be told anything ("Suspended device state"). This does not apply to a device that
+        was never started: its front-end may have read the configuration already.
 
-        Raises `VdpaBridgeError` where the front-end does not take it; it hears no more of these then.
+        Raises `VdpaBridgeError` if the front-end does not take it; the front-end gets no more of these then.
         """
         clear(self.config_changed)
         self._change_kept = self.device.state is RunState.SUSPENDED
@@ -226,7 +226,7 @@ class Handlers:
                 raise
 
     def announce_kept_change(self) -> None:
-        """Pass on what came while the device was suspended, if it is not any more. Raises as
+        """Pass on a change that came while the device was suspended, if it is not suspended any more. Raises as
         `announce_config_change`."""
         if self._change_kept and self.device.state is not RunState.SUSPENDED:
             self.announce_config_change()
@@ -234,7 +234,7 @@ class Handlers:
     # --- memory ---
 
     def set_mem_table(self, payload: Any, fds: list[int]) -> None:
-        """All regions anew. The device pauses if a ring that is at work loses its place."""
+        """Replace all regions. The device pauses if a ring at work loses its memory."""
         if self.rings.lie_in(self.memory.lost_by(payload.regions, fds)):
             self.rings.suspend()
         try:
@@ -247,12 +247,12 @@ class Handlers:
         return Answer(U64(MEMORY_SLOTS))
 
     def add_mem_reg(self, payload: Any, fds: list[int]) -> None:
-        """One region more."""
+        """Add one region."""
         self.memory.add(payload.region, fds[0])
         self.rings.go_on()
 
     def rem_mem_reg(self, payload: Any, _fds: list[int]) -> None:
-        """One region less. A descriptor may come with it, and is closed. Rings in it pause until it comes again."""
+        """Remove one region. A descriptor may come with it, and is closed. Rings in it pause until it comes again."""
         if self.rings.lie_in([payload.region]):
             self.rings.suspend()
         try:
@@ -263,41 +263,41 @@ class Handlers:
     # --- rings ---
 
     def set_vring_num(self, payload: VringState, _fds: list[int]) -> None:
-        """Size."""
+        """Set a ring's size."""
         self.rings.set_size(payload.index, payload.num)
 
     def set_vring_addr(self, payload: Any, _fds: list[int]) -> None:
-        """Addresses. The used ring is logged, where a log is kept, whatever the flag says: that is never too little."""
+        """Set a ring's addresses. If a log is kept, it has the used ring whatever the flag says: never too little."""
         self.rings.set_address(payload.index, payload)
 
     def set_vring_base(self, payload: VringState, _fds: list[int]) -> None:
-        """Where to go on."""
+        """Set a ring's position."""
         self.rings.set_base(payload.index, payload.num)
 
     def get_vring_base(self, payload: VringState, _fds: list[int]) -> Answer:
-        """Stop, with everything finished that was taken."""
+        """Stop a ring, after the device has finished all requests that it took."""
         return Answer(VringState(payload.index, self.rings.stop(payload.index, drain=True)))
 
     def get_vring_base_skip_drain(self, payload: VringState, _fds: list[int]) -> Answer:
-        """Stop, and leave what was taken to the in-flight region."""
+        """Stop a ring, and leave the requests that the device took to the in-flight region."""
         return Answer(VringState(payload.index, self.rings.stop(payload.index, drain=False)))
 
     def set_vring_kick(self, payload: U64, fds: list[int]) -> None:
-        """Start."""
+        """Start a ring."""
         if payload.value & VRING_NO_FD:
             raise VdpaBridgeError("SET_VRING_KICK", why="the device does not poll: it needs a descriptor")
         self._set_eventfd(Operation.SET_KICK, payload, fds)
 
     def set_vring_call(self, payload: U64, fds: list[int]) -> None:
-        """Where used buffers are signalled."""
+        """Set the eventfd that signals used buffers."""
         self._set_eventfd(Operation.SET_CALL, payload, fds)
 
     def set_vring_err(self, payload: U64, fds: list[int]) -> None:
-        """Where errors are signalled."""
+        """Set the eventfd that signals errors."""
         self._set_eventfd(Operation.SET_ERR, payload, fds)
 
     def set_vring_enable(self, payload: VringState, _fds: list[int]) -> None:
-        """Enable or disable."""
+        """Enable or disable a ring."""
         if payload.num > 1:
             raise VdpaBridgeError("SET_VRING_ENABLE", why=f"{payload.num} is neither 0 nor 1")
         self.rings.enable(payload.index, bool(payload.num))
@@ -310,26 +310,26 @@ class Handlers:
     # --- dirty log and in-flight requests ---
 
     def set_log_base(self, payload: Any, fds: list[int]) -> Answer:
-        """Where the log is. The reply is what came: rust-vmm's front-end waits for all 16 bytes, others for any."""
+        """Set the log's place. The reply is the payload: rust-vmm waits for all of its 16 bytes, others for any."""
         self._log.set_place(DirtyLog(fds.pop(), payload.size_bytes, payload.offset))
         return Answer(payload)
 
     def set_log_fd(self, _payload: Any, _fds: list[int]) -> None:
-        """An eventfd for somebody who waits for the log to change; nobody does."""
+        """Ignore the eventfd that would signal changes of the log: nobody waits for it."""
 
     def get_inflight_fd(self, payload: Inflight, _fds: list[int]) -> Answer:
-        """A region for requests in flight."""
+        """Make a region for requests in flight."""
         region = self.device.get_inflight(payload.queue_count, payload.queue_size)
         reply = Inflight(region.size_bytes, region.offset, region.queue_count, region.queue_size)
         return Answer(reply, (region.fd,))
 
     def set_inflight_fd(self, payload: Inflight, fds: list[int]) -> None:
-        """A region that holds requests in flight, or will."""
+        """Use a region that holds, or will hold, requests in flight."""
         region = InflightRegion(fds[0], payload.size_bytes, payload.offset, payload.queue_count, payload.queue_size)
         self._inflight.set_region(region)
 
     def _prepare(self) -> None:
-        """Rings are about to be set up: the device has what it is to have besides."""
+        """Before rings are set up: give the device the log, the in-flight region and the eventfd that it is to have."""
         self._log.apply()
         self._inflight.apply()
         if (
@@ -342,9 +342,9 @@ class Handlers:
     # --- device state ---
 
     def set_device_state_fd(self, payload: DeviceStateTransfer, fds: list[int]) -> Answer:
-        """Begin a transfer; the descriptor goes straight to the device, or another end comes back."""
+        """Begin a transfer: the device gets the descriptor, or the reply has another one to use instead."""
         try:
-            # nothing is lost for what is not even begun
+            # checked first: an invalid request must not reset the device
             kind = self._transfer.check_kind(payload.direction, payload.phase)
             if self._transfer.needs_fresh_device(kind, features_set=self._features_set):
                 self._reset()
@@ -364,9 +364,9 @@ class Handlers:
     # --- the end ---
 
     def close(self) -> list[Exception]:
-        """The front-end is gone: the device stops, remembers everything, and lets go of what was the front-end's.
+        """The front-end is gone: stop the device, which remembers everything, and drop what was the front-end's.
 
-        Returns what went wrong; each step is done whatever became of those before.
+        Returns what went wrong; each step is done even if an earlier one failed.
         """
         problems: list[Exception] = []
         for step in (
@@ -388,7 +388,7 @@ class Handlers:
         return problems
 
     def _stop(self) -> None:
-        """Nothing goes on in the memory of a guest that is gone: a device that does not suspend is reset."""
+        """Stop all work in the memory of a guest that is gone: a device that does not suspend is reset."""
         try:
             self.rings.suspend()
         except (VdpaBridgeError, OSError):
@@ -402,7 +402,7 @@ class Handlers:
             self.device.set_config_call(None)
 
 
-#: Every request that is answered; what comes with each is in `vdpabridge.abi.vhost_user_table`.
+#: Every request that is handled; the payload and descriptors of each are in `vdpabridge.abi.vhost_user_table`.
 HANDLERS: Mapping[FrontendRequest, Callable[[Handlers, Any, list[int]], Answer | None]] = {
     FrontendRequest.GET_FEATURES: Handlers.get_features,
     FrontendRequest.SET_FEATURES: Handlers.set_features,

@@ -1,4 +1,4 @@
-"""What a back-end advertises for a device: what the device does, whole, and nothing else.
+"""What a back-end advertises for a device: what the device does completely, and nothing else.
 
 QEMU negotiates every bit that both sides know, so a bit that is offered is a promise.
 """
@@ -20,14 +20,14 @@ from ...device import Capability, Device
 
 __all__ = ["MEMORY_SLOTS", "features_of", "protocol_features_of"]
 
-#: Regions of memory; QEMU uses 512 at the most.
+#: Regions of memory; QEMU uses at most 512.
 MEMORY_SLOTS = 512
-#: What the protocol has no means for: a kick by eventfd carries no data, a guest's administration and suspend requests
-#: do not reach a back-end.
+#: Features that the protocol cannot carry: a kick by eventfd has no data, and a guest's administration and suspend
+#: requests do not reach a back-end.
 _NOT_BY_VHOST_USER = sum(
     1 << bit for bit in (VIRTIO_F_SR_IOV, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_ADMIN_VQ, VIRTIO_F_SUSPEND)
 )
-#: Never STATUS: front-ends write 0 there whenever a guest stops, which to a device is a reset.
+#: Never STATUS: front-ends write 0 there whenever a guest stops, which a device takes as a reset.
 _ALWAYS = (ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIGURE_MEM_SLOTS)
 _WITH: Mapping[ProtocolFeature, frozenset[Capability]] = {
     ProtocolFeature.LOG_SHMFD: frozenset({Capability.DIRTY_LOG}),

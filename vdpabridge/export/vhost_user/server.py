@@ -24,24 +24,24 @@ __all__ = ["Server", "listen"]
 _PATH_BYTES_MAX = 107
 _PATIENCE_S = 0.1
 _WAITING_MAX = 16
-#: Read at a time, a byte each; what they bring about their handlers have done.
+#: How many signals are read at a time, a byte each; their handlers have run already.
 _SIGNALS = 64
 
 
 def listen(path: str) -> socket.socket:
     """A socket that listens at ``path``, owned by the caller, who removes the file.
 
-    A socket file that nobody listens on is replaced. Raises `VdpaBridgeError` where somebody does, where something
-    else is there, and for a path that is too long; OSError as bind(2) does.
+    A socket file that no process listens on is replaced. Raises `VdpaBridgeError` if a process does, if something else
+    is there, if the path is too long, or if bind(2) or listen(2) fails.
     """
     if len(os.fsencode(path)) > _PATH_BYTES_MAX:
-        why = f"a socket's path has {_PATH_BYTES_MAX} bytes at the most, and this has {len(os.fsencode(path))}"
+        why = f"a socket's path has {_PATH_BYTES_MAX} bytes at most, and this one has {len(os.fsencode(path))}"
         raise VdpaBridgeError("listen", device=path, why=why, hint="use a shorter one, relative if need be")
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         listener.bind(path)
-        # whoever does not wait is refused (EAGAIN) where too many others do
+        # if too many front-ends wait, one that does not block gets EAGAIN
         listener.listen(_WAITING_MAX)
     except OSError as error:
         listener.close()
@@ -51,7 +51,7 @@ def listen(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket file that nobody has bound; see to it that no back-end takes the question for its front-end."""
+    """Remove a socket file that no process has bound. A back-end there must not take this check for a front-end."""
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
@@ -59,8 +59,8 @@ def _remove_stale(path: str) -> None:
     except OSError as error:
         raise _occupied(path, os.strerror(error.errno or 0)) from None
     if not stat.S_ISSOCK(kind):
-        raise _occupied(path, "something is there that is no socket")
-    # of another type than a back-end's, which the kernel notices before anybody hears of it
+        raise _occupied(path, "something that is not a socket is there")
+    # another type than a back-end's: the kernel refuses it before the back-end notices
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(path)
@@ -78,10 +78,10 @@ def _occupied(path: str, why: str) -> VdpaBridgeError:
 
 
 class AlsoServed(Protocol):
-    """What else there is to be served."""
+    """What else the server's thread serves."""
 
     def fds(self) -> list[int]:
-        """What to wait for; borrowed."""
+        """The descriptors to wait for; borrowed."""
 
     def serve(self, fd: int) -> None:
         """``fd`` is readable."""
@@ -103,7 +103,7 @@ class Server:
         tell: Callable[[str, Mapping[str, Any]], None] = lambda _event, _facts: None,
         timeout_s: float | None = 10.0,
     ) -> None:
-        """``report`` is told of what goes wrong, ``trace`` of every message, ``tell`` of who comes and leaves.
+        """``report`` is told what goes wrong, ``trace`` of every message, ``tell`` of front-ends that come and leave.
 
         ``timeout_s`` bounds a message on its way; a front-end may be silent for ever between two.
         """
@@ -117,17 +117,17 @@ class Server:
         self.also_served: AlsoServed | None = None
         """Served beside the front-end, by the same thread."""
         self.signal_fd: int | None = None
-        """Readable when a signal came (`signal.set_wakeup_fd`), borrowed: one that comes between Python's last look and
-        a wait would else end neither."""
+        """Readable when a signal came (`signal.set_wakeup_fd`); borrowed. Without it, a signal between Python's last
+        check and a wait would not end the wait."""
         self.session: Session | None = None
-        """The front-end of the moment."""
+        """The session of the front-end that is served now."""
         self._holders: set[object] = set()
         self._gone_for_good = False
-        """Whether the device failed in a way that its front-end of the moment cannot survive."""
+        """Whether the device failed in a way that its present front-end cannot survive."""
         self.front_ends = 0
-        """How many were served, this one included."""
+        """How many front-ends were served, the present one included."""
         self.messages = 0
-        """How many they have sent."""
+        """How many messages they have sent."""
 
     def stop(self) -> None:
         """Have `serve` and `serve_connection` return soon. Idempotent, also after `close`."""
@@ -145,10 +145,10 @@ class Server:
         return frozenset(self._holders)
 
     def hold(self, holder: object) -> None:
-        """Have the device suspended, whatever its front-end does, until each holder has called `release`.
+        """Suspend the device, whatever its front-end does, until each holder has called `release`.
 
-        Raises what suspending it raises, and what letting it go on then raises: in this case it stays `held`, and
-        `release` tries again.
+        Raises what suspending it raises, or what resuming it after that raises: then it stays `held`, and `release`
+        tries again.
         """
         first = not self._holders
         self._holders.add(holder)
@@ -160,23 +160,23 @@ class Server:
                 raise
 
     def holds(self, holder: object) -> bool:
-        """Whether ``holder`` is one."""
+        """Whether ``holder`` holds the device."""
         return holder in self._holders
 
     def release(self, holder: object) -> None:
-        """``holder`` does not need it any more. Raises what letting the device go on raises."""
+        """End the hold of ``holder``. Raises what resuming the device raises."""
         self._holders.discard(holder)
         if not self._holders and self.session is not None:
             try:
                 self.session.release()
             finally:
-                # its front-end, which has asked for nothing, would wait for ever
+                # its front-end has sent no request, and would wait for ever
                 self._gone_for_good = self.session.lost
 
     def serve(self, listener: socket.socket, *, once: bool = False) -> None:
-        """Serve whoever connects to ``listener`` (borrowed), one at a time, until `stop`; with ``once``, only one.
+        """Serve front-ends that connect to ``listener`` (borrowed), one at a time, until `stop`; if ``once``, only one.
 
-        Who connects while another is served is sent away. Raises `DeviceFailed` where the device fails and a reset
+        One that connects while another is served is sent away. Raises `DeviceFailed` if the device fails and a reset
         does not help.
         """
         listener.setblocking(False)
@@ -193,7 +193,7 @@ class Server:
                     return
 
     def serve_connection(self, connection: Connection, listener: socket.socket | None = None) -> bool:
-        """Serve one front-end at ``connection`` (taken) until it leaves (True) or `stop` (False)."""
+        """Serve one front-end until it leaves (True) or `stop` (False). Takes ownership of ``connection``."""
         try:
             session = Session(self._device, connection, report=self._report, trace=self._trace)
         except DeviceFailed:
@@ -244,7 +244,7 @@ class Server:
                 self._send_away(listener)
 
     def close(self) -> None:
-        """Let go of what `stop` uses. Idempotent."""
+        """Close what `stop` uses. Idempotent."""
         if self._stop >= 0:
             os.close(self._stop)
             self._stop = -1
@@ -256,9 +256,9 @@ class Server:
         self.close()
 
     def _wait(self, fds: list[int], time_left_s: Callable[[], float | None] = _for_ever) -> set[int] | None:
-        """Those of ``fds`` that are ready, and the device where it hung up; None where it is time to stop."""
+        """Those of ``fds`` that are ready, and the device's if it hung up; None after `stop`."""
         while True:
-            # whoever is served meanwhile may bring it about that there is less
+            # what is served in this loop may shorten it
             left_s = time_left_s()
             others = [] if self.also_served is None else self.also_served.fds()
             poll = select.poll()
@@ -294,7 +294,7 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:
-            # out of descriptors, perhaps; whoever waits there still waits then
-            self._report(f"a front-end cannot be let in: {error.strerror}")
+            # perhaps this process is out of descriptors; the front-end keeps waiting
+            self._report(f"a front-end cannot be accepted: {error.strerror}")
             time.sleep(_PATIENCE_S)
             return None

@@ -1,4 +1,4 @@
-"""One front-end, from its first message to its last: decode, validate, have it done, reply.
+"""One front-end, from its first message to its last: decode, validate, perform, reply.
 
 Source: docs/interop/vhost-user.rst, "Communication"; each request's row in `abi.vhost_user_table`.
 """
@@ -26,17 +26,18 @@ from .handlers import HANDLERS, Answer, Handlers
 __all__ = ["Session", "require_servable"]
 
 _FAILED = 1
-#: For a front-end that does not read its replies, of which a socket holds hundreds: everybody else waits meanwhile.
+#: How long a front-end may not read its replies, of which a socket holds hundreds: all others wait meanwhile.
 _REPLY_S = 1.0
-#: How long a front-end may be silent between two SET_VRING_ENABLE. Much longer than any is, and no pause to a guest.
+#: How long a front-end may be silent between two SET_VRING_ENABLE. Much longer than any takes, and too short
+#: for a guest to notice.
 _ENABLE_S = 0.1
 _RING_REQUESTS = frozenset({FrontendRequest.SET_VRING_ENABLE, FrontendRequest.SET_VRING_KICK})
 
 
 class Session:
-    """Serves ``device`` (borrowed) to the front-end at the other end of ``connection`` (taken). One thread.
+    """Serves ``device`` (borrowed) to the front-end at ``connection``; takes ownership of that. One thread only.
 
-    ``report`` is told, in a line each, what a front-end cannot be told: the protocol has numbers, not reasons.
+    ``report`` gets a line for each problem that a front-end cannot be told: the protocol has numbers, not reasons.
     ``trace`` is told of every message.
     """
 
@@ -59,7 +60,7 @@ class Session:
         self._trace = trace
         self._closed = False
         self._enable_wait = Deadline(None)
-        """How long rings that are enabled wait for what the front-end says of others."""
+        """How long enabled rings wait for what the front-end says about others."""
 
     @property
     def config_changed(self) -> int:
@@ -68,12 +69,12 @@ class Session:
 
     @property
     def messages(self) -> int:
-        """How many have come."""
+        """How many messages have come."""
         return self._connection.received
 
     @property
     def lost(self) -> bool:
-        """Whether the device has failed, and cannot go on for this front-end."""
+        """Whether the device has failed, and cannot continue for this front-end."""
         return self._handlers.rings.lost
 
     @property
@@ -82,7 +83,7 @@ class Session:
         return self._handlers.rings.held
 
     def hold(self) -> None:
-        """Suspend the device, whatever the front-end asks for meanwhile, until `release`; also where this raises."""
+        """Suspend the device, whatever the front-end asks for meanwhile, until `release`; also if this raises."""
         self._handlers.rings.hold()
 
     def release(self) -> None:
@@ -96,10 +97,10 @@ class Session:
         return self._connection.fileno()
 
     def serve_one(self) -> bool:
-        """Take one message, if all of it is there, and answer it; False where the front-end has left.
+        """Take one message, if all of it is there, and answer it; False if the front-end has left.
 
-        Raises `ProtocolError` where the two do not understand each other, and `DeadlineExceeded` where the rest of a
-        message does not come: the connection is of no use then.
+        Raises `ProtocolError` for an invalid message or a failure that no reply can tell, and `DeadlineExceeded` if the
+        rest of a message does not come: the connection cannot be used any more then.
         """
         message = self._connection.take_in()
         if message is not None:
@@ -112,25 +113,25 @@ class Session:
         return not self._connection.ended
 
     def left_s(self) -> float | None:
-        """How long to wait for a message, or the rest of one, before `serve_one` is called again; None: as long as it
-        takes."""
+        """How long to wait for a message, or the rest of one, before `serve_one` is called again; None: without a
+        limit."""
         limits_s = [each for each in (self._connection.left_s(), self._enable_wait.left_s()) if each is not None]
         return min(limits_s, default=None)
 
     def _wait_for_enable(self, *, begin_again: bool) -> None:
-        """Have rings that are enabled wait for what is said of others, for a while."""
+        """Make enabled rings wait a while for what the front-end says about others."""
         if not self._handlers.rings.waiting:
             self._enable_wait = Deadline(None)
         elif begin_again or self._enable_wait.timeout_s is None:
             self._enable_wait = Deadline(_ENABLE_S)
 
     def _wait_no_longer(self) -> None:
-        """Start with the rings that are enabled, whatever there may be to come."""
+        """Start with the rings that are enabled, whatever the front-end may still say."""
         self._enable_wait = Deadline(None)
         try:
             self._handlers.rings.wait_no_longer()
         except (VdpaBridgeError, ValueError, OSError) as error:
-            # it has asked for nothing that this could be the answer to, and would wait for ever
+            # the front-end has sent no request that this could answer, and would wait for ever
             raise ProtocolError("start the rings", peer=self._connection.peer, why=str(error)) from error
 
     def is_leaving(self) -> bool:
@@ -140,7 +141,7 @@ class Session:
         return bool(poll.poll(0))
 
     def announce_config_change(self) -> None:
-        """Tell the front-end, and see whether the device itself is well: vDPA devices say so in the same way."""
+        """Tell the front-end, and check the device's health: vDPA devices report a failure in the same way."""
         self._announce(self._handlers.announce_config_change)
         self._handlers.device.check_health()
 
@@ -153,7 +154,7 @@ class Session:
     def close(self) -> None:
         """Stop the device, which remembers everything, and hang up. Idempotent.
 
-        What goes wrong with the device is reported: it is no reason to stay.
+        Problems with the device are reported; they do not keep the session open.
         """
         if not self._closed:
             self._closed = True
@@ -183,7 +184,7 @@ class Session:
         finally:
             discard(fds)
         if request is FrontendRequest.SET_BACKEND_REQ_FD:
-            # which may have been the front-end's end of this very connection
+            # the descriptor may have been the front-end's end of this very connection
             self._connection.check()
         if self._trace:
             came = None if answer is None else answer.payload
@@ -192,13 +193,13 @@ class Session:
         if answer is not None:
             self._reply(message.request, answer)
         elif error is not None and spec.reply is not None:
-            # it waits for a reply that does not exist
+            # the front-end waits for a reply that does not exist
             raise ProtocolError(request.name, peer=self._connection.peer, why=str(error), request=request) from error
         else:
             self._acknowledge(message, error)
 
     def _understand(self, message: Message, fd_count: int) -> tuple[FrontendRequest, RequestSpec, Any]:
-        """The request, what belongs to it, and its payload. Raises `ProtocolError` for what is no request."""
+        """The request, its specification, and its payload. Raises `ProtocolError` for an invalid request."""
         try:
             request = FrontendRequest(message.request)
         except ValueError:
@@ -227,7 +228,7 @@ class Session:
     ) -> tuple[Answer | None, Exception | None]:
         try:
             answer = self._handlers.perform(request, payload, fds)
-        except Exception as error:  # noqa: BLE001  # whatever a front-end brings about ends no more than its request
+        except Exception as error:  # noqa: BLE001  # an error that a front-end causes ends only its request
             kind = "" if isinstance(error, (VdpaBridgeError, ValueError, OSError)) else f"{type(error).__name__}: "
             self._report(f"{request.name}: {kind}{error}")
             return None, error
@@ -248,7 +249,7 @@ class Session:
             data = U64(_FAILED if error else 0).pack()
             self._connection.send(message.request, data, flags=REPLY_FLAGS, deadline=Deadline(_REPLY_S))
         elif error is not None:
-            # it cannot be told in a reply, and must not go on as if all were well
+            # no reply can tell the front-end, which must not continue as if all were well
             why = f"it failed, and no acknowledgement was asked for: {error}"
             raise self._broken(message, why) from error
 
@@ -261,7 +262,7 @@ _NUMBERS = frozenset(map(int, FrontendRequest))
 
 
 def require_servable(device: Device) -> None:
-    """Raise `MissingCapability` for a device that cannot be stopped without losing where its queues stand."""
+    """Raise `MissingCapability` for a device that cannot be stopped without losing its queues' positions."""
     if Capability.SUSPEND not in device.capabilities:
         alternative = ALTERNATIVES[Capability.SUSPEND]
         raise MissingCapability(device.name, "serve by vhost-user", Capability.SUSPEND.value, alternative)

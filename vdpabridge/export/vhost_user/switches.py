@@ -1,4 +1,4 @@
-"""The dirty log and the in-flight region as a front-end wants them, whatever resets the device has been through."""
+"""The dirty log and the in-flight region as a front-end wants them, also after resets of the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RUNNABLE = (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED)
 class LogSwitch:
     """Keeps the log of ``device`` (borrowed) as the front-end wants it. Owns the log's descriptor.
 
-    Where it is and whether it is kept come in two messages, in any order.
+    The front-end says in two messages, in any order, where the log is and whether to keep it.
     """
 
     def __init__(self, device: Device) -> None:
@@ -24,7 +24,7 @@ class LogSwitch:
         self._wanted = False
 
     def set_place(self, log: DirtyLog) -> None:
-        """SET_LOG_BASE; takes ``log.fd``."""
+        """SET_LOG_BASE; takes ownership of ``log.fd``."""
         self._drop()
         self._log = log
         self._switch()
@@ -35,12 +35,12 @@ class LogSwitch:
         self._switch()
 
     def apply(self) -> None:
-        """See to it that the device keeps the log, if it is to."""
+        """Make the device keep the log, if the front-end wants it."""
         if self._wanted and self._log is not None and self._device.dirty_log is None:
             self._switch()
 
     def close(self) -> None:
-        """End it. Idempotent; the descriptor is closed whatever the device says."""
+        """End the log. Idempotent; closes the descriptor also if the device raises."""
         try:
             self.set_wanted(False)
         finally:
@@ -75,7 +75,7 @@ class InflightSwitch:
         self._region = own
 
     def apply(self) -> None:
-        """See to it that the device has the region."""
+        """Make the device use the region."""
         if self._region is not None and self._device.inflight is None and self._device.state is not RunState.RUNNING:
             self._device.set_inflight(self._region)
 

@@ -14,7 +14,7 @@ from ...abi.vhost_user_payloads import U64, Config
 
 __all__ = ["line"]
 
-#: From here on a number is an address, or a set of bits.
+#: From this number on, a number is an address or a set of bits.
 _HEXADECIMAL_FROM = 4096
 _FEATURES = (FrontendRequest.GET_FEATURES, FrontendRequest.SET_FEATURES)
 _PROTOCOL_FEATURES = (FrontendRequest.GET_PROTOCOL_FEATURES, FrontendRequest.SET_PROTOCOL_FEATURES)
@@ -29,7 +29,7 @@ def line(
     device_id: int | None,
     begin_ns: int,
 ) -> str:
-    """``request``, which was begun at ``begin_ns`` of the real-time clock, and what came of it: the payload of its
+    """The line for ``request``, begun at ``begin_ns`` of the real-time clock, and its result: the payload of its
     ``answer``, or ``error``."""
     took_ns = time.time_ns() - begin_ns
     what = " ".join((request.name, *_shown(request, payload, device_id)))

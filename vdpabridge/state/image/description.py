@@ -16,7 +16,7 @@ from .writer import ImageFacts
 __all__ = ["Description", "describe", "differences", "identify"]
 
 _PASST_MAGIC = bytes.fromhex("b1bb1d1b0bb1d1b0")
-#: Enough to tell whose state it is.
+#: Enough to tell the format of the state.
 _FIRST_BYTES = 16
 
 #: A nested JSON object.
@@ -24,7 +24,7 @@ Description = dict[str, Any]
 
 
 def describe(reader: ImageReader) -> Description:
-    """The image that ``reader`` is at the beginning of, read to its end. Raises `ImageError`."""
+    """Describe the image of ``reader``, whose state was not read yet; reads it to its end. Raises `ImageError`."""
     first = b""
     size = 0
     for piece in reader.state():
@@ -40,7 +40,7 @@ def describe(reader: ImageReader) -> Description:
 
 
 def identify(first: bytes, device_id: int | None) -> str:
-    """Whose format device state that begins with ``first`` is; a guess, since only some have a magic number."""
+    """The format of device state that begins with ``first``; a guess, since only some have a magic number."""
     if first.startswith(b"vdpa-sim"):
         return f"vdpabridge's simulator, version {int.from_bytes(first[8:12], 'little')}"
     if first.startswith(_PASST_MAGIC):
@@ -51,7 +51,7 @@ def identify(first: bytes, device_id: int | None) -> str:
 
 
 def differences(before: Description, after: Description) -> list[tuple[str, Any, Any]]:
-    """(what, before, after) of each entry that differs; None where there is none."""
+    """(what, before, after) of each entry that differs; None for an entry that is missing."""
     old, new = _flat(before), _flat(after)
     names = [*old, *(name for name in new if name not in old)]
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
@@ -92,7 +92,7 @@ def _position(base: QueueBase) -> Description:
 
 
 def _config(config: bytes, device_id: int | None) -> Description:
-    """By the fields that are not 0; as bytes where its structure is not known."""
+    """The fields that are not 0; the bytes if the structure is not known."""
     layout = CONFIGURATIONS.get(device_id or 0)
     if layout is None:
         return {"bytes": config.hex()}

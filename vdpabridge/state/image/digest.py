@@ -1,4 +1,4 @@
-"""SHA-256 of what is on its way, while it is on its way: large pieces are hashed by a thread of their own."""
+"""SHA-256 of data while it is transferred: a separate thread hashes large pieces."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LARGE_BYTES = 1 << 18
 
 
 class Digest:
-    """A running SHA-256. One thread updates it; `close` it in any case.
+    """A running SHA-256. Only one thread may update it. The caller must `close` it.
 
-    A large piece is being read until the next `update` or `digest` returns: do not change it before.
+    A large piece is still read until the next `update` or `digest` returns: do not change it before.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Digest:
         self._thread: threading.Thread | None = None
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take ``data`` in, after all that came before."""
+        """Add ``data``, after all that came before."""
         self._idle.wait()
         if len(data) < _LARGE_BYTES:
             self._digest.update(data)
@@ -38,7 +38,7 @@ class Digest:
         self._pieces.put(data)
 
     def digest(self) -> bytes:
-        """Of all that was taken in."""
+        """The digest of all that was added."""
         self._idle.wait()
         return self._digest.digest()
 

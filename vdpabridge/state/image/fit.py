@@ -1,4 +1,4 @@
-"""Whether one device can go on with another's work; asked before either is touched."""
+"""Checks whether one device can continue another's work, before either is touched."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["check_fits", "check_memory", "facts_of"]
 
 
 def facts_of(device: Device, snapshot: DeviceSnapshot) -> ImageFacts:
-    """What an image says of ``device``, of which ``snapshot`` was taken. Raises `SnapshotError`."""
+    """What an image says about ``device``, whose snapshot is ``snapshot``. Raises `SnapshotError`."""
     identity = device.identity
     for index, record in device.queues.items():
         if record.setup is not None and record.setup.address_space:
-            why = f"queue {index} is in address space {record.setup.address_space}, which an image has no word for"
+            why = f"queue {index} is in address space {record.setup.address_space}, which an image cannot record"
             raise SnapshotError("save", device=device.name, why=why)
     return ImageFacts(
         snapshot,
@@ -34,7 +34,7 @@ def facts_of(device: Device, snapshot: DeviceSnapshot) -> ImageFacts:
     )
 
 
-#: Parts of the configuration space that may differ: what the guest writes, and what is of the moment. (from, to)
+#: Parts of the configuration space that may differ: what the guest writes, and what changes by itself. (from, to)
 _MAY_DIFFER = {
     VIRTIO_ID_BLOCK: [(VIRTIO_BLK_CONFIG.offsets["wce"], VIRTIO_BLK_CONFIG.offsets["unused"])],
     VIRTIO_ID_NET: [(VIRTIO_NET_CONFIG.offsets["status"], VIRTIO_NET_CONFIG.offsets["max_virtqueue_pairs"])],
@@ -53,7 +53,7 @@ def _shown(config: bytes | bytearray, at: int) -> str:
 
 
 def _check_config(snapshot: DeviceSnapshot, device: Device) -> None:
-    """A guest does not read again what it read when it was started: capacity, queues, addresses."""
+    """Refuse a difference in what a guest reads only when it starts: capacity, queues, addresses."""
     ours, theirs = bytearray(device.read_config()), bytearray(snapshot.config)
     for at, data in guest_written(snapshot):
         if ours[at : at + len(data)] != data and Capability.CONFIG_WRITE not in device.capabilities:
@@ -70,9 +70,9 @@ def _check_config(snapshot: DeviceSnapshot, device: Device) -> None:
 
 
 def check_memory(facts: ImageFacts, device: Device, guest: Sequence[MemoryRegion] = ()) -> None:
-    """Raise `SnapshotError` unless ``device`` has all rings mapped, and all that the regions of ``guest`` cover.
+    """Raise `SnapshotError` unless ``device`` has all rings mapped, and all memory in the regions of ``guest``.
 
-    A device that lacks some of it would fail at its first request, or, on some hardware, without a word.
+    A device that lacks some of it would fail at its first request, or, on some hardware, silently.
     """
     for index, queue in facts.snapshot.queues.items():
         for begin, size in queue.setup.parts(packed=bool(facts.snapshot.features >> VIRTIO_F_RING_PACKED & 1)):
@@ -84,7 +84,7 @@ def check_memory(facts: ImageFacts, device: Device, guest: Sequence[MemoryRegion
 
 
 def _gap(regions: Iterable[MemoryRegion], begin: int, size: int, address_space: int) -> tuple[int, int] | None:
-    """The first (address, size) of the range that no region has; None where all of it is mapped."""
+    """The first (address, size) of the range that no region has; None if all of it is mapped."""
     end = begin + size
     for region in sorted(regions, key=lambda each: each.guest_address):
         if region.address_space == address_space and region.guest_address <= begin:
@@ -97,12 +97,12 @@ def _refuse_memory(device: Device, what: str) -> None:
 
 
 def check_fits(facts: ImageFacts, device: Device, accept: Set[Loss] = frozenset()) -> None:
-    """Raise `SnapshotError`, `FeatureError`, `StateError` or `MissingCapability` where ``device`` cannot go on from
-    ``facts``, `StateWouldBeLost` where it could only without state that the guest relies on."""
+    """Raise `SnapshotError`, `FeatureError`, `StateError` or `MissingCapability` if ``device`` cannot continue
+    from ``facts``, `StateWouldBeLost` if it could only without state that the guest relies on."""
     snapshot = facts.snapshot
     check_snapshot(device, snapshot)
     losses = unwelcome(snapshot.device_id, snapshot.features, facts.has_state, device)
-    require_accepted("load", device, losses, accept, "it does not come along")
+    require_accepted("load", device, losses, accept, "it is not carried over")
     whole = device.identity.config_size_bytes
     if len(snapshot.config) == whole and whole:
         _check_config(snapshot, device)

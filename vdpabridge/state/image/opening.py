@@ -14,8 +14,7 @@ __all__ = ["open_image"]
 def open_image(path: str, limits: Limits) -> int:
     """A descriptor to read the image at ``path`` from (``-``: standard input), owned by the caller.
 
-    A FIFO that nobody writes to is waited for, within ``limits``. Raises `VdpaBridgeError`, `DeadlineExceeded`,
-    `Cancelled`.
+    Waits within ``limits`` for a process to write to a FIFO. Raises `VdpaBridgeError`, `DeadlineExceeded`, `Cancelled`.
     """
     try:
         if path == "-":

@@ -1,4 +1,4 @@
-"""Reading a state image, as `IMAGE.md` specifies it, and refusing whatever is none.
+"""Reads a state image, as `IMAGE.md` specifies it, and refuses everything else.
 
 Reading needs memory for one part at a time, whatever the size of the device's state.
 """
@@ -48,7 +48,7 @@ _STARTED = {STATUS_CONFIGURED: False, STATUS_STARTED: True}
 
 
 class ImageError(VdpaBridgeError):
-    """What is no image, or a damaged one. ``offset`` is where in the stream that was found."""
+    """Something that is not an image, or a damaged one. ``offset`` is the place in the stream."""
 
     def __init__(self, why: str, offset: int) -> None:
         super().__init__("state image", why=f"at byte {offset}: {why}", hint="nothing of it was given to the device")
@@ -58,7 +58,7 @@ class ImageError(VdpaBridgeError):
 class ImageReader:
     """Reads one image by ``read``, which gives as many bytes as asked for, fewer only at the end of the stream.
 
-    `state` gives the device's state as it comes: only when it has come to its end is the image known to be whole.
+    `state` gives the device's state as it comes. Only after its end is the image known to be whole.
     """
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
@@ -70,7 +70,7 @@ class ImageReader:
         self._parts = 0
         self._state_bytes = 0
         self.digest = b""
-        """Of an image that was read to its end."""
+        """The digest of an image that was read to its end."""
         self._check_header()
         self._next = self._part()
         self.facts = self._facts()
@@ -94,7 +94,9 @@ class ImageReader:
         if magic != HEADER_MAGIC:
             raise self._error("it does not begin as an image does")
         if compatible > VERSION or version < compatible or reserved:
-            raise self._error(f"version {version}, readable from {compatible} on, and this is {VERSION}")
+            raise self._error(
+                f"version {version}, readable from version {compatible} on, and this program has {VERSION}"
+            )
 
     def _part(self) -> tuple[PartType, bytes, bytes]:
         """The next part of a known type: type, selector, value. The end's value lacks the digest."""
@@ -129,7 +131,9 @@ class ImageReader:
             raise self._error(f"a part {kind.name} that is out of order")
         parts, state_bytes, _ = END.unpack(value + bytes(DIGEST_BYTES))
         if (parts, state_bytes) != (self._parts, self._state_bytes):
-            raise self._error(f"{parts} parts and {state_bytes} bytes of state are said to be in it, and are not")
+            raise self._error(
+                f"it says that it has {parts} parts and {state_bytes} bytes of state, and does not have them"
+            )
         computed = self._digest.digest()
         if self._take(DIGEST_BYTES) != computed:
             raise self._error("the digest is wrong: it was damaged")
@@ -216,6 +220,6 @@ class ImageReader:
         size, _, enabled, reserved, desc, driver, device = VQ_CFG.unpack(setup)
         word, packed = VQ_POSITION.unpack(position)
         if enabled > 1 or reserved or packed > 1 or not size or (not packed and word > 0xFFFF):
-            raise self._error("a queue that cannot be")
+            raise self._error("an invalid queue")
         base = decode_base(word, packed=bool(packed))
         return QueueSnapshot(QueueSetup(size, desc, driver, device), base, bool(enabled))

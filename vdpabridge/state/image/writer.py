@@ -1,4 +1,4 @@
-"""The state image: a device between two places, as a stream. `IMAGE.md` is its specification; this writes it.
+"""Writes the state image of a device, as a stream. `IMAGE.md` specifies it.
 
 Writing needs memory for one part at a time, whatever the size of the device's state.
 """
@@ -42,11 +42,11 @@ _NO_VECTOR = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What an image says of a device, beside the device's own state."""
+    """What an image says about a device, beside the device's own state."""
 
     snapshot: DeviceSnapshot
     offered_features: int | None
-    """None where the image does not tell."""
+    """None if the image does not have them."""
     queue_count: int
     queue_size_max: int
     has_state: bool
@@ -66,7 +66,7 @@ class ImageWriter:
         self._pieces = 0
 
     def close(self) -> None:
-        """End what hashing takes. Idempotent."""
+        """End the thread that hashes. Idempotent."""
         self._digest.close()
 
     def __enter__(self) -> Self:
@@ -76,9 +76,9 @@ class ImageWriter:
         self.close()
 
     def state(self, data: memoryview) -> None:
-        """The next piece of device state, of any size. An empty one is nothing.
+        """Write the next piece of device state, of any size. Ignores an empty one.
 
-        It is being hashed until the next piece was taken in, or `end` returns: do not change it before.
+        The piece is still hashed until the call for the next piece, or `end`, returns: do not change it before.
         """
         for at in range(0, len(data), PART_VALUE_BYTES_MAX):
             piece = data[at : at + PART_VALUE_BYTES_MAX]
@@ -87,7 +87,7 @@ class ImageWriter:
             self._state_bytes += len(piece)
 
     def end(self) -> bytes:
-        """The end; returns the digest."""
+        """Write the end; returns the digest."""
         head = PART_HEADER.pack(PartType.END, 0, 0, _NO_SELECTOR, END.size_bytes)
         counts = END.pack(self._parts, self._state_bytes, bytes(DIGEST_BYTES))[:-DIGEST_BYTES]
         self._put(head + counts)

@@ -1,8 +1,7 @@
-"""Save, load and migrate, over any driver: all or nothing, and never both running or neither.
+"""Save, load and migrate, with any driver: all or nothing, and never with both devices running, or neither.
 
-Each checks what can be checked before it touches anything, and puts back what it has done where a step fails. Where a
-device does not answer while that is done, nobody can know what it does: then the other stays stopped, and the error
-says so.
+Each checks what can be checked before it touches anything. If a step fails, it undoes what it has done. If a device
+does not answer during that, it is not known what that device does: then the other stays stopped, and the error says so.
 """
 
 from ..losses import Loss, StateWouldBeLost

@@ -1,4 +1,4 @@
-"""Load: a device brought to where an image was taken."""
+"""Load: bring a device to where an image was taken."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["load", "load_state", "verify"]
 
 
 def verify(source: int, limits: Limits, device: Device | None = None, *, accept: Set[Loss] = frozenset()) -> ImageFacts:
-    """Read the image in ``source`` (borrowed) to its end; with ``device``, see whether it would take it.
+    """Read the image in ``source`` (borrowed) to its end; with ``device``, check whether it would accept it.
 
-    Raises `ImageError` for one that is damaged, `SnapshotError` or `FeatureError` for one that does not fit.
+    Raises `ImageError` if the image is damaged, `SnapshotError` or `FeatureError` if it does not fit.
     """
     reader = ImageReader(reading(source, limits))
     for _ in reader.state():
@@ -45,13 +45,13 @@ def load(
     start: bool | None = None,
     accept: Set[Loss] = frozenset(),
 ) -> Report:
-    """Bring reset ``device`` to where the image in ``source`` (borrowed) was taken.
+    """Bring the reset ``device`` to where the image in ``source`` (borrowed) was taken.
 
-    ``start``: whether it is started there; None for a device that was at work when it was saved. ``accept``: what of
-    its state it may lack.
+    ``start``: whether to start it there; None: if the image was saved from a device at work. ``accept``: which state
+    the device may lack.
 
-    The image is read and verified to its end before the device sees anything of it. The guest's memory is the
-    caller's to map before, the eventfds are those of this process. Raises `ImageError`, `SnapshotError`,
+    The image is read and verified to its end before the device sees anything of it. The caller maps the guest's memory
+    before; the eventfds are those of this process. Raises `ImageError`, `SnapshotError`,
     `FeatureError`, `StateError`, `StateWouldBeLost` before the device was touched; `ProcedureFailed` after that, and
     the device is reset.
     """
@@ -59,9 +59,9 @@ def load(
 
 
 def load_state(device: Device, source: int, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
-    """Give reset ``device`` its own state out of the image in ``source`` (borrowed), and nothing else of it.
+    """Give the reset ``device`` its own state from the image in ``source`` (borrowed), and nothing else of it.
 
-    For a device whose features and queues somebody else sets up, as a front-end does. Raises as `load` does.
+    For a device whose features and queues a front-end sets up. Raises as `load` does.
     """
     return _load(device, source, limits, None, start=False, accept=accept)
 

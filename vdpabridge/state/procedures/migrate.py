@@ -1,4 +1,4 @@
-"""Migrate: one device goes on where another stops."""
+"""Migrate: one device continues where another stops."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["migrate"]
 
 
 def migrate(source: Device, destination: Device, limits: Limits, *, accept: Set[Loss] = frozenset()) -> Report:
-    """Have ``destination``, which is reset and has the guest's memory mapped, work on where ``source`` stops.
+    """Make ``destination``, which is reset and has the guest's memory mapped, continue where ``source`` stops.
 
-    A source that was never started leaves a destination that is not either. ``accept``: what of its state may be lost.
+    If the source was never started, the destination is not started either. ``accept``: which state may be lost.
 
-    What can be done before the source is suspended is done before: a destination without a state of its own is set up,
-    short of its queues' positions. The source's eventfds become the destination's. Where a step fails the destination
-    is reset and the source resumes.
+    If the source has no state of its own, the destination is set up, except for its queues' positions, before the
+    source is suspended. The source's eventfds become the destination's. If a step fails, the destination is reset and
+    the source resumes.
 
     Raises `StateError`, `MissingCapability`, `SnapshotError`, `FeatureError` or `StateWouldBeLost` before anything was
     done; `ProcedureFailed` after that, which says which of the two runs.
@@ -64,7 +64,7 @@ def _move(
             _set_up(destination, source, snapshot, eventfds)
     with report.step("place"):
         place(destination, snapshot, eventfds)
-    # no signal between a device that starts and our knowing of it, nor before the other one is out of the way
+    # no signal between the start of a device and the record of it, nor before the source was reset
     with uninterrupted():
         if snapshot.started:
             start_from(destination, snapshot, transaction)

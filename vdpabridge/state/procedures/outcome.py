@@ -1,4 +1,4 @@
-"""How a procedure that failed has left things: what runs, how that is known, and what to do."""
+"""The situation after a procedure that failed: what runs, how that is known, and what to do."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..snapshot import DeviceSnapshot
 
 __all__ = ["NOTHING", "UNKNOWN", "Advice", "Outcome", "ProcedureFailed"]
 
-#: What `ProcedureFailed.running` says where no device runs, and begins with where that is not known.
+#: What `ProcedureFailed.running` says if no device runs, and what it begins with if that is not known.
 NOTHING, UNKNOWN = "nothing", "not known"
 
 
 class Advice(Enum):
-    """What to do after a failure. Each is safe whatever else is true: none can have two devices run."""
+    """What to do after a failure. Each is safe in every case: none can make two devices run."""
 
-    AGAIN = "nothing was lost; mend the cause, and do it again"
-    OTHER_DESTINATION = "nothing was lost; mend the cause, reset the destination or take another, and do it again"
-    DONE = "it was done before that; nothing is to be put right"
+    AGAIN = "nothing was lost; fix the cause, and do it again"
+    OTHER_DESTINATION = "nothing was lost; fix the cause, reset the destination or take another, and do it again"
+    DONE = "it was done before that; nothing has to be undone"
     AS_BEFORE = "it is as it was before"
     ANOTHER = "the device has not started; another can be given the image"
     RESUME = "its queues stand where they stood: resume it"
@@ -32,17 +32,17 @@ class Advice(Enum):
 
 
 class Outcome(NamedTuple):
-    """What a failed procedure has left."""
+    """What runs after a failed procedure, and what to do."""
 
     running: str
     advice: Advice
 
 
 class ProcedureFailed(VdpaBridgeError):
-    """A procedure that did not come to its end.
+    """A procedure that failed.
 
-    ``report`` has its steps and those of going back; ``running`` is the device that is at work now, ``nothing``, or
-    ``not known: …`` where that could not be proved; ``advice`` says what to do, for programs (`Advice`) and in words.
+    ``report`` has its steps and those that undid it; ``running`` is the device that is at work now, ``nothing``, or
+    ``not known: …`` if that could not be proved; ``advice`` says what to do, for programs (`Advice`) and in words.
     ``snapshot`` has the queues' positions, if they were known.
     """
 

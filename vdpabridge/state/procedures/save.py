@@ -24,7 +24,7 @@ def save(
     """Write the image of ``device`` to ``sink`` (borrowed).
 
     A running device is suspended for it. It resumes afterwards (unless ``stay_suspended``), and always if saving fails.
-    ``accept``: what of its state may be missing in the image. Raises `StateError`, `MissingCapability` or
+    ``accept``: which state may be missing in the image. Raises `StateError`, `MissingCapability` or
     `StateWouldBeLost` before anything was done, `ProcedureFailed` after that.
     """
     transaction = begin(device, "save", accept)
@@ -39,9 +39,9 @@ def save(
 def save_file(
     device: Device, path: str, limits: Limits, *, stay_suspended: bool = False, accept: Set[Loss] = frozenset()
 ) -> Report:
-    """Save to file ``path``, which is there whole or, where this raises, as it was before; raises as `save` does.
+    """Save to file ``path``, which then is complete, or as it was before if this raises; raises as `save` does.
 
-    Only when the file is safe does the device resume: where only that fails, the error says so, and the file is there.
+    The device resumes only when the file is safe. If only that fails, the error says so, and the file is there.
     """
     transaction = begin(device, "save", accept)
     with transaction:

@@ -15,7 +15,7 @@ __all__ = ["begin", "start_from", "suspend"]
 
 
 def begin(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Transaction:
-    """What puts things right if ``what`` fails; raises where ``device`` is in no state to be saved."""
+    """The transaction that undoes ``what`` if it fails; raises if ``device`` cannot be saved now."""
     if device.state not in (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED):
         legal = (RunState.CONFIGURED.value, RunState.RUNNING.value, RunState.SUSPENDED.value)
         raise StateError(device.name, what, device.state.value, legal)
@@ -26,7 +26,7 @@ def begin(device: Device, what: str, accept: Set[Loss], destination: Device | No
     if device.state is not RunState.CONFIGURED:
         needed = [Capability.SUSPEND] if device.state is RunState.RUNNING else []
         if Capability.DEVICE_STATE in device.capabilities:
-            # to go back by reset and replay, it would have to give and take its state at the worst of times
+            # without RESUME, undoing takes a reset and replay: the device would have to give and take its state then
             needed.append(Capability.RESUME)
         for capability in needed:
             if capability not in device.capabilities:
@@ -42,7 +42,7 @@ def start_from(device: Device, snapshot: DeviceSnapshot, transaction: Transactio
 
 
 def suspend(device: Device, transaction: Transaction) -> DeviceSnapshot:
-    """Where ``device`` stands, stopped."""
+    """Suspend ``device`` if it runs; returns where it stands."""
     if device.state is RunState.RUNNING:
         with transaction.report.step("suspend"), transaction.report.watching(device):
             transaction.suspending = True

@@ -1,7 +1,7 @@
-"""Going back: what a procedure that failed puts right, in an order that never lets two devices run.
+"""Undoes a procedure that failed, in an order that never lets two devices run.
 
-What runs is claimed from proof only: that a device answered, that its queues were stopped, that its process has ended,
-or that the guest's rings show no work. An error of a request is no proof of anything.
+It says what runs only with proof: that a device answered, that its queues were stopped, that its process has ended, or
+that the guest's rings show no work. An error of a request does not prove anything.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .witness import Evidence, Witness
 
 __all__ = ["GRACE_S", "Transaction"]
 
-#: For a device that has no deadline of its own: whoever goes back has waited long enough already.
+#: The deadline for a device that has none of its own: the caller has waited long enough already.
 GRACE_S = 30.0
 
 
 class Transaction:
-    """A context in which a procedure works; where its body raises, everything goes back.
+    """A context for a procedure; if its body raises, everything is undone.
 
-    ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. An error
-    comes out as `ProcedureFailed`; an interruption (KeyboardInterrupt, SystemExit) as it is, with a note that says what
-    a `ProcedureFailed` would, and its attributes. Signals that come while things are put right wait until that is done.
+    ``source`` is the device that was at work, ``destination`` the one that is to be; either may be missing. An error is
+    raised as `ProcedureFailed`; an interruption (KeyboardInterrupt, SystemExit) as it is, with a note that says what a
+    `ProcedureFailed` would, and its attributes. Signals that come during the undoing wait until that is done.
     """
 
     def __init__(self, what: str, source: Device | None, destination: Device | None) -> None:
@@ -51,7 +51,7 @@ class Transaction:
         """How it has ended, once that is known."""
 
     def __enter__(self) -> Self:
-        # also a signal that comes as `__exit__` begins must not keep it from being done
+        # a signal that comes as `__exit__` begins must not keep it from running
         self._deferral = Deferral(Transaction.__exit__)
         try:
             self._deferral.install()
@@ -74,16 +74,16 @@ class Transaction:
                 raise failed from error
         except BaseException as interruption:
             if interruption is not failed:
-                # it came meanwhile, and says nothing of how this has ended
+                # it came meanwhile, and does not say how this has ended
                 self._tell(interruption, self._outcome_now())
             raise
 
     def _outcome_now(self) -> Outcome:
-        """How it has ended, as far as that is known: something has interrupted putting things right, too."""
+        """How it has ended, as far as that is known: the undoing was interrupted, too."""
         if self._outcome is not None or self._done:
             return self._after_the_end()
         names = " and ".join(device.name for device in (self._source, self._destination) if device is not None)
-        return Outcome(f"{UNKNOWN}: what {names} did was being put right when that was interrupted", Advice.END)
+        return Outcome(f"{UNKNOWN}: undoing what {names} did was interrupted", Advice.END)
 
     def _let_go(self) -> None:
         try:
@@ -93,7 +93,7 @@ class Transaction:
             self._deferral.end()
 
     def _conclude(self, error: BaseException) -> ProcedureFailed | None:
-        """Go back. The error that is to be raised; None where ``error`` itself is."""
+        """Undo the procedure. Returns the error to raise; None if that is ``error`` itself."""
         outcome = self._outcome = self._after_the_end() if self._done else self._go_back(error)
         if isinstance(error, Exception):
             return self._failed(error, outcome)
@@ -101,13 +101,13 @@ class Transaction:
         return None
 
     def _tell(self, interruption: BaseException, outcome: Outcome) -> None:
-        """Have ``interruption`` say what a `ProcedureFailed` would."""
+        """Make ``interruption`` say what a `ProcedureFailed` would."""
         interruption.add_note(f"{self._what}: {described(outcome)}")
         told = {"running": outcome.running, "advice": outcome.advice, "snapshot": self.snapshot, "report": self.report}
         interruption.__dict__.update(told)
 
     def expect_work(self, device: Device, snapshot: DeviceSnapshot) -> None:
-        """``device`` is about to be told to work on from ``snapshot``: from now on the guest's rings are watched."""
+        """``device`` is about to be told to continue from ``snapshot``: from now on the guest's rings are watched."""
         if self._witness is None:
             self._witness = Witness(snapshot, device.regions)
 
@@ -118,7 +118,7 @@ class Transaction:
         self._starting = True
 
     def resume_source(self, name: str) -> None:
-        """Let the source resume, if it was at work: the last step. Raises `ProcedureFailed`."""
+        """Resume the source, if it was at work: the last step. Raises `ProcedureFailed`."""
         if self._source is not None and self._was_running:
             with uninterrupted(), with_a_deadline(self._source):
                 error, outcome = self._resume(self._source, name)
@@ -129,8 +129,8 @@ class Transaction:
                 raise self._failed(error, outcome, f"{self._what} is done, but not {name}") from error
 
     def commit(self) -> None:
-        """The destination is where it ought to be: nothing is put back any more, and the source, whatever becomes of
-        it, must not run. How that went is in the report only."""
+        """The destination is where it ought to be. Nothing is undone any more, and the source must not run: it is
+        reset. Whether that succeeded is only in the report."""
         self._done = True
         if self._source is not None:
             with with_a_deadline(self._source):
@@ -141,7 +141,7 @@ class Transaction:
         try:
             with self.report.step(name):
                 act()
-        except Exception as error:  # noqa: BLE001  # one step of going back must not keep the others from being done
+        except Exception as error:  # noqa: BLE001  # a step that fails must not keep the others from being done
             return error
         return None
 
@@ -172,10 +172,10 @@ class Transaction:
             return self._bring_back(self._source, cause)
 
     def _stop(self, destination: Device) -> Outcome | None:
-        """See to it that ``destination`` does nothing more; why the source must not resume, if so."""
+        """Stop ``destination``. Returns why the source must not resume; None if it may."""
         name = destination.name
         error = self.try_step("undo: reset the destination", destination.reset)
-        # who was not told to start has nothing to do it with
+        # a device that was not told to start cannot have worked
         if not self._starting:
             return None
         if error is not None:
@@ -184,12 +184,14 @@ class Transaction:
             if stopped != [True]:
                 return Outcome(f"{UNKNOWN}: {name} does not answer, and may have started", Advice.END)
         if (seen := self._evidence()) is not Evidence.NONE:
-            running = f"{NOTHING}: {name} has, or may have, begun to work, which would be done again ({seen.value})"
+            running = (
+                f"{NOTHING}: {name} has, or may have, begun to work; the source would do that work again ({seen.value})"
+            )
             return Outcome(running, Advice.RESET)
         return None
 
     def _evidence(self) -> Evidence:
-        """Of work since the snapshot; nobody was there to do any before the rings were watched."""
+        """Evidence of work since the snapshot. Before the rings were watched, no device could do any."""
         return Evidence.NONE if self._witness is None else self._witness.evidence()
 
     def _bring_back(self, source: Device, cause: BaseException) -> Outcome:
@@ -202,7 +204,7 @@ class Transaction:
             self.try_step("undo: abandon the transfer", source.abandon_state)
         if not self._was_running:
             return Outcome(f"{NOTHING}: {source.name} is {source.state.value}", Advice.AS_BEFORE)
-        # a suspend that failed late may have stopped some queues, or all, and not said so
+        # a suspend that failed late may have stopped some or all queues without saying so
         if source.state is RunState.RUNNING:
             error = self.try_step("undo: end the suspend", source.suspend)
             if getattr(error, "nothing_done", False):
@@ -212,7 +214,7 @@ class Transaction:
         return self._resume(source, "undo: resume")[1]
 
     def _resume(self, source: Device, name: str) -> tuple[Exception | None, Outcome]:
-        """What went wrong, if anything, and what runs after it."""
+        """Resume ``source``. Returns what went wrong, if anything, and what runs after it."""
         error = self.try_step(name, lambda: self._watch_and_resume(source))
         if error is None:
             return None, self._runs(source)
@@ -228,14 +230,14 @@ class Transaction:
         resume(source)
 
     def _unanswered(self, source: Device, what: str) -> Outcome:
-        """``source`` is taken for one that runs, without proof."""
+        """``source`` is assumed to run, without proof."""
         if source.state is RunState.FAILED:
             return self._of_failed(source)
         return Outcome(f"{UNKNOWN}: {source.name} does not answer; it {what}", Advice.SUSPEND)
 
     def _of_failed(self, source: Device) -> Outcome:
         if not source.is_idle():
-            # nothing else is left for it, and where it succeeds it is proof
+            # nothing else can stop it, and a reset that succeeds is proof
             self.try_step("undo: reset the source, which failed", source.reset)
         if not source.is_idle():
             why = f"{source.name} failed: {source.failure}; whether it has stopped is not certain"
@@ -243,7 +245,7 @@ class Transaction:
         return self._stands_still(source, f"{source.name} failed: {source.failure}")
 
     def _stands_still(self, source: Device, why: str) -> Outcome:
-        """``source`` is certain not to run."""
+        """It is certain that ``source`` does not run."""
         running = f"{NOTHING}: {why}"
         if self.snapshot is None or self._evidence() is not Evidence.NONE:
             # where its queues stand is not known
@@ -260,7 +262,7 @@ class Transaction:
 
 @contextmanager
 def with_a_deadline(device: Device) -> Iterator[None]:
-    """Let ``device`` have a deadline, whatever its own is."""
+    """Give ``device`` a deadline, if it has none of its own."""
     if device.timeout_s is not None:
         yield
         return

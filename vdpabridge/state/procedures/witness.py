@@ -1,4 +1,4 @@
-"""What a queue says of work: it lies in the guest's memory, and outlives whoever wrote there."""
+"""What a queue shows of a device's work: it lies in the guest's memory, and outlives the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOTH = _AVAIL | _USED
 
 
 class Evidence(Enum):
-    """What is known of the work that was done since a snapshot."""
+    """What is known about work that was done since a snapshot."""
 
     NONE = "no request was answered"
     WORK = "a request was answered"
@@ -35,7 +35,7 @@ class Witness:
         self._regions: list[MemoryRegion] = []
         try:
             for region in regions:
-                # its own, as the device that has them may be closed before this is asked
+                # duplicates: the device that has the descriptors may be closed before this is asked
                 self._regions.append(replace(region, fd=os.dup(region.fd)))
             self._before = [self._look(queue) for queue in self._queues]
         except BaseException:
@@ -43,7 +43,7 @@ class Witness:
             raise
 
     def evidence(self) -> Evidence:
-        """What the queues say now. Work that was seen on one counts, whatever the others say."""
+        """What the queues show now. Work on one queue counts, whatever the others show."""
         pairs = [(queue, before, self._look(queue)) for queue, before in zip(self._queues, self._before, strict=True)]
         if any(_tells_of_work(*pair) for pair in pairs):
             return Evidence.WORK
@@ -51,13 +51,13 @@ class Witness:
         return Evidence.UNREADABLE if unreadable else Evidence.NONE
 
     def close(self) -> None:
-        """Let go of the memory. Idempotent."""
+        """Close the descriptors. Idempotent."""
         regions, self._regions = self._regions, []
         for region in regions:
             os.close(region.fd)
 
     def _look(self, queue: QueueSnapshot) -> bytes | None:
-        """What an answer on ``queue`` changes; None where it cannot be read."""
+        """What an answer on ``queue`` changes; None if it cannot be read."""
         address, size = _telling_part(queue)
         for region in self._regions:
             at = address - region.guest_address
@@ -71,8 +71,8 @@ class Witness:
 
 
 def _telling_part(queue: QueueSnapshot) -> tuple[int, int]:
-    """(address, bytes) of what shows an answer: of a split ring the used index, which the device alone writes; of a
-    packed one all descriptors, whose flags are written by both sides.
+    """(address, bytes) of what shows an answer: in a split ring the used index, which only the device writes; in a
+    packed ring all descriptors, whose flags both sides write.
 
     Source: VIRTIO 1.4, 2.7.8 and 2.8.1.
     """
@@ -96,10 +96,10 @@ def _bits(descriptors: bytes) -> list[int]:
 
 
 def _made_by_the_guest(base: PackedBase, before: list[int], now: list[int]) -> bool:
-    """Whether the guest alone can have come from the flags ``before`` to those of ``now``: it makes the free
-    descriptors available, one after the other from the available index on, and touches no other.
+    """Whether the guest alone can have changed the flags from ``before`` to ``now``: it makes the free descriptors
+    available, one after the other from the available index on, and touches no others.
 
-    After more than one round of the whole ring some rings look as before; nothing tells that from no work.
+    After more than one round of the whole ring some rings look as before; that cannot be told from no work.
     """
     size = len(now)
     full = (base.avail_index, base.avail_wrap) != (base.used_index, base.used_wrap)

@@ -1,1 +1,1 @@
-"""Device state on its way: pipes and files with limits, from and to a device."""
+"""The transfer of device state: pipes and files with limits, from and to a device."""

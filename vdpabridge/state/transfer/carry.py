@@ -1,4 +1,4 @@
-"""The device's own state on its way: from a device into an image, from a spool into a device, from one to another."""
+"""Carries a device's own state: from a device into an image, from a spool into a device, from one to another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPOOL_BYTES = 16 << 20
 
 
 def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Report) -> None:
-    """Device state into the image, piece by piece: hashing takes the bytes through this process, once."""
+    """Write the device's state into the image, piece by piece. Hashing takes the bytes through this process, once."""
     report.copied_by = READ_AND_WRITE
     fd = _save_fd(device)
     try:
@@ -35,7 +35,7 @@ def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Repo
             report.state_bytes += count
             limits.check(report.state_bytes)
             filled += count
-            # full parts, so that equal state makes equal images however it came
+            # full parts, so that equal state makes equal images, whatever pieces came
             if filled == len(buffer):
                 writer.state(buffer)
                 buffer, other, filled = other, buffer, 0
@@ -45,7 +45,7 @@ def read_state(device: Device, writer: ImageWriter, limits: Limits, report: Repo
 
 
 def write_state(device: Device, spool: int, limits: Limits, report: Report) -> None:
-    """The state in ``spool`` (borrowed) into ``device``; what became of it `Device.check_state` tells."""
+    """Write the state in ``spool`` (borrowed) into ``device``; `Device.check_state` tells whether that succeeded."""
     fd = _load_fd(device)
     try:
         enlarge(fd)
@@ -57,7 +57,7 @@ def write_state(device: Device, spool: int, limits: Limits, report: Report) -> N
 
 
 def carry_state(source: Device, destination: Device, limits: Limits, report: Report) -> None:
-    """Device state from one to the other, through the kernel alone where it can."""
+    """Carry device state from one device to the other, through the kernel alone if it can."""
     reader = _save_fd(source)
     try:
         writer = _load_fd(destination)
@@ -84,7 +84,7 @@ def _own_words(device: Device) -> Iterator[None]:
 
 
 def spool_state(reader: ImageReader, limits: Limits, report: Report) -> int:
-    """The device's state out of an image, verified, in a file of its own, owned by the caller."""
+    """The device's state from an image, verified, in a file of its own that the caller owns."""
 
     def pieces() -> Iterator[bytes | memoryview]:
         for piece in reader.state():
@@ -112,7 +112,7 @@ def keep_state(device: Device, limits: Limits) -> int:
 
 
 def _pieces(fd: int, limits: Limits) -> Iterator[memoryview]:
-    """What comes out of ``fd`` (borrowed) until its end; each is good until the next."""
+    """What comes out of ``fd`` (borrowed) until its end; each is valid until the next."""
     buffer = memoryview(bytearray(PART_VALUE_BYTES_MAX))
     done = 0
     while count := read_some(fd, buffer, limits):
@@ -149,7 +149,7 @@ def _to_disk(spool: int, limits: Limits) -> int:
     except DeadlineExceeded:
         raise
     except OSError as error:
-        why, hint = os.strerror(error.errno or 0), "TMPDIR says where"
+        why, hint = os.strerror(error.errno or 0), "the environment variable TMPDIR says where"
         raise VdpaBridgeError("spool the state", why=why, hint=hint) from error
 
 
@@ -176,7 +176,7 @@ def _load_fd(device: Device) -> int:
 
 
 def _begin(device: Device, direction: StateDirection, fd: int) -> int | None:
-    """Begin a transfer through ``fd``, which is taken."""
+    """Begin a transfer through ``fd``; takes ownership of it."""
     try:
         return device.set_state_fd(direction, StatePhase.STOPPED, os.dup(fd))
     finally:
@@ -184,7 +184,7 @@ def _begin(device: Device, direction: StateDirection, fd: int) -> int | None:
 
 
 def _other(ours: int, instead: int | None) -> int:
-    """The device's own descriptor in the place of our end, where it gave one."""
+    """The device's own descriptor if it gave one (``ours`` is closed then), otherwise ``ours``."""
     if instead is not None:
         os.close(ours)
         return instead

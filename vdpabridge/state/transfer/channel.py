@@ -1,4 +1,4 @@
-"""Bytes from one descriptor to another: through the kernel where it can, with a limit, a deadline and a way out."""
+"""Moves bytes between descriptors, by the kernel alone if it can, with a limit, a deadline and a way to cancel."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ __all__ = [
 
 READ_AND_WRITE = "read and write"
 
-#: What an unprivileged process may make of a pipe; the default is 64 KiB.
+#: The largest pipe that an unprivileged process may make; the default is 64 KiB.
 PIPE_BYTES = 1 << 20
-#: What is moved at a time.
+#: How much is moved at a time.
 STEP_BYTES = 1 << 20
-#: No RWF_NOWAIT for this descriptor: pipes have it from Linux 6.4 on, FIFOs with a name have not.
+#: No RWF_NOWAIT for this descriptor: pipes have it from Linux 6.4 on, FIFOs with a name do not.
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL)
-#: The kernel does not do it for this pair of descriptors: the next method is tried.
+#: The kernel cannot do it for this pair of descriptors: try the next method.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EBADF)
 
 
 class ChannelError(VdpaBridgeError):
-    """Bytes that did not get through: too many of them, or one of the two ends has failed."""
+    """A transfer that failed: too many bytes came, or one of the two ends failed."""
 
 
 class Cancelled(ChannelError):
-    """Somebody wanted it to end."""
+    """The transfer was cancelled."""
 
 
 @dataclass(slots=True)
 class Limits:
-    """What bounds a transfer. ``cancel_fd`` (borrowed) becomes readable where it is to end."""
+    """What bounds a transfer. ``cancel_fd`` (borrowed) becomes readable when the transfer is to end."""
 
     deadline: Deadline
     size_bytes: int | None = None
@@ -73,12 +73,12 @@ class Limits:
 
 
 def enlarge(fd: int) -> None:
-    """Make pipe ``fd`` (borrowed) as large as anybody may; what is no pipe is left alone."""
+    """Make pipe ``fd`` (borrowed) as large as an unprivileged process may; does nothing if it is not a pipe."""
     try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_BYTES:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     except PermissionError:
-        # this user has used up what all its pipes together may have: slower, and no reason to stop
+        # this user's pipes together have reached their limit: the transfer is slower, but works
         return
 
 
@@ -109,11 +109,11 @@ def write_all(fd: int, data: bytes | memoryview, limits: Limits) -> None:
 
 
 class Copied(NamedTuple):
-    """What a copy was."""
+    """The result of `copy`."""
 
     size_bytes: int
     copied_by: str
-    """The system call that moved the bytes; `READ_AND_WRITE` where they went through this process."""
+    """The system call that moved the bytes; `READ_AND_WRITE` if they went through this process."""
 
 
 def copy(source: int, sink: int, limits: Limits) -> Copied:
@@ -131,7 +131,7 @@ def copy(source: int, sink: int, limits: Limits) -> Copied:
             count = methods[0](source, sink) if methods else _by_buffer(source, sink, limits)
         except BlockingIOError:
             continue
-        except DeadlineExceeded:  # an OSError by birth, and none of the descriptors'
+        except DeadlineExceeded:  # a subclass of OSError, but not an error of the descriptors
             raise
         except OSError as error:
             if error.errno not in _UNABLE or not methods:
@@ -148,10 +148,10 @@ Way = Callable[[int, int], int]
 
 
 def _methods(source: int, sink: int) -> list[Way]:
-    """The methods in which the kernel may do it alone, best first."""
+    """The methods by which the kernel may copy alone, best first."""
     kinds = [os.fstat(fd).st_mode for fd in (source, sink)]
     if stat.S_ISSOCK(kinds[1]) and os.get_blocking(sink):
-        # the kernel would wait for room without us, and know of no deadline
+        # the kernel would wait for room, and does not know the deadline
         return []
     if any(stat.S_ISFIFO(kind) for kind in kinds):
         return [_splice]
@@ -183,13 +183,13 @@ def _by_buffer(source: int, sink: int, limits: Limits) -> int:
 
 
 def _write_what_fits(fd: int, data: memoryview) -> int:
-    """Write as much as ``fd``, which would make us wait for the rest, takes at once."""
+    """Write as much as ``fd`` takes at once; a plain write would block for the rest."""
     try:
         return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno not in _NO_NOWAIT:
             raise
-    # so much is written at once or not at all: see pipe(7)
+    # this many bytes are written at once or not at all: see pipe(7)
     return os.write(fd, data[: select.PIPE_BUF])
 
 
@@ -198,12 +198,12 @@ def _never_blocks(fd: int) -> bool:
 
 
 def wait(fd: int, events: int, limits: Limits) -> None:
-    """Until ``fd`` (borrowed) is ready, as regular files always are. Raises `DeadlineExceeded`, `Cancelled`."""
+    """Wait until ``fd`` (borrowed) is ready, as regular files always are. Raises `DeadlineExceeded`, `Cancelled`."""
     cancelling = {} if limits.cancel_fd is None else {limits.cancel_fd: select.POLLIN}
     ready = limits.deadline.wait({fd: events} | cancelling)
     if limits.cancel_fd in ready:
         raise Cancelled("transfer", why="it was cancelled")
-    # also where the descriptor is always ready
+    # the deadline also counts if the descriptor is always ready
     if not ready or limits.deadline.passed:
         why = f"not done within {limits.deadline.timeout_s:g} s"
         raise DeadlineExceeded("transfer", limits.deadline.timeout_s or 0, why=why, hint="the device is stuck or slow")

@@ -1,4 +1,4 @@
-"""Exactly as many bytes as asked for, out of a descriptor that gives what it has."""
+"""Reads exactly as many bytes as asked for, from a descriptor that may give fewer at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .channel import STEP_BYTES, ChannelError, Limits, read_some
 
 __all__ = ["reading"]
 
-#: What an image may have beside the device's state.
+#: How many bytes an image may have beside the device's state.
 _OVERHEAD_BYTES = 16 << 20
 
 
 def reading(source: int, limits: Limits) -> Callable[[int], bytes]:
-    """A function that reads so many bytes of ``source`` (borrowed), fewer only at its end; it may read ahead."""
+    """A function that reads a number of bytes of ``source`` (borrowed), fewer only at its end; it may read ahead."""
     buffered = bytearray()
     came = 0
     room = memoryview(bytearray(STEP_BYTES))
