@@ -1,4 +1,4 @@
-"""The waist: the one interface to a virtio device that another program's guest is using.
+"""The waist of the hourglass: the one interface to a virtio device that another program's guest is using.
 
 Drivers (`vdpabridge.drivers`) implement `Device`; exporters and procedures use it, and do not depend on any driver.
 """

@@ -132,7 +132,8 @@ def place(device: Device, snapshot: DeviceSnapshot, eventfds: Mapping[int, Queue
 
 
 def guest_written(snapshot: DeviceSnapshot) -> list[tuple[int, bytes]]:
-    """(offset, bytes) of what the guest may have written in the configuration space, which every device starts with.
+    """(offset, bytes) of what the guest may have written in the configuration space. A fresh device has its own values
+    there.
 
     Source: VIRTIO 1.4, 5.2.5 (a disk's ``writeback``); since VIRTIO 1.0 a guest may write no
     other field of a disk, network card or file system.

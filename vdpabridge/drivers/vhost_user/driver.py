@@ -160,8 +160,7 @@ class VhostUser(Device):
     def _check_features_ok(self, features: int) -> None:
         """Ask whether the device keeps FEATURES_OK, as QEMU does, if there is a status byte.
 
-        This never writes 0: some back-ends (DPDK) ignore that, others reset, and QEMU writes it whenever a guest is
-        stopped.
+        Only `_reset` writes 0: some back-ends (DPDK) ignore it, and others reset.
         """
         if not self._requests.has(ProtocolFeature.STATUS):
             return

@@ -54,8 +54,8 @@ class Groups:
         self._spaces.clear()
 
     def _of(self, index: int) -> set[int]:
-        """The groups of queue ``index``; mlx5 looks rings up in the space of their own group, even if DESC_ASID is not
-        accepted."""
+        """The groups of queue ``index``. mlx5 looks rings up in the space of their own group, even if DESC_ASID is not
+        accepted: a caller that leaves DESC_ASID out leaves the rings in space 0."""
         return {self.of_buffers(index), *([self.of_rings(index)] if self._rings_apart else [])}
 
     def _get(self, request: Ioctl, index: int) -> int:

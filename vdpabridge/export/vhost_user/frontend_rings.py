@@ -208,7 +208,8 @@ class FrontendRings:
         self._due = False
 
     def go_on(self) -> None:
-        """Continue after `suspend`, if every ring that was started is in memory (still, or again)."""
+        """Continue after `suspend`, if the place of every ring that was started is known. Whether that is in memory
+        `_advance` looks."""
         if all(ring.described for ring in self._rings.values() if ring.started):
             self._advance()
 

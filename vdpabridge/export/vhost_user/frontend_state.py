@@ -67,8 +67,10 @@ class FrontendState:
             raise
 
     def needs_fresh_device(self, kind: TransferKind, *, features_set: bool) -> bool:
-        """Whether to reset first what another front-end has left. State is loaded into a device without features; this
-        front-end sets them later, and they may differ."""
+        """Whether to reset the device first, because another front-end has left its features in it.
+
+        State is loaded into a device without features: this front-end sets them later, and they may differ.
+        """
         return (
             kind[0] is StateDirection.LOAD
             and not features_set
