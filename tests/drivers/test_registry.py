@@ -9,8 +9,7 @@ import pytest
 
 from vdpabridge.drivers.built_in import DRIVERS
 from vdpabridge.drivers.names import DeviceNameError
-from vdpabridge.drivers.opening import device_id_of, open_device
-from vdpabridge.drivers.registry import named
+from vdpabridge.drivers.opening import device_id_of, named, open_device
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import VdpaBridgeError
 

@@ -2,7 +2,7 @@
 
 pyroute2 is imported when a socket is opened, and only the parts that are used here: all of it takes a quarter of a
 second. Only what pyroute2 0.7.7 (Debian stable) and 0.9 have in common is used. The family answers in the
-initial namespace only.
+initial network namespace only.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from typing import Any, Self
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ..control.methods import control_server
 from ..device import Device
-from ..drivers.opening import device_id_of, open_device
-from ..drivers.registry import named
+from ..drivers.opening import device_id_of, named, open_device
 from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server
 from ..linux.deadline import Deadline
