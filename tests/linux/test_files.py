@@ -11,8 +11,10 @@ import threading
 import pytest
 
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
+from vdpabridge.linux.deadline import Deadline
 from vdpabridge.linux.files import replacing
 from vdpabridge.state.image.opening import open_image
+from vdpabridge.state.transfer.channel import Limits
 
 
 @pytest.fixture(params=["nameless", "named"])
@@ -161,9 +163,9 @@ def test_an_error_names_the_path_and_not_what_lies_beside_it(tmp_path, monkeypat
 
 def test_reading_an_image(tmp_path):
     with pytest.raises(VdpaBridgeError, match="x: read: No such file"):
-        open_image(str(tmp_path / "x"), 1)
+        open_image(str(tmp_path / "x"), Limits(Deadline(1)))
     (tmp_path / "x").write_bytes(b"image")
-    fd = open_image(str(tmp_path / "x"), 1)
+    fd = open_image(str(tmp_path / "x"), Limits(Deadline(1)))
     assert os.read(fd, 10) == b"image"
     os.close(fd)
 
@@ -172,10 +174,10 @@ def test_a_fifo_is_waited_for_as_long_as_was_said(tmp_path):
     path = tmp_path / "fifo"
     os.mkfifo(path)
     with pytest.raises(DeadlineExceeded, match=r"fifo: read: no answer within 0.05 s \(nobody writes to it"):
-        open_image(str(path), 0.05)
+        open_image(str(path), Limits(Deadline(0.05)))
     writer = threading.Timer(0.05, lambda: path.write_bytes(b"image"))
     writer.start()
-    fd = open_image(str(path), 5)
+    fd = open_image(str(path), Limits(Deadline(5)))
     writer.join()
     assert os.read(fd, 10) == b"image"
     os.close(fd)
