@@ -103,9 +103,10 @@ def test_requests_of_a_front_end_that_has_left_are_not_the_next_ones(kind, refus
         sim.faults.latency_s = 0
         second = FrontEnd(device, other)
         second.start()
+        time.sleep(0.3)
+        assert second.ring.used == 0, "it has asked for nothing"
         second.ring.submit()
         wait_until(lambda: second.ring.used)
-        time.sleep(0.05)
         assert second.ring.used == 1, "its own request, and no other"
         assert second.leave() == []
 
