@@ -16,6 +16,11 @@ for file in service socket sysusers tmpfiles; do
     "$place/venv/bin/vdpabridge" service-file "$file" >"$place/help"
 done
 PATH="$place/venv/bin:$PATH" vdpabridge descriptor fs
+# the test machine, without a checkout: a kernel that is built already, and the installed package in it
+[ "$(cd / && "$place/venv/bin/vdpabridge-vm" -- python3 -m vdpabridge --version)" = "$("$place/venv/bin/vdpabridge" --version)" ]
+code=0
+(cd / && "$place/venv/bin/vdpabridge-vm") 2>"$place/help" || code=$?
+[ "$code" = 120 ] && grep "the suite is in a checkout" "$place/help"
 "$place/venv/bin/python" -c 'import vdpabridge; vdpabridge.open("sim:blk").close()'
 cd /
 if [ "$(id -u)" = 0 ]; then

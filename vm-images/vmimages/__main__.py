@@ -14,6 +14,7 @@ from typing import NoReturn
 from .cache import cache_root
 from .host import HostError
 from .kernel import DEFAULT_KERNEL, KERNELS, Kernel, NothingNewer, kernel
+from .places import INSTALLED, PROGRAM, REPOSITORY
 from .rootfs import rootfs
 from .runner import Outcome, OutputLost, Result, run
 
@@ -21,7 +22,6 @@ from .runner import Outcome, OutputLost, Result, run
 USAGE, NO_IMAGE = 120, 121
 #: The suite's own exit code if it has only skips.
 NOTHING_TESTED = 4
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KTAP = "tests.ktap"
 _IN_KTAP = ("python3", "-m", KTAP)
 _MAPPING = ("tests/vm/test_mapping.py", "tests/vm/test_suspend.py", "tests/vm/test_killed.py")
@@ -42,9 +42,9 @@ KERNEL_ARGUMENTS = "vdpa_sim_blk.shared_backend=1"
 def main() -> int:
     """Parse the command line; the exit code is the command's, one of `runner.Outcome`'s, or one of those above."""
     parser = _Parser(
-        prog="vm-images/run",
+        prog=PROGRAM,
         usage="%(prog)s [options] [KERNEL] [-- COMMAND ...]",
-        description="Boot a kernel in QEMU, with Debian and this checkout in it, and run a command there as root.",
+        description="Boot a kernel in QEMU, with Debian and vdpabridge in it, and run a command there as root.",
         epilog="exit code: the command's own; 120 wrong usage, 121 nothing to boot, 122 no verdict (the suite did not "
         "say what it tested, or nobody read the output), 123 the kernel warned, 124 time limit, 125 it panicked, "
         "126 the machine ended early",
@@ -84,6 +84,8 @@ def main() -> int:
         parser.error(f"the time limit is above 0, and the memory is at least {MEMORY_MIB_MIN} MiB")
     if words.config is not None and words.kernel in KERNELS:
         parser.error(f"--config is for a source tree: {words.kernel} has the configuration here")
+    if INSTALLED and not command and not words.build_only:
+        parser.error("the suite is in a checkout of vdpabridge: here say which command to run, behind --")
     return _attempt(words, command)
 
 

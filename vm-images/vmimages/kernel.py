@@ -13,12 +13,13 @@ from pathlib import Path
 from .cache import cache_root, cached, content_key, locked
 from .debian import EXPERIMENTAL, download, newest_package
 from .host import BUILD_KERNEL, HostError, command, need, step
+from .places import data_folder
 
 __all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "NothingNewer", "kernel"]
 
 #: Change this with the steps below, if their result changes.
 RECIPE = "1"
-FRAGMENT = Path(__file__).parent.parent / "kernel" / "config"
+FRAGMENT = data_folder("kernel") / "config"
 DEBUG_FRAGMENT = FRAGMENT.with_suffix(".debug")
 
 

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .host import HostError
+from .places import INSTALLED, data_folder
 
 __all__ = ["write_payload"]
 
-GUEST = Path(__file__).parent.parent / "guest"
+GUEST = data_folder("guest")
 #: The parts of the checkout that the guest gets, below /run/payload/tree. The command runs there too.
-TREE = ("README.md", "pyproject.toml", "vdpabridge", "examples", "tests", "udev", "vm-images")
+CHECKOUT = ("README.md", "pyproject.toml", "vdpabridge", "examples", "tests", "udev", "vm-images")
+#: Of an installed package, what is beside it belongs to others.
+TREE = ("vdpabridge",) if INSTALLED else CHECKOUT
 #: Pure Python modules that the root file system's Debian release has no package for: copied from this interpreter.
 MODULES = ("ioctl_opt",)
 ENVIRONMENT = {

@@ -10,13 +10,14 @@ from pathlib import Path
 from .cache import cached, content_key
 from .debian import archive_sources
 from .host import BUILD_ROOT, as_root, command, need, step
+from .places import data_folder
 
 __all__ = ["PACKAGES", "SUITE", "rootfs"]
 
 #: Change this with the steps below, if their result changes.
 RECIPE = "1"
 SUITE = "trixie"
-INIT = Path(__file__).parent.parent / "guest" / "init"
+INIT = data_folder("guest") / "init"
 PACKAGES = (
     *("python3", "python3-pytest", "python3-hypothesis", "python3-pyroute2", "python3-cffi"),
     *("udev", "iproute2", "kmod", "procps", "strace", "e2fsprogs"),
