@@ -116,6 +116,23 @@ def test_a_signal_while_things_are_put_right(what, resume):
     assert not silent
 
 
+@contextmanager
+def simulated(source_class, destination_class):
+    """A disk at work, and another to move it to."""
+    with (
+        GuestMemory(1 << 20) as memory,
+        SplitQueue(memory, 64) as queue,
+        source_class.blk(1 << 20, timeout_s=5) as source,
+        destination_class.blk(1 << 20, timeout_s=5) as destination,
+    ):
+        for device in (source, destination):
+            device.map([memory.region])
+        source.accept_features(1 << 32)
+        queue.attach(source, 0)
+        source.start()
+        yield source, destination
+
+
 class Interrupting(Sim):
     """A signal that nobody has wait comes as it resumes."""
 
@@ -138,17 +155,7 @@ def test_what_is_not_known_is_not_told_as_known():
 
     before = signal.signal(signal.SIGUSR1, end)
     try:
-        with (
-            GuestMemory(1 << 20) as memory,
-            SplitQueue(memory, 64) as queue,
-            Interrupting.blk(1 << 20, timeout_s=5) as source,
-            Refusing.blk(1 << 20, timeout_s=5) as destination,
-        ):
-            for device in (source, destination):
-                device.map([memory.region])
-            source.accept_features(1 << 32)
-            queue.attach(source, 0)
-            source.start()
+        with simulated(Interrupting, Refusing) as (source, destination):
             with pytest.raises(SystemExit) as caught:
                 migrate(source, destination, limits())
             assert caught.value.running.startswith("not known: ")
@@ -171,17 +178,7 @@ def test_a_source_that_was_not_told_to_stop_is_left_alone():
         def _set_queue(self, index, setup):
             raise VdpaBridgeError("set up", device=self.name, why="refused")
 
-    with (
-        GuestMemory(1 << 20) as memory,
-        SplitQueue(memory, 64) as queue,
-        Watched.blk(1 << 20, timeout_s=5) as source,
-        Unwilling.blk(1 << 20, timeout_s=5) as destination,
-    ):
-        for device in (source, destination):
-            device.map([memory.region])
-        source.accept_features(1 << 32)
-        queue.attach(source, 0)
-        source.start()
+    with simulated(Watched, Unwilling) as (source, destination):
         with pytest.raises(ProcedureFailed) as caught:
             migrate(source, destination, limits())
         assert caught.value.running == source.name
