@@ -18,7 +18,7 @@ def test_requests_are_told_with_what_the_kernel_made_of_them():
         assert device.status == 0
         device.map([memory.region])
         with pytest.raises(KernelError):
-            device._node.call(0x1234)
+            device.ioctl(0x1234)
     lines = [re.fullmatch(r"\d+\.\d{9} (.*) \(\d+ ns\)", line)[1] for line in said]
     assert lines[0] == "VHOST_VDPA_GET_STATUS 00 -> 0"
     update = next(line for line in lines if line.startswith("IOTLB"))

@@ -184,6 +184,14 @@ class VhostVdpa(Device):
         """The most descriptors queue ``index`` can have; most devices have one answer for all queues (`Identity`)."""
         return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
 
+    def ioctl(self, request: int, argument: bytearray | int = 0) -> int:
+        """Make the ioctl with number ``request``; a buffer is changed in place. Nothing about it needs to be known here.
+
+        For requests that a kernel is about to get. Returns what the kernel returned. Raises `KernelError`,
+        `DeadlineExceeded`, `OwnershipError`.
+        """
+        return self._node.call(request, argument)
+
     def map_doorbell(self, index: int) -> SharedMapping:
         """The doorbell page of queue ``index``, write-only, owned by the caller.
 
