@@ -185,7 +185,7 @@ class VhostVdpa(Device):
         return self._ask.get_of_queue(Ioctl.VHOST_VDPA_GET_VRING_SIZE, index)
 
     def ioctl(self, request: int, argument: bytearray | int = 0) -> int:
-        """Make the ioctl with number ``request``; a buffer is changed in place. Nothing about it needs to be known here.
+        """Make the ioctl with number ``request``; a buffer is changed in place. Nothing about it need be known here.
 
         For requests that a kernel is about to get. Returns what the kernel returned. Raises `KernelError`,
         `DeadlineExceeded`, `OwnershipError`.
