@@ -4,11 +4,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-
-from vdpabridge.drivers.sim import Sim
 
 from ..support.waiting import wait_until
 from .test_control import controlled
@@ -101,10 +100,45 @@ def test_what_makes_no_sense(words, code, why):
     assert (done.returncode, why in done.stderr) == (code, True), done.stderr
 
 
-def test_a_device_that_dies():
-    class Dying(Sim):
-        pass
+def test_it_ends_in_time_although_nobody_answers(tmp_path):
+    with controlled(tmp_path) as (path, control, _):
+        words = [*COMMAND, "guest", path, "--seconds", "2.5"]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        ) as process:
+            process.stdout.readline()
+            process.stdout.readline()
+            assert run("suspend", control).returncode == 0
+            said, problems = process.communicate(timeout=20)
+        assert (process.returncode, problems) == (0, "")
+        assert said.splitlines()[-1].endswith("all right")
 
-    done = run("guest", "sim:fs,files=0", "--seconds", "1")
-    # there are others in its root
-    assert done.returncode == 0
+
+def test_a_back_end_that_is_gone(tmp_path):
+    with controlled(tmp_path) as (path, _, server):
+        words = [*COMMAND, "guest", path]
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        ) as process:
+            process.stdout.readline()
+            process.stdout.readline()
+            server.kill()
+            said, problems = process.communicate(timeout=20)
+        assert process.returncode == 1
+        assert problems.count("\n") == 1
+        assert "gone" in problems or "closed" in problems
+        assert "all right" not in said
+
+
+def test_a_reader_that_leaves():
+    done = subprocess.run(
+        f"{sys.executable} -m vdpabridge guest sim:fs | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1

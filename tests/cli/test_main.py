@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +133,9 @@ def test_exit_codes(error, code):
     assert code in TABLE
 
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
 def run(*words, **options):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, **options)
 
@@ -243,3 +247,22 @@ def test_the_rules_and_the_demonstration_as_json():
     lines = [json.loads(line) for line in run("-m", "vdpabridge", "-j", "demo").stdout.splitlines()]
     assert lines[-1] == {"demo": "PASS"}
     assert all(set(line) == {"step", "at_ms", "took_ms", "facts"} for line in lines[:-1])
+
+
+PARTS = """
+import sys
+from vdpabridge.cli.commands import _netlink
+netlink = _netlink()
+assert netlink.__name__ == "VdpaNetlink"
+from vdpabridge.errors import NoSuchDevice
+try:
+    netlink()
+except NoSuchDevice:
+    pass  # the kernel has no such family, and has said so
+assert not any(name in sys.modules for name in ("pyroute2.ndb", "pyroute2.ndb.main", "pyroute2.conntrack"))
+"""
+
+
+def test_commands_import_only_the_parts_of_pyroute2_that_they_use():
+    done = run("-c", PARTS, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -100,6 +100,12 @@ def test_ticks_are_round(end_s, ticks):
     assert set(ticks) <= set(found)
 
 
+def test_odd_steps_are_drawn_too():
+    odd = [Step("bell \x07", 0, 1, "why \x00 <not>"), Step("late", 1e15, 1e15 + 1)]
+    assert "bell ? 1.0 s: why ? &lt;not&gt;" in draw("t\x1b", {"n\x02": odd})
+    ET.fromstring(draw("x", {"only": odd}))
+
+
 def test_nothing_was_done():
     with pytest.raises(ValueError, match="nothing"):
         draw("x", {"source": []})

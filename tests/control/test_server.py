@@ -222,7 +222,7 @@ def test_a_move_that_is_interrupted_cancels_both_ends(tmp_path, monkeypatch):
         monkeypatch.setattr(source, "ask", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             move(source, destination)
-        assert caught.value.__notes__ == [f"nothing was moved; {those.control} resumes"]
+        assert caught.value.__notes__ == [f"nothing was moved; {those.control} does again what it did before"]
         wait_until(lambda: there.ask("status")["procedure"] is None)
         assert client.ask("status")["state"] == "running"
         work.finish()
@@ -239,6 +239,27 @@ def moving(client, there):
     thread.join()
     os.close(reader)
     assert loaded
+
+
+def test_a_move_that_fails_leaves_a_suspended_device_suspended(tmp_path):
+    """Whoever has asked for that has not asked for the opposite."""
+    (tmp_path / "other").mkdir()
+    with serving(tmp_path) as those, serving(tmp_path / "other") as others:
+        work, source, destination = those.at_work(), those.client(), others.client()
+        source.ask("suspend")
+        others.device.faults.fail_check = True
+        with pytest.raises(MoveFailed, match=f"{those.control} is suspended; nothing was moved"):
+            move(source, destination)
+        assert those.client().ask("status")["state"] == "suspended"
+        those.client().ask("resume")
+        work.finish()
+
+
+def test_a_client_that_only_sends_a_notification_is_hung_up_on(tmp_path):
+    with serving(tmp_path) as those, raw(those) as client:
+        client.sendall(b'{"jsonrpc": "2.0", "method": "suspend"}\n')
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100) == b""
 
 
 def test_two_movers_never_both_have_it_moved(tmp_path):
@@ -296,7 +317,7 @@ def test_a_move_that_is_interrupted_while_the_destination_loads(tmp_path, monkey
         monkeypatch.setattr(moving_module, "threading", SimpleNamespace(Thread=Interrupted))
         with pytest.raises(KeyboardInterrupt) as caught:
             move(source, destination)
-        assert caught.value.__notes__ == [f"nothing was moved; {those.control} resumes"]
+        assert caught.value.__notes__ == [f"nothing was moved; {those.control} does again what it did before"]
         wait_until(lambda: those.client().ask("status")["state"] == "running")
         work.finish()
 

@@ -1,8 +1,9 @@
 """A real folder as a simulated file server: what is in it, as it is, and nothing else."""
 
 import os
+import shutil
 import stat
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
@@ -30,6 +31,12 @@ def folder(tmp_path):
     os.mkfifo(shared / "fifo")
     with open(bytes(shared) + b"/odd-\xff", "wb"):
         return shared
+
+
+@pytest.fixture
+def closed_at_the_end():
+    with ExitStack() as stack:
+        yield lambda each: stack.enter_context(closing(each))
 
 
 @contextmanager
@@ -77,8 +84,9 @@ def test_what_is_not_shared(folder, name):
 
 @pytest.mark.parametrize("path", ["../secret", "links/secret", "below/../../secret", "a\0b"])
 def test_no_path_leads_out(folder, path):
-    assert find(Folder(str(folder)), path) is None
-    assert find(Folder(str(folder)), "below/other").read(0, 5) == b"below"
+    with closing(Folder(str(folder))) as shared:
+        assert find(shared, path) is None
+        assert find(shared, "below/other").read(0, 5) == b"below"
 
 
 def test_its_state_goes_into_another_process(folder, tmp_path):
@@ -106,3 +114,51 @@ def test_what_cannot_be_shared(tmp_path):
         open_device(f"sim:fs,dir={tmp_path}/file")
     with pytest.raises(DeviceNameError, match="which dir= replaces"):
         open_device(f"sim:fs,dir={tmp_path},files=3")
+
+
+def test_a_directory_that_becomes_a_link_leads_nowhere(folder, tmp_path, closed_at_the_end):
+    """Whoever can write to the folder can put a link in the place of a directory at any moment."""
+    shared = closed_at_the_end(Folder(str(folder)))
+    below = shared.entry("below")
+    other = below.entry("other")
+    assert other.read(0, 5) == b"below"
+    (folder / "below").rename(folder / "was-below")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "other").write_text("SECRET")
+    (folder / "below").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"Not a directory|Too many levels of symbolic links"):
+        other.read(0, 6)
+    with pytest.raises(OSError, match=r"Not a directory|Too many levels of symbolic links"):
+        below.listing()
+    assert below.entry("other") is None
+    assert other.size_bytes == 0
+
+
+def test_a_folder_that_is_gone_is_an_error_to_the_guest(folder):
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        handle = fuse.opendir(ROOT)
+        below = fuse.walk("below")
+        inner = fuse.opendir(below.nodeid)
+        shutil.rmtree(folder / "below")
+        with pytest.raises(FuseError, match=r"ENOENT|ESTALE"):
+            list(fuse.readdir(below.nodeid, inner))
+        assert "file" in list(fuse.readdir(ROOT, handle))
+
+
+def test_an_offset_that_no_file_has(folder):
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        entry = fuse.walk("file")
+        with pytest.raises(FuseError, match="EINVAL"):
+            fuse.read(entry.nodeid, fuse.open(entry.nodeid), 1 << 63, 16)
+
+
+def test_a_large_folder_is_read_once(tmp_path, monkeypatch):
+    """And not anew for each of the many requests that it takes."""
+    for number in range(2000):
+        (tmp_path / f"{number:05}").touch()
+    scans = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda fd: (scans.append(fd), scandir(fd))[1])
+    with open_device(f"sim:fs,dir={tmp_path}", timeout_s=5) as device, mounted(device) as fuse:
+        assert len(list(fuse.readdir(ROOT, fuse.opendir(ROOT)))) == 2002
+    assert len(scans) == 1

@@ -31,6 +31,7 @@ def passed(monkeypatch):
         (2, "a", {"a": 3, "socket 4": 4}),
         (0, "", {}),
         ("many", "", {}),
+        ("\u00b2", "", {}),
     ],
 )
 def test_sockets(passed, fds, names, expected):
@@ -54,6 +55,8 @@ def test_notify(monkeypatch, tmp_path, abstract):
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         notify("READY=1")
         assert told.recv(100) == b"READY=1"
+        notify("STATUS=\udcff")
+        assert told.recv(100) == b"STATUS=\xff", "paths are of any bytes"
 
 
 def test_nobody_to_notify(monkeypatch, tmp_path):

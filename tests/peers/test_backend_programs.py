@@ -1,6 +1,7 @@
 """The program that management software starts for a shared folder, with a real virtiofsd behind it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,6 +79,30 @@ def test_a_virtiofsd_that_does_not_start(tmp_path):
     )
     assert done.returncode == 1
     assert "/bin/false: it has ended with 1" in done.stderr
+
+
+def test_a_virtiofsd_that_is_not_there(tmp_path):
+    words = ["--shared-dir", "/", "--socket-path", str(tmp_path / "s"), "--virtiofsd", str(tmp_path / "nothing")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"vdpabridge-vhost-user-fs: {tmp_path}/nothing: start virtiofsd: No such file or directory\n",
+    )
+
+
+def test_an_end_while_virtiofsd_starts_leaves_nothing_behind(tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
+    slow.chmod(0o755)
+    words = ["--shared-dir", "/", "--socket-path", str(tmp_path / "s"), "--virtiofsd", str(slow)]
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, *words], env=ENVIRONMENT) as process:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        process.terminate()
+        assert process.wait(20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_what_it_can_do():

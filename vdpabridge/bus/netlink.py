@@ -1,20 +1,15 @@
 """The ``vdpa`` netlink family: lists the parents that can make devices, makes devices and deletes them.
 
-pyroute2 is imported when a socket is opened, and only the parts that are used here: all of it takes a quarter of a
-second. Only what pyroute2 0.7.7 (Debian stable) and 0.9 have in common is used. The family answers in the
-initial network namespace only.
+pyroute2 is imported when a socket is opened, not before: it takes a quarter of a second. Only what pyroute2 0.7.7
+(Debian stable) and 0.9 have in common is used. The family answers in the initial network namespace only.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib.util
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Self
 
 from ..abi.vdpa_netlink import VDPA_GENL_NAME, VDPA_GENL_VERSION, VdpaAttribute as Attribute, VdpaCommand as Command
@@ -132,9 +127,8 @@ class VdpaNetlink:
     def _request(
         self, command: Command, attributes: Mapping[Attribute, object], *, dump: bool = False, device: str = ""
     ) -> list[Any]:
-        with _parts_of_pyroute2():
-            from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
-            from pyroute2.netlink.exceptions import NetlinkError
+        from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
+        from pyroute2.netlink.exceptions import NetlinkError
 
         message = self._message()
         message["cmd"] = int(command)
@@ -160,31 +154,10 @@ def _check_values(name: str, mac: str | None, mtu: int | None) -> None:
         raise VdpaBridgeError(what, device=name, why=f"an MTU is 68 to 65535, not {mtu}")
 
 
-@contextmanager
-def _parts_of_pyroute2() -> Iterator[None]:
-    """Import modules of pyroute2 in the body without its ``__init__``, which imports everything that it has.
-
-    Whoever imports pyroute2 afterwards gets the whole of it.
-    """
-    spec = None if "pyroute2" in sys.modules else importlib.util.find_spec("pyroute2")
-    if spec is None or spec.submodule_search_locations is None:
-        yield
-        return
-    package = ModuleType("pyroute2")
-    package.__path__ = list(spec.submodule_search_locations)
-    package.__spec__ = spec
-    sys.modules["pyroute2"] = package
-    try:
-        yield
-    finally:
-        del sys.modules["pyroute2"]
-
-
 def _connect() -> tuple[Any, Any]:
-    with _parts_of_pyroute2():
-        from pyroute2.netlink import genlmsg
-        from pyroute2.netlink.exceptions import NetlinkError
-        from pyroute2.netlink.generic import GenericNetlinkSocket
+    from pyroute2.netlink import genlmsg
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.generic import GenericNetlinkSocket
 
     class VdpaMessage(genlmsg):  # type: ignore[misc]  # pyroute2 has no types
         prefix = "VDPA_ATTR_"

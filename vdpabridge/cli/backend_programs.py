@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import VdpaBridgeError
-from .exit_codes import REFUSED
+from ..linux.signals import uninterrupted
+from .exit_codes import INTERRUPTED, REFUSED
 from .main import main as command
 from .usage import Parser, descriptor, path
 
@@ -65,12 +66,23 @@ def fs(argv: Sequence[str] | None = None) -> int:
     place = _place(parser, arguments.socket_path, arguments.fd)
     control = ["--control", arguments.control] if arguments.control else []
     tag = ["--tag", arguments.tag] if arguments.tag else []
+    # until 'serve' has handlers of its own, and after it: virtiofsd must not be left behind
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with _virtiofsd([program, "--shared-dir", arguments.shared_dir, *tag, *others]) as device:
             return command(["serve", device, *place, *control])
     except VdpaBridgeError as error:
         print(f"vdpabridge-vhost-user-fs: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(*_: object) -> None:
+    # success, as of every back-end that is told to end
+    raise SystemExit(0)
 
 
 def blk_parser() -> Parser:
@@ -120,7 +132,10 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="vdpabridge-") as folder:
         socket_path = Path(folder) / "virtiofsd.sock"
         # a signal to the terminal's processes is ours to act upon: virtiofsd ends when the device was stopped
-        process = subprocess.Popen([*words, "--socket-path", str(socket_path)], process_group=0)
+        try:
+            process = subprocess.Popen([*words, "--socket-path", str(socket_path)], process_group=0)
+        except OSError as error:
+            raise VdpaBridgeError("start virtiofsd", device=words[0], why=os.strerror(error.errno or 0)) from error
         try:
             deadline_s = time.monotonic() + _START_S
             while not socket_path.exists():
@@ -131,7 +146,9 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
                 time.sleep(_PAUSE_S)
             yield f"vhost-user:{socket_path},id=fs"
         finally:
-            _end(process)
+            # a second signal waits until it has ended
+            with uninterrupted():
+                _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from types import ModuleType
 
 from ..bus.bus import Bus, BusDevice
 from ..errors import VdpaBridgeError
 from .output import print_json, print_records, print_table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..bus.netlink import VdpaNetlink
 
 __all__ = ["add", "bind", "delete", "list", "show"]
 
@@ -35,10 +41,10 @@ def show(arguments: argparse.Namespace) -> None:
 
 def add(arguments: argparse.Namespace) -> None:
     """``vdpabridge add``."""
-    from ..bus.netlink import VdpaNetlink
+    netlink_class = _netlink()
 
     bus = Bus()
-    with VdpaNetlink() as netlink:
+    with netlink_class() as netlink:
         netlink.add(arguments.device, arguments.mgmtdev, mac=arguments.mac, mtu=arguments.mtu)
         if arguments.driver:
             try:
@@ -51,12 +57,12 @@ def add(arguments: argparse.Namespace) -> None:
 
 def delete(arguments: argparse.Namespace) -> None:
     """``vdpabridge del``."""
-    from ..bus.netlink import VdpaNetlink
+    netlink_class = _netlink()
 
     bus = Bus()
     name = bus.device(arguments.device).name
     bus.check_idle(name, "delete", force=arguments.force)
-    with VdpaNetlink() as netlink:
+    with netlink_class() as netlink:
         netlink.delete(name)
 
 
@@ -65,6 +71,25 @@ def bind(arguments: argparse.Namespace) -> None:
     bus = Bus()
     device = bus.bind(bus.device(arguments.device).name, arguments.driver, force=arguments.force)
     _print_place(device, arguments)
+
+
+def _netlink() -> type[VdpaNetlink]:
+    """`VdpaNetlink`, without most of pyroute2, whose ``__init__`` imports everything that it has.
+
+    In its place is a package that is empty, for as long as this process lives: only a command may do that, which has
+    one thread and imports nothing else of pyroute2.
+    """
+    import importlib.util  # here, because 'list' does not need it
+
+    spec = importlib.util.find_spec("pyroute2")
+    if spec is not None and spec.submodule_search_locations is not None:
+        package = ModuleType("pyroute2")
+        package.__path__ = [*spec.submodule_search_locations]
+        package.__spec__ = spec
+        sys.modules.setdefault("pyroute2", package)
+    from ..bus.netlink import VdpaNetlink
+
+    return VdpaNetlink
 
 
 def _place(device: BusDevice) -> dict[str, object]:
@@ -80,12 +105,13 @@ def _print_place(device: BusDevice, arguments: argparse.Namespace) -> None:
 
 def _devices(wanted: str | None) -> dict[str, dict[str, object]]:
     from ..abi.virtio import device_name
-    from ..bus.netlink import VdpaNetlink
+
+    netlink_class = _netlink()
     from ..linux.holders import holders
 
     bus = Bus()
     places = [bus.device(wanted)] if wanted else bus.devices()
-    with VdpaNetlink() as netlink:
+    with netlink_class() as netlink:
         known = {device.name: device for device in netlink.devices()}
     records: dict[str, dict[str, object]] = {}
     for place in places:
@@ -109,9 +135,10 @@ def _devices(wanted: str | None) -> dict[str, dict[str, object]]:
 def _management_devices() -> dict[str, dict[str, object]]:
     from ..abi.features import feature_names
     from ..abi.virtio import CLASS_NAMES
-    from ..bus.netlink import VdpaNetlink
 
-    with VdpaNetlink() as netlink:
+    netlink_class = _netlink()
+
+    with netlink_class() as netlink:
         return {
             parent.handle: {
                 "supported_classes": [CLASS_NAMES.get(device_id, f"id-{device_id}") for device_id in parent.classes],

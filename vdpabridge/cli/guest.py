@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import stat
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from ..abi.fuse import FUSE_ROOT_ID
 from ..abi.virtio import VIRTIO_F_VERSION_1, VIRTIO_ID_BLOCK, VIRTIO_ID_FS
@@ -26,6 +27,7 @@ from ..guest.block import BLOCK_BYTES, BlockDriver, KnownDisk
 from ..guest.fuse import FuseDriver
 from ..guest.memory import GuestMemory
 from ..guest.virtqueue import SplitQueue
+from ..linux.deadline import NOW
 from .readable import bytes_text, duration_text
 
 __all__ = ["guest"]
@@ -55,15 +57,14 @@ def guest(arguments: argparse.Namespace) -> None:
         if arguments.write and kind != "blk":
             raise UsageError("guest", device=name, why="--write is for a disk")
         work = _Disk(device, memory, stack, write=arguments.write) if kind == "blk" else _Files(device, memory, stack)
-        end_s = time.monotonic() + arguments.seconds if arguments.seconds else None
-        with _Watch(device, kind, as_json=arguments.json) as watch:
+        with _Watch(device, kind, arguments.seconds, as_json=arguments.json) as watch:
             try:
-                while end_s is None or time.monotonic() < end_s:
+                while True:
                     for done_bytes in work.round():
                         watch.answered(done_bytes)
             except KeyboardInterrupt:
-                # that is how it is ended
-                return
+                # the user's, or the watch's: that is how it is ended, also in the middle of a wait
+                watch.end()
 
 
 class _Work(ABC):
@@ -144,8 +145,13 @@ class _Files(_Work):
 class _Watch:
     """Says once a second what was done in it."""
 
-    def __init__(self, device: Device, kind: str, *, as_json: bool) -> None:
+    def __init__(self, device: Device, kind: str, seconds: float | None, *, as_json: bool) -> None:
+        """``seconds``: after which it ends; None for no end."""
+        self._device = device
         self._as_json = as_json
+        self._end_s = None if seconds is None else time.monotonic() + seconds
+        self._lost = ""
+        """Why there is nothing more to watch, if that is an error."""
         self._lock = threading.Lock()
         self._requests = self._bytes = 0
         self._total = 0
@@ -172,14 +178,34 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+
+    def end(self) -> None:
+        """Say what there is left to say. Raises `VdpaBridgeError` if the device is gone, OSError if nobody listens."""
+        self._ended.set()
+        self._thread.join()
+        if self._lost:
+            raise VdpaBridgeError("guest", device=self._device.name, why=self._lost)
         if not self._as_json:
             print(f"{self._total} requests, all right", flush=True)
 
     def _tell(self) -> None:
+        """Watch until the end, and then wake the main thread up, which may be waiting for an answer."""
+        # if nobody listens any more, `end` finds that out in the main thread
+        with suppress(OSError):
+            self._watch()
+        if not self._ended.is_set():
+            # a real signal: it ends a system call
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _watch(self) -> None:
         ended = False
         while not ended:
-            ended = self._ended.wait(1.0)
+            left_s = 1.0 if self._end_s is None else max(0.0, min(1.0, self._end_s - time.monotonic()))
+            ended = self._ended.wait(left_s)
             now_s = time.monotonic()
+            if NOW.wait({self._device.fileno(): 0}):
+                self._lost, ended = "the back-end is gone", True
+            ended = ended or (self._end_s is not None and now_s >= self._end_s)
             with self._lock:
                 requests, moved, longest_s = self._requests, self._bytes, self._longest_s
                 silent_s = now_s - self._last_s

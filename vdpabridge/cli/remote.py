@@ -141,7 +141,7 @@ def _draw_failure(error: MoveFailed, arguments: argparse.Namespace) -> None:
 def _draw(fd: int, arguments: argparse.Namespace, what: str, lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     drawn = {name: [Step(**step) for step in steps] for name, steps in lanes.items()}
     picture = draw(f"{arguments.control} to {arguments.destination}: {what}", drawn)
-    with open(fd, "w", encoding="utf-8", closefd=False) as file:
+    with open(fd, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as file:
         file.write(picture)
 
 

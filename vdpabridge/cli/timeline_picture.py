@@ -59,7 +59,7 @@ def draw(title: str, lanes: Mapping[str, Sequence[Step]]) -> str:
     y = _TOP
     for name, lane in lanes.items():
         drawn, height = _lane(lane, y, scale)
-        parts += [f'<text x="8" y="{y + 16}">{escape(name)}</text>', *drawn]
+        parts += [f'<text x="8" y="{y + 16}">{_text(name)}</text>', *drawn]
         y += height + _GAP
     height = y + 24 + _LEGEND
     return (
@@ -68,8 +68,8 @@ def draw(title: str, lanes: Mapping[str, Sequence[Step]]) -> str:
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
                 f'height="{height}" {_FONT}>',
                 '<rect width="100%" height="100%" fill="white"/>',
-                f'<text x="8" y="20" font-size="15">{escape(title)}</text>',
-                f'<text x="8" y="38" fill="#546e7a">{escape(_when_and_where())}</text>',
+                f'<text x="8" y="20" font-size="15">{_text(title)}</text>',
+                f'<text x="8" y="38" fill="#546e7a">{_text(_when_and_where())}</text>',
                 *_blackout(steps, scale, y),
                 *_axis(scale, y),
                 *parts,
@@ -129,11 +129,11 @@ def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> tuple[list[str], int]:
             continue
         x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s), 1.0)
         label = f"{step.name} {duration_text(step.end_s - step.begin_s)}"
-        tip = escape(label + (f": {step.failed}" if step.failed else ""))
+        tip = _text(label + (f": {step.failed}" if step.failed else ""))
         parts.append(f"<g>{_rectangle(x, y, width, _BAR, _colour(step))}<title>{tip}</title></g>")
         room = _CHARACTER * len(label)
         if room + 8 < width:
-            parts.append(f'<text x="{x + 4:.1f}" y="{y + 15}" fill="white">{escape(label)}</text>')
+            parts.append(f'<text x="{x + 4:.1f}" y="{y + 15}" fill="white">{_text(label)}</text>')
             continue
         begin = min(x, _WIDTH - room)
         line = next((number for number, free in enumerate(lines) if free <= begin), len(lines))
@@ -142,7 +142,7 @@ def _lane(lane: Sequence[Step], y: int, scale: _Scale) -> tuple[list[str], int]:
         lines[line] = begin + room + 6
         below = y + _BAR + _ROW * (line + 1) - 4
         parts.append(f'<line x1="{x:.1f}" y1="{y + _BAR}" x2="{x:.1f}" y2="{below - 10}" stroke="{_colour(step)}"/>')
-        parts.append(f'<text x="{begin:.1f}" y="{below}">{escape(label)}</text>')
+        parts.append(f'<text x="{begin:.1f}" y="{below}">{_text(label)}</text>')
     return parts, _BAR + _ROW * len(lines)
 
 
@@ -153,19 +153,20 @@ def _is_within(step: Step, other: Step) -> bool:
 
 def _nested(step: Step, y: int, scale: _Scale) -> str:
     x, width = scale.x(step.begin_s), max(scale.x(step.end_s) - scale.x(step.begin_s) - 1, 1.0)
-    tip = escape(f"{step.name} {duration_text(step.end_s - step.begin_s)}")
+    tip = _text(f"{step.name} {duration_text(step.end_s - step.begin_s)}")
     return f"<g>{_rectangle(x, y + _BAR - 6, width, 6, _NESTED)}<title>{tip}</title></g>"
 
 
 def _axis(scale: _Scale, y: int) -> list[str]:
     parts = []
-    time_s = 0.0
-    while scale.begin_s + time_s <= scale.end_s:
+    for number in range(_TICKS + 1):
+        time_s = number * scale.tick_s
+        if scale.begin_s + time_s > scale.end_s:
+            break
         x = scale.x(scale.begin_s + time_s)
         parts.append(f'<line x1="{x:.1f}" y1="{_TOP - 14}" x2="{x:.1f}" y2="{y - 4}" stroke="#cfd8dc"/>')
         anchor = "middle" if time_s and x < _WIDTH - 40 else "end" if time_s else "start"
         parts.append(f'<text x="{x:.1f}" y="{y + 10}" text-anchor="{anchor}">{duration_text(time_s)}</text>')
-        time_s += scale.tick_s
     return parts
 
 
@@ -176,6 +177,11 @@ def _legend(y: int) -> list[str]:
         parts.append(f'<text x="{x + 14:.1f}" y="{y + 9}">{name}</text>')
         x += 14 + _CHARACTER * len(name) + 16
     return parts
+
+
+def _text(text: str) -> str:
+    """``text`` as XML can have it, which knows no control characters."""
+    return escape("".join(character if character.isprintable() else "?" for character in text))
 
 
 def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:

@@ -153,6 +153,11 @@ class Controlled:
             self._server.release(holder)
         return self._told("resumed")
 
+    def release(self, request: Request) -> dict[str, Any]:
+        """Give back what the caller holds by its connection, and nothing else: a `suspend` of anybody lasts."""
+        self._server.release(request.caller)
+        return self._told("released")
+
     def save(self, request: Request) -> dict[str, Any]:
         """Write an image to the descriptor, or to the file ``path``.
 
@@ -184,8 +189,12 @@ class Controlled:
             self._tell_state(error)
             raise
         if not stay:
-            with saved.step("resume"):
-                self._server.release(holder)
+            try:
+                with saved.step("resume"):
+                    self._server.release(holder)
+            except VdpaBridgeError as error:
+                error.hint = "the state was saved; the device stays suspended: ask for 'resume' until that succeeds"
+                raise
         return {**shown(saved), "state": self._device.state.value}
 
     def load(self, request: Request) -> dict[str, Any]:
@@ -294,6 +303,7 @@ def methods_of(controlled: Controlled, cancel: Callable[[], bool]) -> dict[str, 
         "suspend": Method(controlled.suspend),
         "moved": Method(controlled.moved),
         "resume": Method(controlled.resume),
+        "release": Method(controlled.release),
         "save": Method(controlled.save, cancellable=True),
         "load": Method(controlled.load, cancellable=True),
         "cancel": Method(lambda _request: {"cancelled": cancel()}, at_once=True),

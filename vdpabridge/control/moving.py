@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError, VdpaBridgeError
-from .client import ControlClient
+from .client import ControlClient, ControlError
 
 __all__ = ["MoveFailed", "move"]
 
@@ -77,7 +77,7 @@ def move(
         # both processes cancel what they do for a client that has left
         source.leave()
         destination.leave()
-        interruption.add_note(f"nothing was moved; {source.path} resumes")
+        interruption.add_note(f"nothing was moved; {source.path} does again what it did before")
         thread.join()
         raise
     if here or there:
@@ -115,9 +115,12 @@ def _are_the_same(path: str, other: str) -> bool:
 
 
 def _give_back(source: ControlClient) -> str:
-    """Make the source's device resume; says in words what it does then."""
+    """Have the source's device do again what it did before; what it does now, in words."""
     try:
-        return f"{source.path} is {source.ask('resume')['state']}; nothing was moved"
+        return f"{source.path} is {source.ask('release')['state']}; nothing was moved"
+    except ControlError as error:
+        return f"nothing was moved; {source.path} says: {error.why}"
     except VdpaBridgeError:
-        # it resumes by itself if it has lost this connection already
-        return f"nothing was moved; {source.path} does not answer: if it still runs, it resumes when this process ends"
+        # if it has lost us already, it does so without being told to
+        why = f"{source.path} does not answer: if it still runs, it is as before when this process ends"
+        return f"nothing was moved; {why}"

@@ -252,10 +252,11 @@ class ControlServer:
         """Answer ``request``, whose caller may have left."""
         request.close()
         client.open.remove(request)
-        if client.caller.gone or not request.wants_answer:
+        if client.caller.gone:
             return
         try:
-            client.lines.send({"jsonrpc": "2.0", "id": request.number} | result)
+            if request.wants_answer:
+                client.lines.send({"jsonrpc": "2.0", "id": request.number} | result)
         except VdpaBridgeError:
             self._let_go(client.lines.fileno())
             return

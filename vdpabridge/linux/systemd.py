@@ -21,7 +21,7 @@ def passed_sockets() -> dict[str, int]:
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()) or not (count.isascii() and count.isdecimal()):
         return {}
     fds = range(_FIRST_FD, _FIRST_FD + int(count))
     for fd in fds:
@@ -39,4 +39,5 @@ def notify(state: str) -> None:
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.setblocking(False)
-        sender.sendto(state.encode(), address)
+        # a path in it may be of any bytes
+        sender.sendto(os.fsencode(state), address)

@@ -69,3 +69,6 @@ class FsModel(Model):
 
     def reset(self) -> None:
         self._server.session = FuseSession()
+
+    def close(self) -> None:
+        self._tree.close()

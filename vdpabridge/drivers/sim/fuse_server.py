@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 
 from ...abi.fuse import (
     DIRENT_ALIGN_BYTES,
@@ -64,6 +64,8 @@ class FuseServer:
         self.session = FuseSession()
         self._numbers: dict[str, int] = {}
         self._of_session: FuseSession | None = None
+        self._listing: tuple[tuple[FuseSession, int] | None, list[tuple[str, int]]] = (None, [])
+        """The session and the handle of the directory that was read last, and what it lists."""
         ask: dict[FuseOpcode, Callable[[int, bytes], bytes]] = {
             FuseOpcode.FUSE_INIT: self._init,
             FuseOpcode.FUSE_DESTROY: self._destroy,
@@ -220,6 +222,8 @@ class FuseServer:
             return b""
         try:
             return node.read(offset, size)
+        except OverflowError:
+            raise _Refused(errno.EINVAL) from None
         except OSError as error:
             raise _Refused(error.errno or errno.EIO) from error
 
@@ -227,10 +231,8 @@ class FuseServer:
         number, offset, size, *_ = FUSE_READ_IN.unpack(_exactly(body, FUSE_READ_IN.size_bytes))
         inode = self._inode(self._handle(number, directory=True).nodeid)
         listing = b""
-        for position, entry in enumerate(self._entries(inode.path), 1):
-            if position <= offset:
-                continue
-            name, kind = entry
+        entries = self._listing_for(number, offset, inode.path)
+        for position, (name, kind) in enumerate(entries[offset:], offset + 1):
             encoded = name.encode(errors="surrogateescape")
             known = self._number_of(f"{inode.path}/{name}".lstrip("/"))
             record = FUSE_DIRENT.pack(known or _UNKNOWN_INODE, position, len(encoded), kind) + encoded
@@ -242,12 +244,19 @@ class FuseServer:
             listing += record
         return listing
 
-    def _entries(self, path: str) -> Iterator[tuple[str, int]]:
-        yield from ((".", _DT_DIR), ("..", _DT_DIR))
-        directory = find(self._tree, path)
-        if isinstance(directory, Directory):
-            for name in directory.names():
-                yield name, _DT_DIR if isinstance(directory.entry(name), Directory) else _DT_REG
+    def _listing_for(self, handle: int, offset: int, path: str) -> list[tuple[str, int]]:
+        """What open directory ``handle`` lists: read anew from its beginning, and kept for the requests that follow."""
+        of = self.session, handle
+        if offset == 0 or self._listing[0] != of:
+            directory = find(self._tree, path)
+            try:
+                if not isinstance(directory, Directory):
+                    raise _Refused(errno.ESTALE)
+                entries = [(name, _DT_DIR if folder else _DT_REG) for name, folder in directory.listing()]
+            except OSError as error:
+                raise _Refused(error.errno or errno.EIO) from error
+            self._listing = of, [(".", _DT_DIR), ("..", _DT_DIR), *entries]
+        return self._listing[1]
 
     def _release(self, _nodeid: int, body: bytes) -> bytes:
         number, *_ = FUSE_RELEASE_IN.unpack(_exactly(body, FUSE_RELEASE_IN.size_bytes))

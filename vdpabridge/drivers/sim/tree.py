@@ -23,15 +23,19 @@ class File(ABC):
 
 
 class Directory(ABC):
-    """A directory; its entries are listed in the order of `names`."""
+    """A directory; its entries are in the order of `listing`."""
 
     @abstractmethod
-    def names(self) -> Iterable[str]:
-        """What is in it."""
+    def listing(self) -> Iterable[tuple[str, bool]]:
+        """(name, whether it is a directory) of what is in it. Raises OSError if that cannot be read."""
 
     @abstractmethod
     def entry(self, name: str) -> Node | None:
         """What is called ``name``; None if nothing is."""
+
+    def close(self) -> None:
+        """Let go of what the tree holds, whose root this is. Idempotent."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +58,8 @@ class MemoryDirectory(Directory):
 
     entries: dict[str, Node] = field(default_factory=dict)
 
-    def names(self) -> Iterable[str]:
-        return self.entries
+    def listing(self) -> Iterable[tuple[str, bool]]:
+        return [(name, isinstance(node, Directory)) for name, node in self.entries.items()]
 
     def entry(self, name: str) -> Node | None:
         return self.entries.get(name)
