@@ -377,7 +377,7 @@ MUTATIONS = [
     Mutation(
         "move does not resume",
         "vdpabridge/control/moving.py",
-        "{source.ask('resume')['state']}",
+        "{source.ask('release')['state']}",
         "running",
         ("tests/control/test_methods.py", "tests/cli/test_control.py"),
     ),
