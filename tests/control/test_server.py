@@ -452,6 +452,26 @@ def test_who_has_left_is_put_right_as_soon_as_that_is_possible(tmp_path, monkeyp
         work.finish()
 
 
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_save_whose_client_has_left_and_whose_resume_fails_once(tmp_path, monkeypatch, stay):
+    """Nobody is there to be told, and nobody has asked for a suspended device."""
+    monkeypatch.setattr(control_server, "_AGAIN_S", 0.05)
+    with serving(tmp_path, HardToResume, timeout_s=60) as those:
+        work, client = those.at_work(), those.client()
+        reader, writer = os.pipe()
+        fill(writer)
+        with raw(those) as asking:
+            line = b'{"jsonrpc": "2.0", "id": 1, "method": "save", "params": {"stay": %s}}\n'
+            socket.send_fds(asking, [line % json.dumps(stay).encode()], [writer])
+            wait_until(lambda: is_saving(client))
+            those.device.refusals = 2
+        wait_until(lambda: client.ask("status")["state"] == "running")
+        assert client.ask("status")["held"] is False
+        os.close(reader)
+        os.close(writer)
+        work.finish()
+
+
 # --- the parts ---
 
 

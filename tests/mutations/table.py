@@ -625,6 +625,13 @@ MUTATIONS = [
         ("tests/export/test_failing_device.py",),
     ),
     Mutation(
+        "a save that nobody waits for leaves it suspended",
+        "vdpabridge/control/methods.py",
+        "            self._try_again_when_gone(holder, caller)\n            self._tell_state(error)",
+        "            self._tell_state(error)",
+        ("tests/control/test_server.py",),
+    ),
+    Mutation(
         "a failed move resumes what was suspended",
         "vdpabridge/control/moving.py",
         "source.ask('release')",

@@ -67,7 +67,7 @@ def fs(argv: Sequence[str] | None = None) -> int:
     control = ["--control", arguments.control] if arguments.control else []
     tag = ["--tag", arguments.tag] if arguments.tag else []
     # until 'serve' has handlers of its own, and after it: virtiofsd must not be left behind
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.signal(number, _terminated) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with _virtiofsd([program, "--shared-dir", arguments.shared_dir, *tag, *others]) as device:
             return command(["serve", device, *place, *control])
@@ -77,7 +77,8 @@ def fs(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminated(*_: object) -> None:
@@ -132,11 +133,11 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="vdpabridge-") as folder:
         socket_path = Path(folder) / "virtiofsd.sock"
         # a signal to the terminal's processes is ours to act upon: virtiofsd ends when the device was stopped
+        process = None
         try:
-            process = subprocess.Popen([*words, "--socket-path", str(socket_path)], process_group=0)
-        except OSError as error:
-            raise VdpaBridgeError("start virtiofsd", device=words[0], why=os.strerror(error.errno or 0)) from error
-        try:
+            # a signal waits until there is something to end
+            with uninterrupted():
+                process = _start([*words, "--socket-path", str(socket_path)])
             deadline_s = time.monotonic() + _START_S
             while not socket_path.exists():
                 if process.poll() is not None:
@@ -147,8 +148,16 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
             yield f"vhost-user:{socket_path},id=fs"
         finally:
             # a second signal waits until it has ended
-            with uninterrupted():
-                _end(process)
+            if process is not None:
+                with uninterrupted():
+                    _end(process)
+
+
+def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(words, process_group=0)
+    except OSError as error:
+        raise VdpaBridgeError("start virtiofsd", device=words[0], why=os.strerror(error.errno or 0)) from error
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

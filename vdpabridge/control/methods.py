@@ -185,7 +185,7 @@ class Controlled:
                 note(saved)
         except BaseException as error:
             if not was_held:
-                self._give_back(holder)
+                self._give_back(holder, request.caller)
             self._tell_state(error)
             raise
         if not stay:
@@ -193,6 +193,7 @@ class Controlled:
                 with saved.step("resume"):
                     self._server.release(holder)
             except VdpaBridgeError as error:
+                self._try_again_when_gone(holder, request.caller)
                 error.hint = "the state was saved; the device stays suspended: ask for 'resume' until that succeeds"
                 raise
         return {**shown(saved), "state": self._device.state.value}
@@ -220,14 +221,26 @@ class Controlled:
         self._tell(event, result)
         return result
 
-    def _give_back(self, holder: object) -> None:
-        """Release ``holder``, which held the device only for the procedure that failed."""
+    def _give_back(self, holder: object, caller: Caller) -> None:
+        """``holder`` held the device only for what has failed."""
         try:
             if self._server.holds(holder):
                 self._server.release(holder)
         except VdpaBridgeError as error:
+            self._try_again_when_gone(holder, caller)
             self._tell_state(error)
             raise
+
+    def _try_again_when_gone(self, holder: object, caller: Caller) -> None:
+        """``caller`` is told that the device could not resume. If it is not there any more, the server tries again."""
+        before = caller.when_gone
+
+        def release() -> None:
+            if before is not None:
+                before()
+            self._server.release(holder)
+
+        caller.when_gone = release
 
     def _tell_state(self, error: BaseException) -> None:
         """Make ``error`` say what the device does now: the procedure does not know whether it is resumed afterwards."""

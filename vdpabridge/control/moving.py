@@ -119,7 +119,8 @@ def _give_back(source: ControlClient) -> str:
     try:
         return f"{source.path} is {source.ask('release')['state']}; nothing was moved"
     except ControlError as error:
-        return f"nothing was moved; {source.path} says: {error.why}"
+        hint = "'vdpabridge resume' until it is not"
+        return f"nothing was moved; {source.path} may be suspended still ({error.why}): {hint}"
     except VdpaBridgeError:
         # if it has lost us already, it does so without being told to
         why = f"{source.path} does not answer: if it still runs, it is as before when this process ends"
