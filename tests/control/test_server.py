@@ -472,6 +472,23 @@ def test_a_save_whose_client_has_left_and_whose_resume_fails_once(tmp_path, monk
         work.finish()
 
 
+def test_requests_of_clients_that_have_left_are_closed_with_the_server(tmp_path):
+    """Also those that were never begun."""
+    with serving(tmp_path, timeout_s=60) as those:
+        those.at_work()
+        client = those.client()
+        with Stuck(those) as stuck:
+            wait_until(lambda: is_saving(client))
+            with raw(those) as asking, open(os.devnull, "wb") as nothing:
+                line = b'{"jsonrpc": "2.0", "id": 1, "method": "save"}\n'
+                socket.send_fds(asking, [line], [nothing.fileno()])
+                wait_until(lambda: len(those.server.also_served._requests) == 2)
+            wait_until(lambda: len(those.server.also_served._clients) == 2)
+            those.server.stop()
+            client.ask("cancel")
+            stuck.end()
+
+
 # --- the parts ---
 
 

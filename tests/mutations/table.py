@@ -391,7 +391,7 @@ MUTATIONS = [
     Mutation(
         "failed save keeps hold",
         "vdpabridge/control/methods.py",
-        "                self._give_back(holder)\n",
+        "                self._give_back(holder, request.caller)\n",
         "                pass\n",
         ("tests/control/test_methods.py",),
     ),

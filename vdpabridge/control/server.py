@@ -58,6 +58,8 @@ class ControlServer:
         self._report = report
         self._listener = listener
         self._clients: dict[int, _Client] = {}
+        self._requests: set[Request] = set()
+        """Those that are not answered yet; they own descriptors."""
         self._errands = Errands()
         self._for_others: deque[Callable[[], None]] = deque()
         """What other threads want the control socket's thread to do."""
@@ -103,8 +105,12 @@ class ControlServer:
         if self._thread.ident is not None:
             self._thread.join()
         for client in self._clients.values():
-            self._drop(client)
+            client.lines.close()
         self._clients.clear()
+        # also of clients that have left
+        for request in self._requests:
+            request.close()
+        self._requests.clear()
         self._listener.close()
         self._errands.close()
         os.close(self._wake)
@@ -195,6 +201,7 @@ class ControlServer:
                 client.lines.send({"jsonrpc": "2.0", "id": error.number} | error.outcome)
             return
         client.open.append(request)
+        self._requests.add(request)
         method = self.methods.get(request.method)
         if method is None:
             message = f"there is no method {request.method!r}; there are {', '.join(self.methods)}"
@@ -252,6 +259,7 @@ class ControlServer:
         """Answer ``request``, whose caller may have left."""
         request.close()
         client.open.remove(request)
+        self._requests.discard(request)
         if client.caller.gone:
             return
         try:
@@ -295,8 +303,3 @@ class ControlServer:
             errand = Errand(partial(self._put_right, caller, again=True))
             due = time.monotonic() + _AGAIN_S, partial(self._errands.put, errand)
             self._have_done(partial(self._later.append, due))
-
-    def _drop(self, client: _Client) -> None:
-        client.lines.close()
-        for request in client.open:
-            request.close()
