@@ -60,7 +60,9 @@ def test_data_that_changes_by_itself_is_noticed(tmp_path):
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout.readline()
         assert process.stdout.readline()
-        disk.write_bytes(b"x" * 4096)
+        # without a moment in which it is shorter
+        with disk.open("r+b") as file:
+            file.write(b"x" * 4096)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "block 0 is not what it was" in said
