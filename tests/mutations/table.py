@@ -384,8 +384,8 @@ MUTATIONS = [
     Mutation(
         "connection hold not released",
         "vdpabridge/control/methods.py",
-        "request.caller.when_gone = lambda: self._server.release(request.caller)",
-        "pass",
+        "            request.caller.holders.add(request.caller)\n",
+        "            pass\n",
         ("tests/control/test_methods.py",),
     ),
     Mutation(
@@ -627,8 +627,8 @@ MUTATIONS = [
     Mutation(
         "a save that nobody waits for leaves it suspended",
         "vdpabridge/control/methods.py",
-        "            self._try_again_when_gone(holder, caller)\n            self._tell_state(error)",
-        "            self._tell_state(error)",
+        "            caller.holders.add(_NOBODY)\n",
+        "",
         ("tests/control/test_server.py",),
     ),
     Mutation(

@@ -132,7 +132,6 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
     """A virtiofsd that is started by ``words`` and ends with the context: the name of its device."""
     with tempfile.TemporaryDirectory(prefix="vdpabridge-") as folder:
         socket_path = Path(folder) / "virtiofsd.sock"
-        # a signal to the terminal's processes is ours to act upon: virtiofsd ends when the device was stopped
         process = None
         try:
             # a signal waits until there is something to end
@@ -155,6 +154,7 @@ def _virtiofsd(words: Sequence[str]) -> Iterator[str]:
 
 def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
+        # a signal to the terminal's processes is ours to act upon: virtiofsd ends when the device was stopped
         return subprocess.Popen(words, process_group=0)
     except OSError as error:
         raise VdpaBridgeError("start virtiofsd", device=words[0], why=os.strerror(error.errno or 0)) from error

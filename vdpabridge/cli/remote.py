@@ -100,7 +100,7 @@ def load(arguments: argparse.Namespace) -> None:
 
 
 def migrate(arguments: argparse.Namespace) -> None:
-    """``vdpabridge migrate``: from one process into another; where that fails, the first resumes."""
+    """``vdpabridge migrate``: from one process into another. If that fails, the first device is as it was before."""
     saved: dict[str, Any] = {}
     try:
         with (

@@ -26,6 +26,8 @@ __all__ = ["Controlled", "control_server", "methods_of"]
 _EVERYBODY = "everybody"
 #: Holds a device whose state has gone to another device.
 _MOVED = "moved"
+#: Holds nothing. To release it is to try again what a release could not do.
+_NOBODY = "nobody"
 #: The values of `stay` of the method `save`; the last: suspended as long as the client is connected.
 _STAYS = (False, True, "connection")
 
@@ -67,7 +69,7 @@ class Controlled:
         device: Device,
         server: Server,
         timeout_s: float | None,
-        tell: Callable[[str, Mapping[str, Any]], None] = lambda _event, _facts: None,
+        tell: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._device = device
         self._server = server
@@ -175,7 +177,7 @@ class Controlled:
         was_held = self._server.holds(holder)
         report = Report()
         if stay == "connection":
-            request.caller.when_gone = lambda: self._server.release(request.caller)
+            request.caller.holders.add(request.caller)
         try:
             with self._procedure_of(request) as (bounds, note), sink(request) as fd:
                 with report.step("suspend"), report.watching(self._device):
@@ -193,7 +195,7 @@ class Controlled:
                 with saved.step("resume"):
                     self._server.release(holder)
             except VdpaBridgeError as error:
-                self._try_again_when_gone(holder, request.caller)
+                request.caller.holders.add(_NOBODY)
                 error.hint = "the state was saved; the device stays suspended: ask for 'resume' until that succeeds"
                 raise
         return {**shown(saved), "state": self._device.state.value}
@@ -209,6 +211,11 @@ class Controlled:
         # the state it has now was not moved anywhere
         self._server.release(_MOVED)
         return {**shown(loaded), "device": self._device.name}
+
+    def left(self, caller: Caller) -> None:
+        """Release what held the device because of ``caller``, which has left."""
+        for holder in caller.holders:
+            self._server.release(holder)
 
     def _refuse_while_moving(self, request: Request) -> None:
         """Raise if another client holds the device by its connection: it may be moving the state."""
@@ -227,20 +234,10 @@ class Controlled:
             if self._server.holds(holder):
                 self._server.release(holder)
         except VdpaBridgeError as error:
-            self._try_again_when_gone(holder, caller)
+            # the caller is told of it. If it is not there any more, the server tries again
+            caller.holders.add(_NOBODY)
             self._tell_state(error)
             raise
-
-    def _try_again_when_gone(self, holder: object, caller: Caller) -> None:
-        """``caller`` is told that the device could not resume. If it is not there any more, the server tries again."""
-        before = caller.when_gone
-
-        def release() -> None:
-            if before is not None:
-                before()
-            self._server.release(holder)
-
-        caller.when_gone = release
 
     def _tell_state(self, error: BaseException) -> None:
         """Make ``error`` say what the device does now: the procedure does not know whether it is resumed afterwards."""
@@ -300,6 +297,7 @@ def control_server(
         device, server, timeout_s, tell or (lambda event, facts: control.tell({"event": event, **facts}))
     )
     control.methods = methods_of(controlled, control.cancel)
+    control.when_gone = controlled.left
     return control
 
 

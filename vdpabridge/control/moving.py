@@ -42,9 +42,9 @@ def move(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make ``source`` save into ``destination``; returns both answers. The source's device stays suspended, for good.
 
-    If that fails, or this process ends before it is done, the source's device resumes. ``progress`` is called with the
-    number of bytes of device state sent so far; ``accept``: what may be lost (`Loss`). Raises `UsageError` if both are
-    the same, and `MoveFailed` for the side that caused it.
+    If that fails, or this process ends before it is done, the source's device does again what it did before.
+    ``progress`` is called with the number of bytes of device state sent so far; ``accept``: what may be lost (`Loss`).
+    Raises `UsageError` if both are the same, and `MoveFailed` for the side that caused it.
     """
     if _are_the_same(source.path, destination.path):
         why = f"{source.path} and {destination.path} are the same socket"

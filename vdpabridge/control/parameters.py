@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from ..state.image.opening import open_image
 from ..state.losses import Loss
 from ..state.report import Report
 from ..state.transfer.channel import Limits
-from .requests import Request
+from .requests import Request, steps_of
 
 __all__ = ["accepted", "choice", "flag", "limits", "shown", "sink", "source"]
 
@@ -89,12 +88,11 @@ def accepted(request: Request) -> frozenset[Loss]:
 
 def shown(report: Report) -> dict[str, Any]:
     """``report`` in the form that clients get."""
-    steps = [dataclasses.asdict(step) for step in report.steps]
     return {
         "state_bytes": report.state_bytes,
         "copied_by": report.copied_by,
         "digest": report.digest.hex(),
-        "steps": steps,
+        "steps": steps_of(report),
     }
 
 

@@ -15,7 +15,7 @@ from ..linux.descriptors import discard
 from ..state.report import Report
 from .lines import INVALID_PARAMS, INVALID_REQUEST, PARSE_ERROR, REFUSED, TIMED_OUT, UNABLE
 
-__all__ = ["Caller", "InvalidRequest", "Method", "Params", "Request", "outcome", "refused"]
+__all__ = ["Caller", "InvalidRequest", "Method", "Params", "Request", "outcome", "refused", "steps_of"]
 
 Params = Mapping[str, Any]
 #: The answer to a request without its id: ``result`` or ``error``.
@@ -26,8 +26,8 @@ class Caller:
     """The client at one connection. It is the holder of a device that is held "by a connection"."""
 
     def __init__(self) -> None:
-        self.when_gone: Callable[[], object] | None = None
-        """Called once by the device's thread when the connection has ended and its requests are done."""
+        self.holders: set[object] = set()
+        """What holds the device because of it, and is to be released when it has left."""
         self.gone = False
         self.listens = False
         """Whether it wants to be told of events."""
@@ -133,8 +133,13 @@ def refused(error: Exception) -> Outcome:
     if kind := _kind_of(error):
         facts["kind"] = kind
     if isinstance(report := getattr(error, "report", None), Report):
-        facts["steps"] = [dataclasses.asdict(step) for step in report.steps]
+        facts["steps"] = steps_of(report)
     return {"error": {"code": REFUSED, "message": str(error), "data": facts}}
+
+
+def steps_of(report: Report) -> list[dict[str, Any]]:
+    """The steps of ``report`` in the form that clients get."""
+    return [dataclasses.asdict(step) for step in report.steps]
 
 
 def _nobody(_method: str, _params: Params) -> None: ...

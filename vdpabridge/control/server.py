@@ -34,6 +34,9 @@ _AGAIN_S = 1.0
 _REQUESTS_MAX = 16
 
 
+def _nothing(_caller: Caller) -> None: ...
+
+
 class _Client:
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
@@ -54,7 +57,9 @@ class ControlServer:
     def __init__(self, listener: socket.socket, *, report: Callable[[str], None]) -> None:
         listener.setblocking(False)
         self.methods: Mapping[str, Method] = {}
-        """The methods that clients can call; to be set before the thread starts."""
+        """The methods that clients can call; to be set before the thread starts. So is `when_gone`."""
+        self.when_gone: Callable[[Caller], object] = _nothing
+        """Called by the device's thread when a client's connection has ended and its requests are done."""
         self._report = report
         self._listener = listener
         self._clients: dict[int, _Client] = {}
@@ -81,11 +86,6 @@ class ControlServer:
         self._errands.run_one()
 
     # --- for any thread ---
-
-    @property
-    def running(self) -> Request | None:
-        """The request that the device's thread works on."""
-        return self._running
 
     def cancel(self) -> bool:
         """Make the request that is being done end early; returns whether there is one that can."""
@@ -293,10 +293,8 @@ class ControlServer:
 
     def _put_right(self, caller: Caller, *, again: bool = False) -> None:
         """Do in the device's thread what ``caller`` has left to do, again and again until it succeeds."""
-        if caller.when_gone is None:
-            return
         try:
-            caller.when_gone()
+            self.when_gone(caller)
         except Exception as error:  # noqa: BLE001  # a client that has left must not end the process that owns it
             if not again:
                 self._report(f"when a client of the control socket had left: {error}")

@@ -176,7 +176,7 @@ class Session:
     # --- one message ---
 
     def _serve(self, message: Message) -> None:
-        begin_ns = time.time_ns()
+        begin_ns = time.time_ns() if self._trace else 0
         fds = message.take_fds()
         try:
             request, spec, payload = self._understand(message, len(fds))
