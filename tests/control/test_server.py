@@ -488,7 +488,8 @@ def test_what_is_tried_again_does_not_end_the_suspend_of_another_client(tmp_path
         with ControlClient(those.control, timeout_s=10) as saving:
             those.device.refusals = 1
             with pytest.raises(ControlError):
-                saving.ask("save", path="/nowhere/image", stay=True)
+                saving.ask("save", path=str(tmp_path / "image"), stay=True, limit_bytes=1)
+            assert those.device.refusals == 0
             client.ask("suspend")
         wait_until(lambda: len(those.server.also_served._clients) == 1)
         assert client.ask("status")["state"] == "suspended"
