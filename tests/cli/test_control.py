@@ -164,18 +164,20 @@ def test_an_image_that_does_not_fit_at_the_start(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("moment", range(1, 8))
+@pytest.mark.parametrize("moment", range(1, 10))
 def test_whoever_moves_state_is_killed_at_any_moment(tmp_path, moment):
-    """The source resumes, unless it was told that it has moved, which is the last that is done."""
+    """The source resumes, unless it was told that it has moved; only then does the destination start."""
     words = [sys.executable, "-m", "tests.support.mortal", str(moment)]
     with mounted(tmp_path) as (mount, control), controlled(tmp_path, "b") as (_, other, _):
         done = subprocess.run([*words, control, other], env=ENVIRONMENT, timeout=30, check=False)
-        assert done.returncode == (0 if moment > 6 else -signal.SIGKILL)
+        assert done.returncode == (0 if moment > 8 else -signal.SIGKILL)
         if moment < 6:
             assert mount.read() == b"These"
         else:
             status = json.loads(run("-j", "status", control).stdout)
             assert (status["state"], status["moved"]) == ("suspended", True)
+            there = json.loads(run("-j", "status", other).stdout)
+            assert (there["arriving"], there["held"]) == ((False, False) if moment > 7 else (True, True))
             refused = run("resume", control)
             assert refused.returncode == 1
             assert "its state was moved to another device" in refused.stderr
@@ -349,6 +351,19 @@ def test_an_error_names_the_image(tmp_path):
     path.write_bytes(b"nonsense")
     with controlled(tmp_path) as (_, control, _):
         assert f"{path} into " in run("load", control, str(path)).stderr
+
+
+def test_a_moved_device_stays_so_for_a_process_that_comes_after(tmp_path):
+    """Whoever ends and starts the source again, for example a service manager, does not start its device."""
+    with controlled(tmp_path) as (_, control, _server), ControlClient(control, timeout_s=10) as client:
+        client.ask("moved")
+    assert os.path.exists(f"{control}.moved")
+    with controlled(tmp_path) as (_, control, _server):
+        status = json.loads(run("-j", "status", control).stdout)
+        assert (status["moved"], status["held"]) == (True, True)
+        assert "its state was moved to another device" in run("status", control).stdout
+        assert run("resume", control, "--force").returncode == 0
+    assert not os.path.exists(f"{control}.moved")
 
 
 def test_a_report_that_cannot_be_written_is_found_before_anything_is_moved(tmp_path):

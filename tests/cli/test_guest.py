@@ -116,6 +116,18 @@ def test_it_ends_in_time_although_nobody_answers(tmp_path):
         assert said.splitlines()[-1].endswith("all right")
 
 
+def test_it_ends_although_its_shell_has_made_it_ignore_ctrl_c(tmp_path):
+    """A shell script does so for each command with "&"."""
+    words = [*COMMAND, "guest", "sim:fs", "--seconds", "1.2"]
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *words]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=20, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[-1].endswith("all right")
+    counted = sum(int(line.split()[0]) for line in lines[1:-1] if line.endswith(("ms", "us", "s")))
+    assert lines[-1] == f"{counted} requests, all right"
+
+
 def test_a_back_end_that_is_gone(tmp_path):
     with controlled(tmp_path) as (path, _, server):
         words = [*COMMAND, "guest", path]

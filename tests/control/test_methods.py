@@ -20,6 +20,7 @@ from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.lines import FDS_MAX
 from vdpabridge.control.methods import control_server
 from vdpabridge.control.moving import MoveFailed, move
+from vdpabridge.control.possession import Possession
 from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
@@ -38,14 +39,17 @@ from ..support.waiting import wait_until
 class Served:
     """A device that is served, and can be asked about, by a thread of this process."""
 
-    def __init__(self, stack, folder, device, timeout_s=5):
+    def __init__(self, stack, folder, device, timeout_s=5, marker=None):
         self.path, self.control = str(folder / "s"), str(folder / "c")
         self.device = device
         self.reports = []
         listener = stack.enter_context(listen(self.path))
         self.server = stack.enter_context(Server(device, report=self.reports.append, timeout_s=timeout_s))
         control = stack.enter_context(listen(self.control))
-        answering = control_server(control, device, self.server, timeout_s, report=self.reports.append)
+        possession = Possession(self.server, marker)
+        answering = control_server(
+            control, device, self.server, timeout_s, report=self.reports.append, possession=possession
+        )
         self.server.also_served = stack.enter_context(answering)
         thread = threading.Thread(target=self.server.serve, args=[listener])
         thread.start()
@@ -65,10 +69,10 @@ class Served:
 
 
 @contextmanager
-def serving(folder, cls=Sim, timeout_s=5):
+def serving(folder, cls=Sim, timeout_s=5, marker=None):
     with ExitStack() as stack:
         device = stack.enter_context(cls.blk(DISK_BYTES, timeout_s=5))
-        yield Served(stack, folder, device, timeout_s)
+        yield Served(stack, folder, device, timeout_s, marker)
 
 
 def serving_back_end(stack, folder, ours, *, timeout_s, config_size_bytes):
@@ -496,7 +500,7 @@ def test_state_that_is_loaded_ends_a_move(tmp_path):
             one.ask("resume", force="false")
         assert one.ask("status")["moved"] is True
         # nor can it be given to a third
-        with pytest.raises(ControlError, match="its state was moved to another device: the state here is old"):
+        with pytest.raises(ControlError, match="save: its state was moved to another device"):
             one.ask("save", path=str(tmp_path / "again"))
         front.reset()
         image = tmp_path / "image"

@@ -19,7 +19,7 @@ from vdpabridge.control.errands import Errand, Errands
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.requests import Caller, InvalidRequest, Request
 from vdpabridge.drivers.sim import Sim
-from vdpabridge.errors import VdpaBridgeError
+from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.state.transfer.channel import PIPE_BYTES
 
 from ..linux.test_descriptors import lingering
@@ -283,7 +283,7 @@ def test_two_movers_never_both_have_it_moved(tmp_path):
         with pytest.raises(ControlError, match="another client is moving its state"):
             second.ask("moved")
         assert first.ask("moved") == {"state": "suspended"}
-        with pytest.raises(ControlError, match="its state was moved to another device before"):
+        with pytest.raises(ControlError, match="its state was moved to another device"):
             second.ask("moved")
         with pytest.raises(ControlError, match="its state was moved"):
             second.ask("save", path=str(tmp_path / "image"))
@@ -440,15 +440,30 @@ def test_a_load_that_is_cancelled_in_its_last_step_is_not_done(tmp_path):
 
 
 class HardToResume(Sim):
-    """Cannot be resumed, as often as ``refusals`` says."""
+    """Cannot be resumed, as often as ``refusals`` says, and not suspended as often as ``slow`` says."""
 
-    refusals = 0
+    refusals = slow = 0
+    error = VdpaBridgeError("resume", why="not now")
 
     def _resume(self):
         if self.refusals:
             self.refusals -= 1
-            raise VdpaBridgeError("resume", device=self.name, why="not now")
+            raise self.error
         super()._resume()
+
+    def _suspend(self, *, drain):
+        super()._suspend(drain=drain)
+        if self.slow:
+            self.slow -= 1
+            raise DeadlineExceeded("suspend", 1, device=self.name)
+
+
+class Starving(HardToResume):
+    error = OSError(errno.EMFILE, "Too many open files")
+
+
+class Strict(HardToResume):
+    error = ValueError("a ring of 3")
 
 
 def test_who_has_left_is_put_right_as_soon_as_that_is_possible(tmp_path, monkeypatch):
@@ -466,11 +481,12 @@ def test_who_has_left_is_put_right_as_soon_as_that_is_possible(tmp_path, monkeyp
         work.finish()
 
 
+@pytest.mark.parametrize("kind", [HardToResume, Starving, Strict])
 @pytest.mark.parametrize("stay", [False, True])
-def test_a_save_whose_client_has_left_and_whose_resume_fails_once(tmp_path, monkeypatch, stay):
+def test_a_save_whose_client_has_left_and_whose_resume_fails_once(tmp_path, monkeypatch, stay, kind):
     """Nobody is there to be told, and nobody has asked for a suspended device."""
     monkeypatch.setattr(control_server, "_AGAIN_S", 0.05)
-    with serving(tmp_path, HardToResume, timeout_s=60) as those:
+    with serving(tmp_path, kind, timeout_s=60) as those:
         work, client = those.at_work(), those.client()
         with full_pipe() as writer, raw(those) as asking:
             line = b'{"jsonrpc": "2.0", "id": 1, "method": "save", "params": {"stay": %s}}\n'
@@ -480,6 +496,71 @@ def test_a_save_whose_client_has_left_and_whose_resume_fails_once(tmp_path, monk
         wait_until(lambda: client.ask("status")["state"] == "running")
         assert client.ask("status")["held"] is False
         work.finish()
+
+
+@pytest.mark.parametrize("method", ["suspend", "save"])
+def test_a_suspend_that_fails_and_cannot_be_undone_is_undone_later(tmp_path, monkeypatch, method):
+    """The device has stopped all the same, and nobody holds it: its guest would wait for ever."""
+    monkeypatch.setattr(control_server, "_AGAIN_S", 0.05)
+    params = {"path": str(tmp_path / "image")} if method == "save" else {}
+    with serving(tmp_path, HardToResume) as those:
+        work = those.at_work()
+        with ControlClient(those.control, timeout_s=10) as asking:
+            those.device.slow, those.device.refusals = 1, 2
+            with pytest.raises(ControlError, match="ask for 'resume' until that succeeds"):
+                asking.ask(method, **params)
+        work.finish()
+        assert those.client().ask("status")["held"] is False
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Starving, "Too many open files"), (Strict, "a ring of 3")])
+def test_whatever_keeps_it_from_resuming_is_told_with_what_to_do(tmp_path, kind, why):
+    with serving(tmp_path, kind) as those:
+        work, client = those.at_work(), those.client()
+        client.ask("suspend")
+        those.device.refusals = 1
+        with pytest.raises(ControlError, match=f"{why}.*ask for 'resume' until that succeeds") as caught:
+            client.ask("resume")
+        assert caught.value.device == those.device.name or caught.value.why
+        client.ask("resume")
+        work.finish()
+
+
+def test_who_leaves_lets_go_of_all_that_it_held(tmp_path):
+    """A hold by its connection, and one that a failed save has left to put right."""
+    with serving(tmp_path, HardToResume) as those:
+        work, client = those.at_work(), those.client()
+        with ControlClient(those.control, timeout_s=10) as asking:
+            those.device.refusals = 1
+            with pytest.raises(ControlError):
+                asking.ask("save", path=str(tmp_path / "image"), limit_bytes=1)
+            asking.ask("save", path=str(tmp_path / "image"), stay="connection")
+            assert client.ask("status")["held"] is True
+        wait_until(lambda: client.ask("status")["held"] is False)
+        work.finish()
+
+
+def test_what_lasts_replaces_what_a_connection_holds(tmp_path):
+    with serving(tmp_path) as those:
+        work, client = those.at_work(), those.client()
+        client.ask("save", path=str(tmp_path / "image"), stay="connection")
+        client.ask("suspend")
+        assert len(those.server.holders) == 1
+        # another client may end it
+        assert those.client().ask("resume") == {"state": "running"}
+        client.ask("suspend")
+        client.ask("moved")
+        assert len(those.server.holders) == 1
+        assert client.ask("resume", force=True) == {"state": "running"}
+        work.finish()
+
+
+def test_requests_that_were_answered_are_forgotten(tmp_path):
+    with serving(tmp_path) as those:
+        client = those.client()
+        for _ in range(10):
+            client.ask("status")
+        wait_until(lambda: not those.server.also_served._requests)
 
 
 def test_what_is_tried_again_does_not_end_the_suspend_of_another_client(tmp_path):

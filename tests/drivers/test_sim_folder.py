@@ -1,5 +1,6 @@
 """A real folder as a simulated file server: what is in it, as it is, and nothing else."""
 
+import errno
 import os
 import shutil
 import stat
@@ -7,8 +8,10 @@ from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
+from vdpabridge.abi.fuse import FUSE_READ_IN, FuseOpcode
 from vdpabridge.drivers.names import DeviceNameError
 from vdpabridge.drivers.opening import open_device
+from vdpabridge.drivers.sim import folder as folder_module
 from vdpabridge.drivers.sim.folder import Folder
 from vdpabridge.drivers.sim.tree import find
 from vdpabridge.errors import VdpaBridgeError
@@ -132,6 +135,59 @@ def test_a_directory_that_becomes_a_link_leads_nowhere(folder, tmp_path, closed_
         below.listing()
     assert below.entry("other") is None
     assert other.size_bytes == 0
+
+
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_a_file_that_becomes_something_else(folder, tmp_path, closed_at_the_end, what):
+    shared = closed_at_the_end(Folder(str(folder)))
+    file = shared.entry("file")
+    (folder / "file").unlink()
+    if what == "link":
+        (tmp_path / "elsewhere").write_text("SECRET")
+        (folder / "file").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            file.read(0, 6)
+    else:
+        # nobody writes into it
+        os.mkfifo(folder / "file")
+        with pytest.raises(OSError, match="Illegal seek"):
+            file.read(0, 6)
+
+
+def test_trouble_of_this_process_is_not_a_file_that_does_not_exist(folder, closed_at_the_end, monkeypatch):
+    """Out of descriptors: the guest gets an error, not a file that is gone or empty."""
+
+    def no_descriptor(*_words, **_options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        entry = fuse.walk("file")
+        with monkeypatch.context() as patch:
+            patch.setattr(folder_module.os, "open", no_descriptor)
+            for act in (lambda: fuse.lookup(ROOT, "file"), lambda: fuse.getattr(entry.nodeid)):
+                with pytest.raises(FuseError, match="EMFILE"):
+                    act()
+        assert fuse.getattr(entry.nodeid).size_bytes == 13
+
+
+def test_a_read_asks_the_disk_for_no_more_than_a_driver_has_room_for(folder, monkeypatch):
+    asked = []
+    pread = os.pread
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        entry = fuse.walk("file")
+        handle = fuse.open(entry.nodeid)
+        monkeypatch.setattr(folder_module.os, "pread", lambda fd, size, at: asked.append(size) or pread(fd, size, at))
+        body = FUSE_READ_IN.pack(handle, 0, 0xFFFFFFFF, 0, 0, 0, 0)
+        fuse._ask(FuseOpcode.FUSE_READ, entry.nodeid, body, 13)
+    assert asked == [1 << 20]
+
+
+def test_a_directory_that_is_read_again_from_its_beginning_is_as_it_is_now(folder):
+    with open_device(f"sim:fs,dir={folder}", timeout_s=5) as device, mounted(device) as fuse:
+        handle = fuse.opendir(ROOT)
+        before = list(fuse.readdir(ROOT, handle))
+        (folder / "new").write_text("")
+        assert set(fuse.readdir(ROOT, handle)) == {*before, "new"}
 
 
 def test_a_folder_that_is_gone_is_an_error_to_the_guest(folder):

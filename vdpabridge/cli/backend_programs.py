@@ -32,6 +32,9 @@ _FS_CAPABILITIES = {"type": "fs", "features": ["migrate-precopy", "separate-opti
 _VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
 _START_S, _END_S, _PAUSE_S = 10.0, 5.0, 0.01
 
+#: Signals that end a back-end, beside SIGINT.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 
 def blk(argv: Sequence[str] | None = None) -> int:
     """``vdpabridge-vhost-user-blk``: serve the disk in ``--blk-file``, as ``vdpabridge serve sim:blk,file=…`` does."""
@@ -67,7 +70,9 @@ def fs(argv: Sequence[str] | None = None) -> int:
     control = ["--control", arguments.control] if arguments.control else []
     tag = ["--tag", arguments.tag] if arguments.tag else []
     # until 'serve' has handlers of its own, and after it: virtiofsd must not be left behind
-    before = {number: signal.signal(number, _terminated) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # not a hangup that nohup(1) has made harmless
+    numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _terminated) for number in numbers}
     try:
         with _virtiofsd([program, "--shared-dir", arguments.shared_dir, *tag, *others]) as device:
             return command(["serve", device, *place, *control])

@@ -43,6 +43,8 @@ _BLOCKS_AT_ONCE = 16
 _BLOCKS_MAX = 256
 _CAPACITY_BYTES = 8
 _FILES_MAX = 16
+#: What the watch ends a wait of the main thread with.
+_WAKE = signal.SIGUSR1
 _KINDS = {"blk": VIRTIO_ID_BLOCK, "fs": VIRTIO_ID_FS}
 
 
@@ -62,9 +64,12 @@ def guest(arguments: argparse.Namespace) -> None:
                 while True:
                     for done_bytes in work.round():
                         watch.answered(done_bytes)
-            except KeyboardInterrupt:
-                # the user's, or the watch's: that is how it is ended, also in the middle of a wait
+            except (KeyboardInterrupt, _Over):
                 watch.end()
+
+
+class _Over(BaseException):
+    """There is nothing more to watch. As KeyboardInterrupt, it ends a wait, and nobody takes it for an error."""
 
 
 class _Work(ABC):
@@ -142,6 +147,10 @@ class _Files(_Work):
                 yield len(data)
 
 
+def _over(*_: object) -> None:
+    raise _Over
+
+
 class _Watch:
     """Says once a second what was done in it."""
 
@@ -172,12 +181,15 @@ class _Watch:
             self._last_s = now_s
 
     def __enter__(self) -> _Watch:
+        # not SIGINT: a shell script starts its background processes with SIGINT ignored
+        self._before = signal.signal(_WAKE, _over)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        signal.signal(_WAKE, self._before)
 
     def end(self) -> None:
         """Say what there is left to say. Raises `VdpaBridgeError` if the device is gone, OSError if nobody listens."""
@@ -195,7 +207,7 @@ class _Watch:
             self._watch()
         if not self._ended.is_set():
             # a real signal: it ends a system call
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
 
     def _watch(self) -> None:
         ended = False

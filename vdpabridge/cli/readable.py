@@ -95,8 +95,9 @@ def _circumstances(facts: Facts) -> str:
         for text, holds in (
             ("front-end connected", facts["front_end"]),
             ("no front-end", not facts["front_end"]),
-            ("held suspended", facts["held"] and not facts["moved"]),
+            ("held suspended", facts["held"] and not facts["moved"] and not facts["arriving"]),
             ("its state was moved to another device", facts["moved"]),
+            ("its state came from another device, which may run", facts["arriving"]),
         )
         if holds
     ]

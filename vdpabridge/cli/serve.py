@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from ..abi.virtio import VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET
 from ..control.methods import control_server
+from ..control.possession import Possession
 from ..device import Device
 from ..drivers.opening import device_id_of, named, open_device
 from ..errors import UsageError, VdpaBridgeError
@@ -66,9 +67,20 @@ def serve(arguments: argparse.Namespace) -> None:
         ending.watch(device, server)
         if arguments.restore:
             _restore(device, arguments, log)
+        possession = Possession(server, f"{arguments.control}.moved" if arguments.control else None)
+        if possession.moved:
+            log.warning(f"{device.name}: its state was moved to another device: held until 'load' or 'resume --force'")
         if arguments.control:
             control = stack.enter_context(listening(arguments.control, mode=0o600))
-            answering = control_server(control, device, server, arguments.timeout, report=log.warning, tell=events.tell)
+            answering = control_server(
+                control,
+                device,
+                server,
+                arguments.timeout,
+                report=log.warning,
+                tell=events.tell,
+                possession=possession,
+            )
             events.control = server.also_served = stack.enter_context(answering)
         log.info(f"{device.name} is served at {where}")
         notify(f"READY=1\nSTATUS={device.name} is served at {where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from ..state.procedures import ProcedureFailed, load_state, save
 from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .parameters import accepted, choice, flag, limits, shown, sink, source
+from .possession import Possession
 from .requests import Caller, Method, Request
 from .server import ControlServer
 
@@ -24,8 +26,6 @@ __all__ = ["Controlled", "control_server", "methods_of"]
 
 #: Holds the device after `suspend`.
 _EVERYBODY = "everybody"
-#: Holds a device whose state has gone to another device.
-_MOVED = "moved"
 #: Holds nothing. To release it is to try again what a release could not do.
 _NOBODY = "nobody"
 #: The values of `stay` of the method `save`; the last: suspended as long as the client is connected.
@@ -68,11 +68,13 @@ class Controlled:
         self,
         device: Device,
         server: Server,
+        possession: Possession,
         timeout_s: float | None,
         tell: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._device = device
         self._server = server
+        self._possession = possession
         self._timeout_s = timeout_s
         self._tell = tell
         self._procedure: _Progress | None = None
@@ -105,7 +107,8 @@ class Controlled:
             "device_id": device.identity.device_id,
             "state": device.state.value,
             "held": server.held,
-            "moved": server.holds(_MOVED),
+            "moved": self._possession.moved,
+            "arriving": self._possession.arriving,
             "front_end": server.session is not None,
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
@@ -126,38 +129,46 @@ class Controlled:
 
     def suspend(self, request: Request) -> dict[str, Any]:
         """Suspend until `resume`, whatever front-ends do. This replaces a hold by the caller's connection."""
-        self._server.hold(_EVERYBODY)
-        self._server.release(request.caller)
+        with self._owing(request):
+            self._server.hold(_EVERYBODY)
+            self._server.release(request.caller)
         return self._told("suspended")
 
     def moved(self, request: Request) -> dict[str, Any]:
         """Another device has the saved state now: stay suspended until `load` replaces it or `resume` is forced."""
-        if self._server.holds(_MOVED):
-            why, hint = "its state was moved to another device before", "start that one only"
-            raise VdpaBridgeError("moved", device=self._device.name, why=why, hint=hint)
+        self._possession.require("moved", self._device.name)
         self._refuse_while_moving(request)
-        self._server.hold(_MOVED)
-        self._server.release(request.caller)
-        self._server.release(_EVERYBODY)
+        with self._owing(request):
+            self._possession.give_away()
+            self._server.release(request.caller)
+            self._server.release(_EVERYBODY)
         return self._told("moved")
+
+    def arrived(self, request: Request) -> dict[str, Any]:
+        """The state that `load` has brought is this device's: the one that it came from was told `moved`."""
+        if not self._possession.arriving:
+            raise VdpaBridgeError(request.method, device=self._device.name, why="no state was on its way")
+        with self._owing(request):
+            self._possession.take()
+        return self._told("arrived")
 
     def resume(self, request: Request) -> dict[str, Any]:
         """Let the device do again what its front-end wants, unless another client holds it by its connection.
 
         With ``force``, also if its state was moved to another device: if that one runs, two devices run.
         """
-        force = flag(request, "force")
-        if self._server.holds(_MOVED) and not force:
-            why = "its state was moved to another device; if both run, the guest's data is destroyed"
-            hint = "force it, if the other device does not run and never will"
-            raise VdpaBridgeError("resume", device=self._device.name, why=why, hint=hint)
-        for holder in (request.caller, _EVERYBODY, _MOVED):
-            self._server.release(holder)
+        if not flag(request, "force"):
+            self._possession.require("resume", self._device.name)
+        with self._owing(request):
+            for holder in (request.caller, _EVERYBODY):
+                self._server.release(holder)
+            self._possession.take()
         return self._told("resumed")
 
     def release(self, request: Request) -> dict[str, Any]:
         """Give back what the caller holds by its connection, and nothing else: a `suspend` of anybody lasts."""
-        self._server.release(request.caller)
+        with self._owing(request):
+            self._server.release(request.caller)
         return self._told("released")
 
     def save(self, request: Request) -> dict[str, Any]:
@@ -167,10 +178,7 @@ class Controlled:
         connected, or until `suspend` makes it last.
         """
         stay = choice(request, "stay", _STAYS)
-        if self._server.holds(_MOVED):
-            why = "its state was moved to another device: the state here is old"
-            hint = "'resume --force' first, if the other device does not run and never will"
-            raise VdpaBridgeError("save", device=self._device.name, why=why, hint=hint)
+        self._possession.require("save", self._device.name)
         if stay == "connection":
             self._refuse_while_moving(request)
         holder = {False: object(), True: _EVERYBODY, "connection": request.caller}[stay]
@@ -185,31 +193,35 @@ class Controlled:
                 saved = save(self._device, fd, bounds, stay_suspended=True, accept=accepted(request))
                 saved.steps[:0] = report.steps
                 note(saved)
-        except BaseException as error:
-            if not was_held:
-                self._give_back(holder, request.caller)
-            self._tell_state(error)
-            raise
-        if not stay:
-            try:
-                with saved.step("resume"):
+        except BaseException:
+            with self._owing(request):
+                if not was_held and self._server.holds(holder):
                     self._server.release(holder)
-            except VdpaBridgeError as error:
-                request.caller.holders.add(_NOBODY)
-                error.hint = "the state was saved; the device stays suspended: ask for 'resume' until that succeeds"
                 raise
+        if not stay:
+            with self._owing(request, "the state was saved; "), saved.step("resume"):
+                self._server.release(holder)
         return {**shown(saved), "state": self._device.state.value}
 
     def load(self, request: Request) -> dict[str, Any]:
         """Give the device the state in the image that the descriptor or the file ``path`` has.
 
-        The front-end sets up the queues.
+        The front-end sets up the queues. With ``moving``, it starts the device only after `arrived`.
         """
-        with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
-            loaded = load_state(self._device, fd, bounds, accept=accepted(request))
-            note(loaded)
-        # the state it has now was not moved anywhere
-        self._server.release(_MOVED)
+        new = self._possession.expect() if flag(request, "moving") else None
+        try:
+            with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
+                loaded = load_state(self._device, fd, bounds, accept=accepted(request))
+                note(loaded)
+        except BaseException:
+            if new:
+                with self._owing(request):
+                    self._possession.not_come()
+            raise
+        if new is None:
+            with self._owing(request):
+                # the state it has now is not another device's
+                self._possession.take()
         return {**shown(loaded), "device": self._device.name}
 
     def left(self, caller: Caller) -> None:
@@ -228,25 +240,33 @@ class Controlled:
         self._tell(event, result)
         return result
 
-    def _give_back(self, holder: object, caller: Caller) -> None:
-        """``holder`` held the device only for what has failed."""
-        try:
-            if self._server.holds(holder):
-                self._server.release(holder)
-        except VdpaBridgeError as error:
-            # the caller is told of it. If it is not there any more, the server tries again
-            caller.holders.add(_NOBODY)
-            self._tell_state(error)
-            raise
+    @contextmanager
+    def _owing(self, request: Request, done: str = "") -> Iterator[None]:
+        """The body holds or releases the device. If it raises, its error says what the device does now. If nobody holds
+        a device then that is suspended all the same, the server tries again when the caller has left.
 
-    def _tell_state(self, error: BaseException) -> None:
+        ``done``: what was done before, in words.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self._server.held and not self._server.holders:
+                request.caller.holders.add(_NOBODY)
+            if isinstance(error, VdpaBridgeError):
+                self._tell_state(error, done)
+                raise
+            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+            told = VdpaBridgeError(request.method, device=self._device.name, why=why or type(error).__name__)
+            self._tell_state(told, done)
+            raise told from error
+
+    def _tell_state(self, error: VdpaBridgeError, done: str) -> None:
         """Make ``error`` say what the device does now: the procedure does not know whether it is resumed afterwards."""
-        if not isinstance(error, VdpaBridgeError):
-            return
         state = self._device.state
         known = state is not RunState.RUNNING or not self._server.held
-        what = f"the device is {state.value} now"
-        error.hint = what if known else "it is not known whether the device runs: ask for 'resume' until that succeeds"
+        owed = self._server.held and not self._server.holders
+        what = f"the device is {state.value} now" if known else "it is not known whether the device runs"
+        error.hint = done + what + (": ask for 'resume' until that succeeds" if owed else "")
         if isinstance(error, ProcedureFailed):
             nothing = "nothing" if known else "not known"
             error.running = self._device.name if state is RunState.RUNNING and known else nothing
@@ -286,6 +306,7 @@ def control_server(
     *,
     report: Callable[[str], None],
     tell: Callable[[str, Mapping[str, Any]], None] | None = None,
+    possession: Possession | None = None,
 ) -> ControlServer:
     """A control server for ``device``, which ``server`` serves (both borrowed). Takes ownership of ``listener``.
 
@@ -294,7 +315,11 @@ def control_server(
     """
     control = ControlServer(listener, report=report)
     controlled = Controlled(
-        device, server, timeout_s, tell or (lambda event, facts: control.tell({"event": event, **facts}))
+        device,
+        server,
+        possession or Possession(server),
+        timeout_s,
+        tell or (lambda event, facts: control.tell({"event": event, **facts})),
     )
     control.methods = methods_of(controlled, control.cancel)
     control.when_gone = controlled.left
@@ -313,6 +338,7 @@ def methods_of(controlled: Controlled, cancel: Callable[[], bool]) -> dict[str, 
         "statistics": Method(controlled.statistics, at_once=True),
         "suspend": Method(controlled.suspend),
         "moved": Method(controlled.moved),
+        "arrived": Method(controlled.arrived),
         "resume": Method(controlled.resume),
         "release": Method(controlled.release),
         "save": Method(controlled.save, cancellable=True),

@@ -57,7 +57,7 @@ def move(
 
     def load_there() -> None:
         try:
-            loaded.update(destination.ask("load", reader, accept=list(accept)))
+            loaded.update(destination.ask("load", reader, accept=list(accept), moving=True))
         except Exception as error:  # noqa: BLE001  # it is raised below, in the caller's thread
             there.append(error)
         finally:
@@ -86,19 +86,30 @@ def move(
         causes = (there or here) if broken else (here or there)
         steps = {"source": _steps(saved, here), "destination": _steps(loaded, there)}
         side = source if causes is here else destination
-        raise MoveFailed(side, causes[0], _give_back(source), steps) from causes[0]
-    hint = (
-        f"it is not known whether it stays suspended: start the destination only if 'vdpabridge status {source.path}' "
-        'says "moved", or after its process has ended'
+        hint = _give_back(source)
+        if loaded:
+            hint += f"; {destination.path} has the state, and does not start: move to it again, or end its process"
+        raise MoveFailed(side, causes[0], hint, steps) from causes[0]
+    anyway = f"start the destination by 'vdpabridge resume --force {destination.path}'"
+    _say(
+        source,
+        "moved",
+        f"it is not known whether it stays suspended. If 'vdpabridge status {source.path}' says \"moved\", or its "
+        f"process has ended and no other follows, {anyway}",
     )
+    _say(destination, "arrived", f"the state was moved, and {source.path} stays suspended: {anyway}")
+    return saved, loaded
+
+
+def _say(side: ControlClient, what: str, hint: str) -> None:
+    """Tell ``side`` of the move. ``hint`` is what to do if that fails: it may have heard it."""
     try:
-        source.ask("moved")
+        side.ask(what)
     except VdpaBridgeError as error:
-        raise MoveFailed(source, error, hint) from error
+        raise MoveFailed(side, error, hint) from error
     except BaseException as interruption:
         interruption.add_note(hint)
         raise
-    return saved, loaded
 
 
 def _steps(result: Mapping[str, Any], errors: Sequence[Exception]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def harmless(handler: Handler) -> Handler:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM only when the body is done; in the main thread, the only one that they interrupt."""
+    """Handle SIGINT, SIGTERM and SIGHUP only when the body is done; in the main thread, which alone they interrupt."""
     deferral = Deferral()
     try:
         deferral.install()
@@ -50,7 +50,7 @@ class Deferral:
             return
         # not by a mask: the kernel would give the signal to another thread, and Python would run its handler in this
         # one
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             while isinstance(handler, Deferral) and not handler._active:
                 handler = handler._handlers[number]

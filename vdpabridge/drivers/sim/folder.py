@@ -19,6 +19,8 @@ __all__ = ["Folder"]
 #: Never through a link, and never waiting for a process that writes to a FIFO.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER_FLAGS = _FLAGS | os.O_DIRECTORY
+#: Errors that mean that there is no such file, or none that is shared. Others are this process's own trouble.
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
 
 
 class _Root:
@@ -62,7 +64,9 @@ class _FileOnDisk(File):
         try:
             with _opened(self._root, self._folder) as fd:
                 return os.stat(self._name, dir_fd=fd, follow_symlinks=False).st_size
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise
             return 0
 
     def read(self, offset: int, size_bytes: int) -> bytes:
@@ -94,7 +98,9 @@ class Folder(Directory):
         try:
             with _opened(self._root, self._names) as fd:
                 mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
-        except (OSError, ValueError):
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise
             return None
         if stat.S_ISDIR(mode):
             return self._below(name)

@@ -43,6 +43,8 @@ __all__ = ["FuseServer"]
 
 _MINOR = 31
 _WRITE_BYTES_MAX = 1 << 17
+#: More than a driver asks for: without FUSE_MAX_PAGES, which INIT does not offer, that is 32 pages.
+_READ_BYTES_MAX = 1 << 20
 _BLOCK_BYTES = 4096
 _WRITING = 0o3  # O_WRONLY | O_RDWR
 _DT_DIR, _DT_REG = 4, 8
@@ -100,6 +102,9 @@ class FuseServer:
             body = operation(nodeid, request[FUSE_IN_HEADER.size_bytes : max(size, FUSE_IN_HEADER.size_bytes)])
         except _Refused as refused:
             error = -refused.errno
+        except OSError as failed:
+            # of a folder on disk
+            error = -(failed.errno or errno.EIO)
         if opcode in _SILENT:
             return None
         return FUSE_OUT_HEADER.pack(FUSE_OUT_HEADER.size_bytes + len(body), error, unique) + body
@@ -221,11 +226,9 @@ class FuseServer:
         if isinstance(node, Directory):
             return b""
         try:
-            return node.read(offset, size)
+            return node.read(offset, min(size, _READ_BYTES_MAX))
         except OverflowError:
             raise _Refused(errno.EINVAL) from None
-        except OSError as error:
-            raise _Refused(error.errno or errno.EIO) from error
 
     def _readdir(self, _nodeid: int, body: bytes) -> bytes:
         number, offset, size, *_ = FUSE_READ_IN.unpack(_exactly(body, FUSE_READ_IN.size_bytes))
@@ -249,12 +252,9 @@ class FuseServer:
         of = self.session, handle
         if offset == 0 or self._listing[0] != of:
             directory = find(self._tree, path)
-            try:
-                if not isinstance(directory, Directory):
-                    raise _Refused(errno.ESTALE)
-                entries = [(name, _DT_DIR if folder else _DT_REG) for name, folder in directory.listing()]
-            except OSError as error:
-                raise _Refused(error.errno or errno.EIO) from error
+            if not isinstance(directory, Directory):
+                raise _Refused(errno.ESTALE)
+            entries = [(name, _DT_DIR if folder else _DT_REG) for name, folder in directory.listing()]
             self._listing = of, [(".", _DT_DIR), ("..", _DT_DIR), *entries]
         return self._listing[1]
 

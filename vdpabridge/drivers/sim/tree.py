@@ -75,7 +75,7 @@ def default_tree(file_count: int = 10) -> Directory:
         f"{number:05}": MemoryFile(f"this is file {number}\n".encode()) for number in range(file_count)
     }
     lines = "".join(f"line {number:05} of the file called lines\n" for number in range(_LINES))
-    readme = b"These files exist in the memory of a vdpabridge process only.\n"
+    readme = b"These files exist in the memory of a simulated device only.\n"
     return MemoryDirectory(
         {"README": MemoryFile(readme), "lines": MemoryFile(lines.encode()), "many": MemoryDirectory(many)}
     )
