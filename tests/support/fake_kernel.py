@@ -13,6 +13,7 @@ from errno import EBUSY, EFAULT, EINVAL, EIO, ENOBUFS, ENOENT, ENOTTY, EOPNOTSUP
 from vdpabridge.abi.vhost import (
     VHOST_MSG_V2_LAYOUT,
     VHOST_VDPA_CONFIG,
+    VHOST_VDPA_DEVICE_STATE,
     VHOST_VRING_ADDR,
     VHOST_VRING_STATE,
     VhostIoctl as Ioctl,
@@ -49,6 +50,7 @@ class Parent:
     slow_reset_reads: int = 0  # reads of the status byte before it shows 0
     memlock_bytes: int = 1 << 62
     entries_max: int = 2048
+    has_state: bool = False
 
     @property
     def backend_features(self):
@@ -58,6 +60,7 @@ class Parent:
             6: self.enable_after_driver_ok,
             7: self.descriptor_groups,
             8: self.persist,
+            60: self.has_state,
         }
         return BASE_FEATURES | sum(1 << bit for bit, offered in offers.items() if offered) | self.extra_backend_features
 
@@ -95,6 +98,12 @@ class FakeKernel:
         self.in_batch = None
         self.pending_reset_reads = 0
         self.group_spaces = {}
+        self.transfer = None
+        """The direction of the transfer that was not checked."""
+        self.state_fds = []
+        """Every descriptor that was made for one."""
+        self.checks = []
+        """What the next checks answer; 0 if there is nothing."""
 
     # --- the system calls ---
 
@@ -192,10 +201,10 @@ class FakeKernel:
 
     def vhost_set_backend_features(self, argument):
         wanted = struct.unpack("=Q", argument)[0]
-        for bit in (4, 5, 7, 8):
+        for bit in (4, 5, 7, 8, 60):
             if wanted >> bit & 1 and not self.parent.backend_features >> bit & 1:
                 return EOPNOTSUPP
-        if wanted & ~0x1FE:
+        if wanted & ~(0x1FE | 1 << 60):
             return EOPNOTSUPP
         if wanted >> 7 & 1 and not wanted >> 3 & 1:
             return EINVAL
@@ -255,6 +264,7 @@ class FakeKernel:
             self.enabled = dict.fromkeys(self.enabled, False)
             self.pending_reset_reads = self.parent.slow_reset_reads
             self.group_spaces = {}
+            self.transfer = None
             if self.parent.forgets_maps and not self.acknowledged >> 8 & 1:
                 self.device_maps.clear()
             return 0
@@ -387,3 +397,26 @@ class FakeKernel:
         if self.parent.resume == "unknown":
             return ENOTTY
         return self._run_control(self.parent.resume, False)
+
+    def vhost_vdpa_set_device_state_fd(self, argument):
+        direction, phase, fd, flags = VHOST_VDPA_DEVICE_STATE.unpack(argument)
+        if not self.parent.has_state:
+            return EOPNOTSUPP
+        if (phase, fd, flags) != (0, -1, 0):
+            return EINVAL
+        if direction == 2:
+            self.transfer = None
+            return 0
+        if self._running or self.transfer is not None:
+            return EBUSY
+        self.transfer = direction
+        self.state_fds.append(os.memfd_create("state", os.MFD_CLOEXEC))
+        return self._put(argument, "IIiI", direction, phase, self.state_fds[-1], flags)
+
+    def vhost_vdpa_check_device_state(self, _):
+        if self.transfer is None:
+            return EINVAL
+        code = self.checks.pop(0) if self.checks else 0
+        if code != EBUSY:
+            self.transfer = None
+        return code

@@ -4,26 +4,22 @@ import os
 
 from vdpabridge.device import StateDirection, StatePhase
 
-from .transitions import shared_file
+from .transitions import begin_state
 
 
 def state_of(device):
     """The state of a stopped ``device``."""
-    reader, writer = os.pipe()
-    with open(reader, "rb") as file:
-        assert device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, writer) is None
+    with begin_state(device, StateDirection.SAVE) as file:
         state = file.read()
     device.check_state()
     return state
 
 
 def load(device, state):
-    """Load ``state``, out of a file."""
-    with shared_file(0) as file:
-        os.write(file, state)
-        os.lseek(file, 0, os.SEEK_SET)
-        assert device.set_state_fd(StateDirection.LOAD, StatePhase.STOPPED, os.dup(file)) is None
-        device.check_state()
+    """Load ``state``."""
+    with begin_state(device, StateDirection.LOAD) as file:
+        file.write(state)
+    device.check_state()
 
 
 def pump(source, destination):

@@ -98,7 +98,7 @@ class Bench:
                 case Operation.STOP_QUEUE:
                     device.stop_queue(0)
                 case Operation.SET_STATE_FD:
-                    device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(file))
+                    begin_state(device, StateDirection.SAVE).close()
                 case Operation.SET_DIRTY_LOG:
                     device.set_dirty_log(DirtyLog(file, 1 << 20))
                 case Operation.GET_INFLIGHT:
@@ -107,10 +107,25 @@ class Bench:
                     device.set_inflight(InflightRegion(file, 1 << 16, 0, 1, self.queue.size))
                 case Operation.CHECK_STATE:
                     if Capability.DEVICE_STATE in device.capabilities and device.state is not RunState.RUNNING:
-                        device.set_state_fd(StateDirection.SAVE, StatePhase.STOPPED, os.dup(file))
+                        with begin_state(device, StateDirection.SAVE) as state:
+                            state.read()
                     device.check_state()
                 case _:
                     getattr(device, operation.name.lower())()
+
+
+def begin_state(device, direction):
+    """A transfer begun through a pipe, or through the device's own channel: the other end, as a file."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    theirs, ours = (writer, reader) if direction is StateDirection.SAVE else (reader, writer)
+    try:
+        instead = device.set_state_fd(direction, StatePhase.STOPPED, theirs)
+    except BaseException:
+        os.close(ours)
+        raise
+    if instead is not None:
+        os.close(ours)
+    return open(ours if instead is None else instead, "rb" if direction is StateDirection.SAVE else "wb")
 
 
 def expected(device, operation, state):

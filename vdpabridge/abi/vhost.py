@@ -1,6 +1,7 @@
 """vhost and vhost-vdpa: ioctls, structures, IOTLB messages, backend feature bits.
 
 Source: include/uapi/linux/vhost.h and vhost_types.h of Linux 7.2. Byte order and alignment are the machine's own.
+Device state is not in Linux: it is this project's proposal, in vm-images/kernel/patches.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VHOST_BACKEND_F_RESUME = 5  # 6.3
 VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK = 6  # 6.6
 VHOST_BACKEND_F_DESC_ASID = 7  # 6.7
 VHOST_BACKEND_F_IOTLB_PERSIST = 8  # 6.7
+VHOST_BACKEND_F_DEVICE_STATE = 60  # the proposal
 
 #: Bit -> name of every backend feature that this release knows.
 BACKEND_FEATURE_NAMES = {
@@ -54,6 +56,11 @@ VHOST_IOTLB_BATCH_BEGIN = 5
 VHOST_IOTLB_BATCH_END = 6
 VHOST_IOTLB_MSG = 1
 VHOST_IOTLB_MSG_V2 = 2
+
+VHOST_VDPA_DEVICE_STATE_SAVE = 0
+VHOST_VDPA_DEVICE_STATE_LOAD = 1
+VHOST_VDPA_DEVICE_STATE_CANCEL = 2
+VHOST_VDPA_DEVICE_STATE_STOPPED = 0
 
 VHOST_VRING_STATE = Layout("vhost_vring_state", "=", (("index", "I"), ("num", "I")))
 VHOST_VRING_FILE = Layout("vhost_vring_file", "=", (("index", "I"), ("fd", "i")))
@@ -89,6 +96,9 @@ VHOST_SCSI_TARGET = Layout(
 #: ``struct vhost_vdpa_config`` up to ``buf``.
 VHOST_VDPA_CONFIG = Layout("vhost_vdpa_config", "=", (("off", "I"), ("len", "I")))
 VHOST_VDPA_IOVA_RANGE = Layout("vhost_vdpa_iova_range", "=", (("first", "Q"), ("last", "Q")))
+VHOST_VDPA_DEVICE_STATE = Layout(
+    "vhost_vdpa_device_state", "=", (("direction", "I"), ("phase", "I"), ("fd", "i"), ("flags", "I"))
+)
 
 _U8, _U16, _U32, _U64, _INT = (struct.Struct("=" + code) for code in "BHIQi")
 
@@ -164,6 +174,8 @@ class VhostIoctl(IntEnum):
     VHOST_SET_FEATURES_ARRAY = IOW, 0x83, VHOST_FEATURES_ARRAY.struct  # 6.17
     VHOST_SET_FORK_FROM_OWNER = IOW, 0x84, _U8  # 6.17
     VHOST_GET_FORK_FROM_OWNER = IOR, 0x85, _U8  # 6.17
+    VHOST_VDPA_SET_DEVICE_STATE_FD = IOWR, 0xE0, VHOST_VDPA_DEVICE_STATE.struct  # the proposal
+    VHOST_VDPA_CHECK_DEVICE_STATE = IO, 0xE1  # the proposal
 
 
 __all__ = [name for name in globals() if name.startswith(("VHOST_", "BACKEND_", "VhostIoctl"))]

@@ -317,7 +317,7 @@ class Device(DeviceCore):
 
     @_bounded
     def abandon_state(self) -> None:
-        """End a transfer that the caller will not check; does nothing if there is none.
+        """End a transfer that the caller will not check; does nothing if there is none. The caller has closed its end.
 
         The device is as it was before the transfer. But a back-end that cannot be told to end it keeps a load that it
         has received completely.

@@ -37,16 +37,20 @@ from ...device import (
     QueueBase,
     QueueSetup,
     RunState,
+    StateDirection,
+    StatePhase,
     decode_base,
 )
 from ...errors import DeadlineExceeded, FeatureError, KernelError, VdpaBridgeError
 from ...linux.deadline import Deadline
+from ...linux.descriptors import discard
 from ...linux.eventfds import signal
 from ...linux.mappings import SharedMapping
 from .groups import Groups
 from .ioctls import ROWS
 from .iotlb import Iotlb, IotlbBroken
 from .kernel_requests import KernelRequests
+from .kernel_state import KernelState
 from .node import Node
 from .regions import Regions
 from .system import LINUX, System
@@ -97,6 +101,7 @@ class VhostVdpa(Device):
         """
         self._node = node
         self._ask = KernelRequests(node)
+        self._transfer = KernelState(node)
         self._bound: set[tuple[Operation, int]] = set()
         """Eventfds that the kernel may have been given since the last reset."""
         self._enabled: set[int] = set()
@@ -358,6 +363,7 @@ class VhostVdpa(Device):
         if (status := self.status) != _NEGOTIATED:
             # for example after a reset that did not complete: the device would start without features
             raise self._fail(f"status is {status_names(status)}, but features were accepted")
+        self._transfer.abandon()
         with self._in_order():
             self._regions.settle()
         # a queue that a failed start has enabled may have been disabled or moved since then, and a queue takes its
@@ -381,6 +387,7 @@ class VhostVdpa(Device):
     def _resume(self) -> None:
         # by this request only: rewriting the status byte resumes vdpa_sim without vhost noticing
         self._require_live()
+        self._transfer.abandon()
         self._node.call(Ioctl.VHOST_VDPA_RESUME)
         self._kick_enabled()
 
@@ -398,6 +405,25 @@ class VhostVdpa(Device):
         elif (status := self.status) & _BROKEN:
             raise self._fail(f"status is {status_names(status)}")
 
+    # --- device state ---
+
+    def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int:
+        discard([fd])  # the kernel makes the channel
+        return self._begin_state(direction, phase)
+
+    @_under_one_deadline
+    def _begin_state(self, direction: StateDirection, phase: StatePhase) -> int:
+        return self._transfer.begin(direction, phase)
+
+    def _check_state(self) -> None:
+        self._transfer.check(self.limit.deadline())
+
+    @_under_one_deadline
+    def _abandon_state(self) -> None:
+        self._transfer.abandon()
+
+    # --- reset ---
+
     def _reset_whole(self) -> None:
         """A reset that this driver needs for itself."""
         with self._resetting():
@@ -405,6 +431,7 @@ class VhostVdpa(Device):
 
     def _reset(self) -> None:
         self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
+        self._transfer.forget()
         self._await_reset()
         self._groups.forget()
         try:
@@ -457,6 +484,7 @@ class VhostVdpa(Device):
         try:
             self._node.close()
         finally:
+            self._transfer.forget()
             if self._node.stuck:
                 self._regions.abandon()
             else:

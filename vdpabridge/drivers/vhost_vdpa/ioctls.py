@@ -1,6 +1,7 @@
 """Every request that the driver makes: one row each. What it carries, and its number, is in `vdpabridge.abi.vhost`.
 
-Source: drivers/vhost/vdpa.c and vhost.c, drivers/vdpa/*, read at 6.1, 6.12 and 7.2.
+Source: drivers/vhost/vdpa.c and vhost.c, drivers/vdpa/*, read at 6.1, 6.12 and 7.2; for device state the proposal in
+vm-images/kernel/patches.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from types import MappingProxyType
 
 from ...abi.vhost import (
     VHOST_BACKEND_F_DESC_ASID,
+    VHOST_BACKEND_F_DEVICE_STATE,
     VHOST_BACKEND_F_ENABLE_AFTER_DRIVER_OK,
     VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_RESUME,
@@ -221,6 +223,36 @@ ROWS: Mapping[Ioctl, Row] = {
         asks_only=False,
         meanings={
             errno.EOPNOTSUPP: ("this device has one maximum for all queues", "see queue_size_max"),
+        },
+    ),
+    Ioctl.VHOST_VDPA_SET_DEVICE_STATE_FD: Row(
+        asks_only=False,
+        feature=VHOST_BACKEND_F_DEVICE_STATE,
+        capability=Capability.DEVICE_STATE,
+        meanings={
+            errno.EBUSY: (
+                "the device runs, or a transfer of its state was not checked",
+                "suspend the device; check or abandon the other transfer",
+            ),
+            errno.EINVAL: ("the kernel knows no such transfer", "save or load, with the device stopped"),
+            errno.EOPNOTSUPP: ("this device cannot give or take its state", "move it only if it has none that matters"),
+            errno.EMFILE: ("this process has too many descriptors open", "raise its limit (RLIMIT_NOFILE)"),
+        },
+    ),
+    Ioctl.VHOST_VDPA_CHECK_DEVICE_STATE: Row(
+        asks_only=False,
+        feature=VHOST_BACKEND_F_DEVICE_STATE,
+        meanings={
+            errno.EBUSY: ("the state was not read to its end, or its writer has not closed it", "do so first"),
+            errno.EINVAL: ("there is no transfer, or the state is not this kind of device's", "look at both devices"),
+            errno.ECANCELED: ("the device was resumed, started or reset meanwhile", "begin again"),
+            errno.EPIPE: ("not all of the state was read", "begin again"),
+            errno.EFBIG: ("it is longer than any state of this device", "it is not this device's, or damaged"),
+            errno.E2BIG: ("there is more in it than this device can have", "it is not this device's, or damaged"),
+            errno.EBADMSG: ("the state is damaged, or not this kind of device's", "save it again"),
+            errno.ENODATA: ("the state ends too early", "save it again"),
+            errno.EOPNOTSUPP: ("the state is of a version that this device does not know", "use the same version"),
+            errno.ESTALE: ("it names something that this device does not have", "give both devices the same content"),
         },
     ),
 }

@@ -27,7 +27,7 @@ def save(
     ``accept``: which state may be missing in the image. Raises `StateError`, `MissingCapability` or
     `StateWouldBeLost` before anything was done, `ProcedureFailed` after that.
     """
-    transaction = begin(device, "save", accept)
+    transaction = begin(device, "save", accept, resumes=not stay_suspended)
     with transaction:
         with device.limit.within(limits.deadline):
             _write_image(device, sink, limits, transaction)
@@ -43,7 +43,7 @@ def save_file(
 
     The device resumes only when the file is safe. If only that fails, the error says so, and the file is there.
     """
-    transaction = begin(device, "save", accept)
+    transaction = begin(device, "save", accept, resumes=not stay_suspended)
     with transaction:
         with device.limit.within(limits.deadline), replacing(path) as fd:
             _write_image(device, fd, limits, transaction)

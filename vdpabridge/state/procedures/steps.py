@@ -14,8 +14,14 @@ from .transaction import Transaction
 __all__ = ["begin", "start_from", "suspend"]
 
 
-def begin(device: Device, what: str, accept: Set[Loss], destination: Device | None = None) -> Transaction:
-    """The transaction that undoes ``what`` if it fails; raises if ``device`` cannot be saved now."""
+def begin(
+    device: Device, what: str, accept: Set[Loss], destination: Device | None = None, *, resumes: bool = True
+) -> Transaction:
+    """The transaction that undoes ``what`` if it fails; raises if ``device`` cannot be saved now.
+
+    ``resumes``: the device resumes at the end. If it need not, it may lack RESUME: after a failure it gets its state
+    back by a reset and replay.
+    """
     if device.state not in (RunState.CONFIGURED, RunState.RUNNING, RunState.SUSPENDED):
         legal = (RunState.CONFIGURED.value, RunState.RUNNING.value, RunState.SUSPENDED.value)
         raise StateError(device.name, what, device.state.value, legal)
@@ -25,7 +31,7 @@ def begin(device: Device, what: str, accept: Set[Loss], destination: Device | No
     require_accepted(what, device, unsavable(device), accept, "the device cannot give it")
     if device.state is not RunState.CONFIGURED:
         needed = [Capability.SUSPEND] if device.state is RunState.RUNNING else []
-        if Capability.DEVICE_STATE in device.capabilities:
+        if resumes and Capability.DEVICE_STATE in device.capabilities:
             # without RESUME, undoing takes a reset and replay: the device would have to give and take its state then
             needed.append(Capability.RESUME)
         for capability in needed:
