@@ -12,15 +12,18 @@ export VDPABRIDGE_PYTHON VDPABRIDGE_ALLOW_SKIPS
 PYTHON := "$(VDPABRIDGE_PYTHON)"
 RUN := vm-images/run
 KERNELS := 6.12 6.1 newest
+# the same with the proposal of device state (vm-images/kernel/patches)
+PATCHED := 6.12-state newest-state
 # make test-kernels KERNEL=debug: that one only
-NAMED := $(KERNELS) debug
+NAMED := $(KERNELS) $(PATCHED) debug debug-state
 # without a machine to boot (exit code 121) nothing is tested, which has to be allowed
 SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
 
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels test-kernel-next images lint $(NAMED:%=image-%) $(NAMED:%=test-kernel-%)
+.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state
+.PHONY: $(NAMED:%=image-%) $(NAMED:%=test-kernel-%) test-kernel-next test-kernel-next-state
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -32,13 +35,19 @@ test: lint test-unit test-kernel-6.12
 test-unit: image-6.12
 	$(PYTHON) -m pytest
 
-test-kernels: $(if $(KERNEL),$(KERNEL:%=test-kernel-%),$(KERNELS:%=test-kernel-%) test-kernel-next)
+test-kernels: $(if $(KERNEL),$(KERNEL:%=test-kernel-%),$(KERNELS:%=test-kernel-%) $(PATCHED:%=test-kernel-%) test-kernel-next test-kernel-next-state)
+
+# device state on kernels that have it, by the tests for that alone
+test-state: $(PATCHED:%=image-%)
+	for kernel in $(PATCHED); do $(RUN) $$kernel -- python3 -m tests.ktap $(STATE_TESTS) || exit; done
+
+STATE_TESTS := tests/vm/state tests/vm/test_promises.py tests/vm/test_promises_resume.py
 
 # the release candidate that Debian offers at the moment, if there is one
-test-kernel-next:
-	@$(RUN) next --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) || { code=$$?; [ $$code = 4 ] && echo "test-kernel-next: NOTHING WAS TESTED, see above"; }
+test-kernel-next test-kernel-next-state: test-kernel-%:
+	@$(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) || { code=$$?; [ $$code = 4 ] && echo "test-kernel-$*: NOTHING WAS TESTED, see above"; }
 
-images: $(KERNELS:%=image-%)
+images: $(KERNELS:%=image-%) $(PATCHED:%=image-%)
 
 $(NAMED:%=image-%): image-%:
 	@$(RUN) $* --build-only >/dev/null $(SKIPPABLE)

@@ -35,8 +35,11 @@ SUITE = {
 #: The suite's last line.
 TOTALS = re.compile(rb"^# Totals: pass:[1-9]", re.MULTILINE)
 MEMORY_MIB_MIN = 256
-#: One RAM disk behind every simulated block device, as a migration's source and destination need it (6.12 and later).
-KERNEL_ARGUMENTS = "vdpa_sim_blk.shared_backend=1"
+#: One RAM disk behind every simulated block device, and one name for every simulated file server, as a migration's
+#: source and destination need it (6.12 and later).
+KERNEL_ARGUMENTS = "vdpa_sim_blk.shared_backend=1 vdpa_sim_fs.tag=vdpabridge"
+#: Set in the guest if the kernel has the proposal of device state: then its tests are not left out.
+_WITH_STATE = "VDPABRIDGE_WITH_STATE"
 
 
 def main() -> int:
@@ -68,7 +71,7 @@ def main() -> int:
         help="keep the log of the guest's kernel here (default: logs/ in the cache)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="more symbols for a source tree's configuration")
-    parser.add_argument("--refresh", action="store_true", help="6.1, 6.12, newest, next: ask Debian for a newer source")
+    parser.add_argument("--refresh", action="store_true", help="a kernel from Debian: ask for a newer source")
     text = "set in the guest; may be repeated"
     parser.add_argument("--env", action="append", type=_pair, default=[], metavar="NAME=VALUE", help=text)
     text = "a file or folder that the guest has as /run/payload/with/NAME; may be repeated"
@@ -110,7 +113,7 @@ def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
                 time_limit_s=words.time_limit,
                 memory_mib=words.memory,
                 kernel_arguments=f"{words.kernel_arguments} {arguments}".strip(),
-                environment=dict(words.env),
+                environment={_WITH_STATE: "1"} | dict(words.env) if bootable.has_state else dict(words.env),
                 extra=words.extra,
             )
             code = _verdict(words, bootable, its_command, result)

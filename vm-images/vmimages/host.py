@@ -24,6 +24,7 @@ BUILD_KERNEL = {
     "flex": "flex",
     "bison": "bison",
     "bc": "bc",
+    "patch": "patch",
     "xz": "xz-utils",
     "rsync": "rsync",
     "/usr/include/gelf.h": "libelf-dev",

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .cache import cache_root, cached, content_key, locked
@@ -21,6 +22,9 @@ __all__ = ["DEFAULT_KERNEL", "KERNELS", "Kernel", "NothingNewer", "kernel"]
 RECIPE = "1"
 FRAGMENT = data_folder("kernel") / "config"
 DEBUG_FRAGMENT = FRAGMENT.with_suffix(".debug")
+STATE_FRAGMENT = FRAGMENT.with_suffix(".state")
+#: The proposal of device state for vhost-vdpa, in order.
+PATCHES = tuple(sorted((data_folder("kernel") / "patches").glob("0*.patch")))
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,29 @@ class Recipe:
     """More suites to look into, beside those that have all the others: for release candidates."""
     fragments: tuple[Path, ...] = (FRAGMENT,)
     """The configuration."""
+    patches: tuple[Path, ...] = ()
+    """What is changed in the source."""
+
+    def with_state(self) -> Recipe:
+        """The same kernel, with the proposal of device state."""
+        return replace(self, fragments=(*self.fragments, STATE_FRAGMENT), patches=PATCHES)
 
 
-#: Names that the runner accepts.
-KERNELS = {
+#: vhost-vdpa cannot resume there, so a state that was saved is not worth much.
+_TOO_OLD = "6.1"
+_UNPATCHED = {
     "6.12": Recipe(r"linux-source-(6\.12)"),
     "6.1": Recipe(r"linux-source-(6\.1)"),
     "newest": Recipe(r"linux-source-(\d+\.\d+)"),
     "next": Recipe(r"linux-source-(\d+\.\d+)", suites=(EXPERIMENTAL,)),
     "debug": Recipe(r"linux-source-(6\.12)", fragments=(FRAGMENT, DEBUG_FRAGMENT)),
 }
+#: Names that the runner accepts.
+KERNELS = _UNPATCHED | {f"{name}-state": recipe.with_state() for name, recipe in _UNPATCHED.items() if name != _TOO_OLD}
 DEFAULT_KERNEL = "6.12"
 
-
+#: A tree that has it has the proposal.
+_SIMULATED_FILE_SERVER = "drivers/vdpa/vdpa_sim/vdpa_sim_fs.c"
 #: What every test kernel must have.
 _NEEDED = re.compile(r"CONFIG_(VDPA|VHOST_VDPA|VIRTIO_VDPA)")
 #: What a build leaves in a tree.
@@ -76,6 +90,8 @@ class Kernel:
     """Root of its exported user-space headers (has ``include/linux``), if it was built here."""
     name: str
     """What the user called it."""
+    has_state: bool = False
+    """Whether it is to have the proposal of device state."""
 
 
 def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False) -> Kernel:
@@ -89,10 +105,10 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
         if extra_config is not None:
             raise HostError(f"--config is for a source tree: {what} is Debian's source, with the configuration here")
         recipe = KERNELS[what]
-        key = f"{what}-{content_key(recipe.package, *recipe.fragments, RECIPE)}"
+        key = f"{what}-{content_key(recipe.package, *recipe.fragments, *recipe.patches, RECIPE)}"
         files = ("bzImage", "headers/include/linux")
         entry = cached("kernel", key, lambda work: _from_debian(what, work), has=files, again=refresh)
-        return Kernel(entry / "bzImage", entry / "headers", what)
+        return Kernel(entry / "bzImage", entry / "headers", what, has_state=bool(recipe.patches))
     if (path / "Kbuild").exists() and (path / "Makefile").exists():
         return _from_tree(path.resolve(), extra_config)
     if path.is_file():
@@ -117,23 +133,35 @@ def _from_debian(name: str, work: Path) -> dict[str, str]:
     package = newest_package(recipe.package, *recipe.suites)
     if recipe.suites and package == newest_package(recipe.package):
         raise NothingNewer(f"{name}: Debian offers no kernel that is newer than {package}")
-    source = work / "source"
-    try:
+    with _scratch() as scratch:
+        source, build = scratch / "source", scratch / "build"
         _, version = download(package, source, *recipe.suites)
         with step(f"unpacking {package}"):
             command(["tar", "-xf", source / "usr/src" / f"{package}.tar.xz", "-C", source])
+        for patch in recipe.patches:
+            command(["patch", "--quiet", "--force", "--strip=1", "--input", patch], cwd=source / package)
         with step(f"building kernel {name} ({version})"):
-            _build(source / package, work / "build", recipe.fragments)
-        shutil.copy(work / "build/arch/x86/boot/bzImage", work / "bzImage")
-        shutil.copy(work / "build/.config", work / "config")
+            _build(source / package, build, recipe.fragments)
+        shutil.copy(build / "arch/x86/boot/bzImage", work / "bzImage")
+        shutil.copy(build / ".config", work / "config")
         command(
-            ["make", "-s", f"O={work}/build", "headers_install", f"INSTALL_HDR_PATH={work}/headers"],
-            cwd=source / package,
+            ["make", "-s", f"O={build}", "headers_install", f"INSTALL_HDR_PATH={work}/headers"], cwd=source / package
         )
-    finally:
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.rmtree(work / "build", ignore_errors=True)
     return {"package": package, "version": version}
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for one build. Its path is always the same, because ccache knows a compilation by its paths too."""
+    folder = cache_root() / "kernel" / ".scratch"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
@@ -146,10 +174,12 @@ def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
         # a copy without what was built in the tree itself: kbuild refuses to build a used tree elsewhere
         leave_out = [f"--exclude={pattern}" for pattern in _BUILD_PRODUCTS]
         command(["rsync", "-a", "--delete", *leave_out, f"{tree}/", f"{source}/"])
-        _build(source, build, (FRAGMENT, *([extra_config.resolve()] if extra_config else [])))
+        has_state = (source / _SIMULATED_FILE_SERVER).exists()
+        more = [*([STATE_FRAGMENT] if has_state else []), *([extra_config.resolve()] if extra_config else [])]
+        _build(source, build, (FRAGMENT, *more))
         headers = ["headers_install", f"INSTALL_HDR_PATH={place}/headers"]
         command(["make", "-s", f"O={build}", *headers], cwd=source)
-    return Kernel(build / "arch/x86/boot/bzImage", place / "headers", str(tree))
+    return Kernel(build / "arch/x86/boot/bzImage", place / "headers", str(tree), has_state=has_state)
 
 
 def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
@@ -161,7 +191,18 @@ def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
     command([*make, "olddefconfig"], cwd=tree)
     for fragment in fragments:
         _check_config(fragment, (build / ".config").read_text(), tree)
-    command([*make, f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
+    command([*make, *_compiler(), f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
+
+
+def _compiler() -> Sequence[str]:
+    """The words that have make compile through ccache, if it is to be had: most of a patched kernel is the same as
+    without the patches."""
+    try:
+        need({"ccache": "ccache"})
+    except HostError:
+        return ()
+    os.environ["CCACHE_DIR"] = str(cache_root() / "ccache")
+    return ("CC=ccache gcc",)
 
 
 def _check_config(fragment: Path, config: str, tree: Path) -> None:
