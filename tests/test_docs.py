@@ -17,6 +17,7 @@ from vdpabridge.cli.main import parser
 from .cli.test_control import controlled
 from .cli.test_serve import COMMAND, ENVIRONMENT, run
 from .support.waiting import wait_until
+from .uapi.test_header import PROPOSAL, written
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("vdpabridge/**/*.md")]
@@ -85,7 +86,7 @@ def test_errors_have_their_shape(words, code):
 
 
 def test_output_has_its_shape(tmp_path):
-    image = str(tmp_path / "image")
+    image, header = str(tmp_path / "image"), written(tmp_path, PROPOSAL)
     with (
         controlled(tmp_path, "a") as (path, control, _),
         controlled(tmp_path, "b") as (_, other, _),
@@ -108,10 +109,12 @@ def test_output_has_its_shape(tmp_path):
                 ["udev-rules", "--helper"],
                 ["service-file", "socket"],
                 ["descriptor", "blk", "--binary", "/usr/bin/x"],
+                ["uapi", header],
             ):
                 done = run("-j", *words)
                 assert done.returncode == 0, done.stderr
                 check(words[0], done.stdout)
+            check("uapi --diff", run("-j", "uapi", header, "--diff", "/usr/include/linux/vhost.h").stdout)
             check("inspect --diff", run("-j", "inspect", "--diff", image, image).stdout)
             check("serve", run("serve", "sim:fs", "--print-capabilities").stdout)
         finally:

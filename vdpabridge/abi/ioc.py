@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 
-from ioctl_opt import IO, IOR, IOW, IOWR
+from ioctl_opt import IO, IOC, IOC_READ, IOC_WRITE, IOR, IOW, IOWR
 
-__all__ = ["IO", "IOR", "IOW", "IOWR", "check_machine"]
+__all__ = ["IO", "IOC", "IOC_READ", "IOC_WRITE", "IOR", "IOW", "IOWR", "check_machine"]
 
 _OTHER_ENCODING = ("ppc", "powerpc", "mips", "sparc", "alpha", "parisc", "hppa")
 

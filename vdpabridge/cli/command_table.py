@@ -70,6 +70,24 @@ def _guest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=seconds, metavar="SECONDS", help=text)
 
 
+def _uapi(parser: argparse.ArgumentParser) -> None:
+    text = "a header of a kernel's, for example include/uapi/linux/vhost.h; what it includes is looked for beside it"
+    parser.add_argument("header", type=path, metavar="HEADER", help=text)
+    parser.add_argument("--diff", type=path, metavar="OTHER", help="what is different in this one")
+
+
+def _ioctl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="its name on the vDPA bus, or its node")
+    text = (
+        "its name, as VHOST_VDPA_GET_STATUS, or its number, as 0x8001af71 or 0xaf7d:16 (16 bytes of argument); behind "
+        "it the members of its argument, as index=0. Others follow; the first that fails is the last"
+    )
+    parser.add_argument("requests", nargs="+", metavar="REQUEST [MEMBER=VALUE ...]", help=text)
+    parser.add_argument("--uapi", type=path, metavar="HEADER", help="a kernel's header that defines requests")
+    text = "how long each may take (default: 30)"
+    parser.add_argument("--timeout", type=seconds, metavar="SECONDS", default=30.0, help=text)
+
+
 def _serve(parser: argparse.ArgumentParser) -> None:
     from ..drivers.names import DEVICE_HELP
     from .log import LEVELS
@@ -179,6 +197,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         "be a guest in miniature: requests whose data is checked, with their rate and the longest pause",
         _guest,
     ),
+    "uapi": ("uapi:uapi", "list what a kernel header defines for vhost, or what is different in another", _uapi),
+    "ioctl": ("uapi:ioctl", "make any request of vhost-vdpa, by the names in a header. Resets the device", _ioctl),
     "udev-rules": (
         "files:udev_rules",
         "print the udev rules for vhost-vdpa nodes, or the helper that they run",
