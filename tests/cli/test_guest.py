@@ -128,6 +128,13 @@ def test_it_ends_although_its_shell_has_made_it_ignore_ctrl_c(tmp_path):
     assert lines[-1] == f"{counted} requests, all right"
 
 
+@pytest.mark.parametrize("seconds", ["0.00001", "0.001", "0.01"])
+def test_an_end_that_comes_at_once(seconds):
+    for _ in range(3):
+        done = run("guest", "sim:fs", "--seconds", seconds)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_back_end_that_is_gone(tmp_path):
     with controlled(tmp_path) as (path, _, server):
         words = [*COMMAND, "guest", path]

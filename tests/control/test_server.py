@@ -18,13 +18,16 @@ from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.errands import Errand, Errands
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.requests import Caller, InvalidRequest, Request
+from vdpabridge.device import Capability
 from vdpabridge.drivers.sim import Sim
+from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.state.transfer.channel import PIPE_BYTES
 
 from ..linux.test_descriptors import lingering
+from ..support.mount import Mount
 from ..support.waiting import wait_until
-from .test_methods import raw, serving
+from .test_methods import Served, raw, serving
 
 
 class Stuck:
@@ -538,6 +541,23 @@ def test_who_leaves_lets_go_of_all_that_it_held(tmp_path):
             assert client.ask("status")["held"] is True
         wait_until(lambda: client.ask("status")["held"] is False)
         work.finish()
+
+
+class Stateless(HardToResume):
+    """A device that cannot resume, nor give its own state: to resume, it is reset, and has lost that."""
+
+    capabilities = frozenset(Capability) - {Capability.DEVICE_STATE, Capability.RESUME}
+
+
+def test_a_save_that_is_refused_has_not_stopped_the_device(tmp_path):
+    with ExitStack() as stack:
+        device = stack.enter_context(Stateless.fs(timeout_s=5))
+        those = Served(stack, tmp_path, device)
+        front = stack.enter_context(VhostUser.open(those.path, device_id=26, timeout_s=10))
+        mount = Mount(stack, front)
+        with pytest.raises(ControlError, match="the device cannot give it"):
+            those.client().ask("save", path=str(tmp_path / "image"))
+        assert mount.read() == b"These"
 
 
 def test_what_lasts_replaces_what_a_connection_holds(tmp_path):

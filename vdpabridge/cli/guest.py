@@ -59,13 +59,14 @@ def guest(arguments: argparse.Namespace) -> None:
         if arguments.write and kind != "blk":
             raise UsageError("guest", device=name, why="--write is for a disk")
         work = _Disk(device, memory, stack, write=arguments.write) if kind == "blk" else _Files(device, memory, stack)
-        with _Watch(device, kind, arguments.seconds, as_json=arguments.json) as watch:
-            try:
+        watch = _Watch(device, kind, arguments.seconds, as_json=arguments.json)
+        try:
+            with watch:
                 while True:
                     for done_bytes in work.round():
                         watch.answered(done_bytes)
-            except (KeyboardInterrupt, _Over):
-                watch.end()
+        except (KeyboardInterrupt, _Over):
+            watch.end()
 
 
 class _Over(BaseException):

@@ -67,11 +67,14 @@ def serve(arguments: argparse.Namespace) -> None:
         ending.watch(device, server)
         if arguments.restore:
             _restore(device, arguments, log)
-        possession = Possession(server, f"{arguments.control}.moved" if arguments.control else None)
-        if possession.moved:
-            log.warning(f"{device.name}: its state was moved to another device: held until 'load' or 'resume --force'")
         if arguments.control:
             control = stack.enter_context(listening(arguments.control, mode=0o600))
+            marker = f"{arguments.control}.moved"
+            possession = Possession(server, marker)
+            if possession.moved:
+                log.warning(
+                    f"{device.name} was moved to another device ({marker}): held until 'load' or 'resume --force'"
+                )
             answering = control_server(
                 control,
                 device,

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..abi.features import feature_names
-from ..device import Device, RunState
+from ..device import Capability, Device, RunState
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
-from ..state.procedures import ProcedureFailed, load_state, save
+from ..state.procedures import ProcedureFailed, load_state, require_loadable, require_savable, save
 from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .parameters import accepted, choice, flag, limits, shown, sink, source
@@ -146,8 +146,7 @@ class Controlled:
 
     def arrived(self, request: Request) -> dict[str, Any]:
         """The state that `load` has brought is this device's: the one that it came from was told `moved`."""
-        if not self._possession.arriving:
-            raise VdpaBridgeError(request.method, device=self._device.name, why="no state was on its way")
+        self._possession.require_brought(request.caller, self._device.name, self._resets)
         with self._owing(request):
             self._possession.take()
         return self._told("arrived")
@@ -188,6 +187,8 @@ class Controlled:
             request.caller.holders.add(request.caller)
         try:
             with self._procedure_of(request) as (bounds, note), sink(request) as fd:
+                # before it is suspended: without RESUME, to resume it takes a reset
+                require_savable(self._device, "save", accepted(request), resumes=False)
                 with report.step("suspend"), report.watching(self._device):
                     self._server.hold(holder)
                 saved = save(self._device, fd, bounds, stay_suspended=True, accept=accepted(request))
@@ -208,9 +209,15 @@ class Controlled:
 
         The front-end sets up the queues. With ``moving``, it starts the device only after `arrived`.
         """
-        new = self._possession.expect() if flag(request, "moving") else None
+        moving = flag(request, "moving")
+        self._possession.require_no_other(request.caller, "load", self._device.name)
+        new = False
         try:
             with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
+                # before it is held: a device at work would be suspended for nothing
+                require_loadable(self._device)
+                with self._owing(request):
+                    new = moving and self._possession.expect()
                 loaded = load_state(self._device, fd, bounds, accept=accepted(request))
                 note(loaded)
         except BaseException:
@@ -218,14 +225,22 @@ class Controlled:
                 with self._owing(request):
                     self._possession.not_come()
             raise
-        if new is None:
+        if moving:
+            self._possession.came(request.caller, self._resets)
+        else:
             with self._owing(request):
                 # the state it has now is not another device's
                 self._possession.take()
         return {**shown(loaded), "device": self._device.name}
 
+    @property
+    def _resets(self) -> int:
+        """How often the device has lost its own state by a reset."""
+        return self._device.resets if Capability.STATE_RESET in self._device.capabilities else 0
+
     def left(self, caller: Caller) -> None:
         """Release what held the device because of ``caller``, which has left."""
+        self._possession.left(caller)
         for holder in caller.holders:
             self._server.release(holder)
 
@@ -255,8 +270,10 @@ class Controlled:
             if isinstance(error, VdpaBridgeError):
                 self._tell_state(error, done)
                 raise
-            why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            told = VdpaBridgeError(request.method, device=self._device.name, why=why or type(error).__name__)
+            why = str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.errno:
+                why = os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+            told = VdpaBridgeError(request.method, device=self._device.name, why=why)
             self._tell_state(told, done)
             raise told from error
 

@@ -79,6 +79,8 @@ def move(
         destination.leave()
         interruption.add_note(f"nothing was moved; {source.path} does again what it did before")
         thread.join()
+        if loaded:
+            interruption.add_note(f"{destination.path} has the state, and does not start")
         raise
     if here or there:
         # a destination that refuses stops reading, which the source sees as a broken pipe
@@ -97,7 +99,13 @@ def move(
         f"it is not known whether it stays suspended. If 'vdpabridge status {source.path}' says \"moved\", or its "
         f"process has ended and no other follows, {anyway}",
     )
-    _say(destination, "arrived", f"the state was moved, and {source.path} stays suspended: {anyway}")
+    _say(
+        destination,
+        "arrived",
+        f"{source.path} stays suspended. If 'vdpabridge status {destination.path}' says that its state came from "
+        f"another device, {anyway}; if not, that state is gone, and 'vdpabridge resume --force {source.path}' goes "
+        "back to it",
+    )
     return saved, loaded
 
 

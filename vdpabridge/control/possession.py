@@ -7,7 +7,9 @@ mover that dies at any point leaves at most one device that can run.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from contextlib import suppress
 
 from ..errors import VdpaBridgeError
@@ -31,6 +33,10 @@ class Possession:
     def __init__(self, server: Server, marker: str | None = None) -> None:
         self._server = server
         self._marker = marker
+        self._mover: object = None
+        """Who has brought the state that is arriving, as long as he is connected."""
+        self._resets = 0
+        """How often the device was reset before that."""
         if marker is not None and os.path.lexists(marker):
             server.hold(_MOVED)
 
@@ -59,16 +65,20 @@ class Possession:
 
     def give_away(self) -> None:
         """The state is another device's from now on. Raises OSError, or what suspending raises: then it is not."""
-        if self._marker is not None:
-            # first the file: a process that ends here has not said that it was moved
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(self._marker, flags, 0o600), "w") as file:
-                file.write(_TEXT)
+        # first the file: a process that ends behind it has not said that it was moved
+        written = self._marker is not None and _write(self._marker)
         try:
             self._server.hold(_MOVED)
         except BaseException:
-            self._forget()
+            if written:
+                self._forget()
             raise
+
+    def require_no_other(self, mover: object, what: str, device: str) -> None:
+        """Raise if somebody else, who is still connected, is moving state into the device."""
+        if self.arriving and self._mover not in (None, mover):
+            why, hint = "another client is moving state into it", "try again when that has ended"
+            raise VdpaBridgeError(what, device=device, why=why, hint=hint)
 
     def expect(self) -> bool:
         """The state of another device is about to come; returns whether that was not so before."""
@@ -76,13 +86,33 @@ class Possession:
         self._server.hold(_ARRIVING)
         return new
 
+    def came(self, mover: object, resets: int) -> None:
+        """``mover`` has brought it. ``resets``: how often the device was reset so far; another one loses the state."""
+        self._mover, self._resets = mover, resets
+
     def not_come(self) -> None:
         """It has not come after all."""
         self._server.release(_ARRIVING)
 
+    def left(self, client: object) -> None:
+        """``client`` has left. If it was the mover, nobody can say any more that the state has arrived."""
+        if self._mover is client:
+            self._mover = None
+
+    def require_brought(self, mover: object, device: str, resets: int) -> None:
+        """Raise if the state is not the one that ``mover`` has brought, or is not there any more."""
+        if not self.arriving or self._mover is not mover:
+            why, hint = "this client has brought no state", "'vdpabridge status' says what the device has"
+            raise VdpaBridgeError("arrived", device=device, why=why, hint=hint)
+        if resets != self._resets:
+            why = "the device was reset after the state had come, and has lost it"
+            raise VdpaBridgeError("arrived", device=device, why=why, hint="the device it came from still has it")
+
     def take(self) -> None:
         """The state is this device's: from now on its front-end says whether it runs."""
-        self._forget()
+        if self.moved:
+            self._forget()
+        self._mover = None
         for holder in (_ARRIVING, _MOVED):
             self._server.release(holder)
 
@@ -90,3 +120,21 @@ class Possession:
         if self._marker is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._marker)
+
+
+def _write(path: str) -> bool:
+    """Make the file at ``path``, whole or not at all; returns whether it was not there before. Raises OSError."""
+    new = not os.path.lexists(path)
+    try:
+        # O_NONBLOCK: a FIFO that nobody reads is refused
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags, 0o600), "w") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            file.write(_TEXT)
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                os.unlink(path)
+        raise
+    return new

@@ -5,10 +5,11 @@ does not answer during that, it is not known what that device does: then the oth
 """
 
 from ..losses import Loss, StateWouldBeLost
-from .load import load, load_state, verify
+from .load import load, load_state, require_loadable, verify
 from .migrate import migrate
 from .outcome import Advice, ProcedureFailed
 from .save import save, save_file
+from .steps import require_savable
 
 __all__ = [
     "Advice",
@@ -18,6 +19,8 @@ __all__ = [
     "load",
     "load_state",
     "migrate",
+    "require_loadable",
+    "require_savable",
     "save",
     "save_file",
     "verify",

@@ -20,7 +20,7 @@ from ..transfer.stream import reading
 from .steps import start_from
 from .transaction import Transaction
 
-__all__ = ["load", "load_state", "verify"]
+__all__ = ["load", "load_state", "require_loadable", "verify"]
 
 
 def verify(source: int, limits: Limits, device: Device | None = None, *, accept: Set[Loss] = frozenset()) -> ImageFacts:
@@ -66,6 +66,12 @@ def load_state(device: Device, source: int, limits: Limits, *, accept: Set[Loss]
     return _load(device, source, limits, None, start=False, accept=accept)
 
 
+def require_loadable(device: Device) -> None:
+    """Raise `StateError` if ``device`` is not in the state in which it takes another's."""
+    if device.state is not RunState.RESET:
+        raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
+
+
 def _load(
     device: Device,
     source: int,
@@ -75,8 +81,7 @@ def _load(
     start: bool | None,
     accept: Set[Loss],
 ) -> Report:
-    if device.state is not RunState.RESET:
-        raise StateError(device.name, "load", device.state.value, (RunState.RESET.value,))
+    require_loadable(device)
     transaction = Transaction("load", None, device)
     report = transaction.report
     with report.step("read the image"), device.limit.within(limits.deadline):

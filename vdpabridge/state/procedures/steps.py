@@ -11,13 +11,19 @@ from ..losses import Loss, require_accepted, unsavable
 from ..snapshot import DeviceSnapshot, capture
 from .transaction import Transaction
 
-__all__ = ["begin", "start_from", "suspend"]
+__all__ = ["begin", "require_savable", "start_from", "suspend"]
 
 
 def begin(
     device: Device, what: str, accept: Set[Loss], destination: Device | None = None, *, resumes: bool = True
 ) -> Transaction:
-    """The transaction that undoes ``what`` if it fails; raises if ``device`` cannot be saved now.
+    """The transaction that undoes ``what`` if it fails. Raises as `require_savable`."""
+    require_savable(device, what, accept, resumes=resumes)
+    return Transaction(what, device, destination)
+
+
+def require_savable(device: Device, what: str, accept: Set[Loss], *, resumes: bool = True) -> None:
+    """Raise `StateError`, `MissingCapability` or `StateWouldBeLost` if ``device`` cannot be saved now.
 
     ``resumes``: the device resumes at the end. If it need not, it may lack RESUME: after a failure it gets its state
     back by a reset and replay.
@@ -37,7 +43,6 @@ def begin(
         for capability in needed:
             if capability not in device.capabilities:
                 raise MissingCapability(device.name, what, capability.value, ALTERNATIVES[capability])
-    return Transaction(what, device, destination)
 
 
 def start_from(device: Device, snapshot: DeviceSnapshot, transaction: Transaction) -> None:
