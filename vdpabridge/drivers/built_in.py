@@ -19,7 +19,7 @@ _SIM_OPTIONS = {"blk": ("size", "file", "read-only", "queues"), "fs": ("files", 
 
 
 def _check_bus(name: DeviceName) -> None:
-    name.allow(())
+    name.allow(("uapi",))
 
 
 def _check_vhost_user(name: DeviceName) -> None:
@@ -33,20 +33,24 @@ def _check_sim(name: DeviceName) -> None:
 
 
 def _open_node(name: DeviceName, timeout_s: float | None) -> Device:
-    from .vhost_vdpa import VhostVdpa
-
-    return VhostVdpa.open(name.target, timeout_s=timeout_s)
+    return _open_vhost_vdpa(name.target, name, timeout_s)
 
 
 def _open_by_bus_name(name: DeviceName, timeout_s: float | None) -> Device:
     from ..bus import Bus
-    from .vhost_vdpa import VhostVdpa
 
     node = Bus().device(name.target).node
     if node is None:
         why, hint = "it has no node", f"'vdpabridge bind {name.target} vhost_vdpa' gives it one"
         raise VdpaBridgeError("open", device=name.text, why=why, hint=hint)
-    return VhostVdpa.open(node, timeout_s=timeout_s)
+    return _open_vhost_vdpa(node, name, timeout_s)
+
+
+def _open_vhost_vdpa(node: str, name: DeviceName, timeout_s: float | None) -> Device:
+    from .vhost_vdpa import VhostVdpa
+    from .vhost_vdpa.state_requests import state_requests
+
+    return VhostVdpa.open(node, timeout_s=timeout_s, state_requests=state_requests(name.options.get("uapi")))
 
 
 def _open_vhost_user(name: DeviceName, timeout_s: float | None) -> Device:

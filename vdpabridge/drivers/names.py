@@ -10,7 +10,8 @@ from ..errors import UsageError
 __all__ = ["DEVICE_HELP", "DEVICE_IDS", "DeviceName", "DeviceNameError"]
 
 DEVICE_HELP = (
-    "/dev/vhost-vdpa-N, vdpa:NAME, vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
+    "/dev/vhost-vdpa-N, vdpa:NAME[,uapi=FILE.toml], "
+    "vhost-user:SOCKET[,id=N|blk|fs|net][,queues=N][,config-size=BYTES], "
     "sim:blk[,size=BYTES][,file=PATH][,read-only][,queues=N] or sim:fs[,files=N|,dir=FOLDER][,tag=NAME], "
     "or a kind of another package"
 )

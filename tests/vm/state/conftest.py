@@ -6,6 +6,7 @@ import pytest
 
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
+from vdpabridge.drivers.vhost_vdpa.state_requests import state_requests
 
 from ...support.pair import bridged
 from ..conftest import make_device
@@ -25,7 +26,7 @@ def opened(kind, node):
     """A file server: ``kind`` is a driver, by itself or through a vhost-user socket."""
     with ExitStack() as stack:
         if kind.endswith("vhost-vdpa"):
-            device = stack.enter_context(VhostVdpa.open(node, timeout_s=30))
+            device = stack.enter_context(VhostVdpa.open(node, timeout_s=30, state_requests=state_requests()))
         else:
             device = stack.enter_context(Sim.fs(tag=TAG, timeout_s=30))
         yield stack.enter_context(bridged(device, timeout_s=30)) if "vhost-user" in kind else device

@@ -53,6 +53,7 @@ from .kernel_requests import KernelRequests
 from .kernel_state import KernelState
 from .node import Node
 from .regions import Regions
+from .state_requests import OURS, StateRequests
 from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
@@ -94,14 +95,23 @@ class VhostVdpa(Device):
     longer to this one after execve. One thread at a time.
     """
 
-    def __init__(self, node: Node, *, backend_features: int | None = None, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        backend_features: int | None = None,
+        timeout_s: float | None = None,
+        state_requests: StateRequests = OURS,
+    ) -> None:
         """Take ownership of ``node``, closing it if this raises. Prefer `open`.
 
         ``backend_features`` are the VHOST_BACKEND_F bits to accept, by default all that are offered and known here.
+        ``state_requests``: how the kernel transfers device state, if it does.
         """
         self._node = node
         self._ask = KernelRequests(node)
-        self._transfer = KernelState(node)
+        self._transfer = KernelState(node, state_requests)
+        self._state_feature = state_requests.feature
         self._bound: set[tuple[Operation, int]] = set()
         """Eventfds that the kernel may have been given since the last reset."""
         self._enabled: set[int] = set()
@@ -131,7 +141,9 @@ class VhostVdpa(Device):
                 for row in ROWS.values()
                 if row.capability is not None and row.feature is not None and self.backend_features >> row.feature & 1
             }
-        )
+        ) - {Capability.DEVICE_STATE}
+        if self.backend_features >> self._state_feature & 1:
+            self._capabilities |= {Capability.DEVICE_STATE}
 
     @classmethod
     def open(
@@ -140,10 +152,16 @@ class VhostVdpa(Device):
         *,
         backend_features: int | None = None,
         timeout_s: float | None = None,
+        state_requests: StateRequests = OURS,
         system: System = LINUX,
     ) -> Self:
         """Open ``path`` (``/dev/vhost-vdpa-0``) and become the device's owner. Raises `NodeError`, `KernelError`."""
-        return cls(Node.open(path, system, timeout_s=timeout_s), backend_features=backend_features, timeout_s=timeout_s)
+        return cls(
+            Node.open(path, system, timeout_s=timeout_s),
+            backend_features=backend_features,
+            timeout_s=timeout_s,
+            state_requests=state_requests,
+        )
 
     # --- what it is ---
 
@@ -217,7 +235,8 @@ class VhostVdpa(Device):
     def _accept_backend_features(self, wanted: int | None) -> int:
         # a parent may report bits that SET then refuses, so bits that are not known here are never acknowledged
         offered = self._ask.get(Ioctl.VHOST_GET_BACKEND_FEATURES)
-        features: int = offered & _KNOWN_BACKEND_FEATURES & (_KNOWN_BACKEND_FEATURES if wanted is None else wanted)
+        known = _KNOWN_BACKEND_FEATURES | 1 << self._state_feature
+        features: int = offered & known & (known if wanted is None else wanted)
         if not features >> VHOST_BACKEND_F_IOTLB_ASID & 1:
             features &= ~(1 << VHOST_BACKEND_F_DESC_ASID)
         self._ask.set(Ioctl.VHOST_SET_BACKEND_FEATURES, features)

@@ -1,22 +1,19 @@
-"""Device state by vhost-vdpa's requests, which the kernel patches of this project propose."""
+"""Device state by vhost-vdpa's requests."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sys
 import time
 
-from ...abi.vhost import (
-    VHOST_VDPA_DEVICE_STATE,
-    VHOST_VDPA_DEVICE_STATE_CANCEL,
-    VHOST_VDPA_DEVICE_STATE_STOPPED,
-    VhostIoctl as Ioctl,
-)
 from ...device import StateDirection, StatePhase
-from ...errors import DeadlineExceeded, KernelError
+from ...errors import DeadlineExceeded, KernelError, VdpaBridgeError
 from ...linux.deadline import Deadline
 from ...linux.descriptors import discard
 from .node import Node
+from .state_requests import RETURNED, StateRequest, StateRequests
 
 __all__ = ["KernelState"]
 
@@ -28,40 +25,45 @@ _NO_FD = -1
 class KernelState:
     """The transfers of device state through ``node`` (borrowed). The kernel makes a descriptor for each."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, requests: StateRequests) -> None:
         self._node = node
-        self._begun: bytearray | None = None
-        """The argument of a request that may have begun a transfer."""
-        self._handed_out = False
-        """Whether the caller owns the descriptor in it."""
+        self._requests = requests
+        self._begun = False
+        """Whether a request may have begun a transfer that was not checked."""
+        self._unowned: tuple[bytearray, int] | None = None
+        """The argument of a request whose descriptor nobody has got, and where in it that is."""
 
     def begin(self, direction: StateDirection, phase: StatePhase) -> int:
         """Begin a transfer, ending one that was not checked; returns the kernel's descriptor, owned by the caller.
 
         Raises `KernelError`.
         """
+        if phase is not StatePhase.STOPPED:
+            raise VdpaBridgeError("begin a transfer", device=self._node.path, why=f"no transfer in phase {phase.name}")
         self.abandon()
-        argument = VHOST_VDPA_DEVICE_STATE.buffer(direction, phase, _NO_FD, 0)
-        self._begun, self._handed_out = argument, False
+        request = self._requests.save if direction is StateDirection.SAVE else self._requests.load
+        argument = bytearray(request.argument)
+        self._begun = True
+        self._unowned = None if request.fd_offset == RETURNED else (argument, request.fd_offset)
         try:
-            self._node.call(Ioctl.VHOST_VDPA_SET_DEVICE_STATE_FD, argument)
+            returned = self._node.call(request.number, argument or 0)
         except KernelError:
-            self._begun = None
+            self._begun, self._unowned = False, None
             raise
-        fd = _descriptor(argument)
+        fd = returned if request.fd_offset == RETURNED else _descriptor(argument, request.fd_offset)
         # it never blocks; whoever writes it need not look for how much fits
         os.set_blocking(fd, False)
-        self._handed_out = True
+        self._unowned = None
         return fd
 
     def check(self, deadline: Deadline) -> None:
         """Wait for the end of the transfer. Raises `KernelError` if it failed, `DeadlineExceeded`."""
         while True:
             try:
-                self._node.call(Ioctl.VHOST_VDPA_CHECK_DEVICE_STATE)
+                self._ask(self._requests.check)
             except KernelError as error:
                 if error.errno != errno.EBUSY:
-                    self._begun = None
+                    self._begun = False
                     raise
                 left_s = deadline.left_s()
                 if left_s is not None and left_s <= _ASK_AGAIN_S:
@@ -71,27 +73,31 @@ class KernelState:
                     ) from None
                 time.sleep(_ASK_AGAIN_S)
             else:
-                self._begun = None
+                self._begun = False
                 return
 
     def abandon(self) -> None:
         """End a transfer that will not be checked, without effect. Raises `KernelError`."""
-        if self._begun is None:
+        if not self._begun:
             return
-        cancel = VHOST_VDPA_DEVICE_STATE.buffer(
-            VHOST_VDPA_DEVICE_STATE_CANCEL, VHOST_VDPA_DEVICE_STATE_STOPPED, _NO_FD, 0
-        )
-        self._node.call(Ioctl.VHOST_VDPA_SET_DEVICE_STATE_FD, cancel)
+        if self._requests.cancel is not None:
+            self._ask(self._requests.cancel)
+        else:
+            with contextlib.suppress(KernelError):
+                self._ask(self._requests.check)
         self.forget()
 
     def forget(self) -> None:
         """The kernel has ended the transfer: the device was reset, or closed."""
-        begun, self._begun = self._begun, None
+        self._begun = False
+        unowned, self._unowned = self._unowned, None
         # the deadline passed while the request was in the kernel: then nobody else closes what it has made
-        if begun is not None and not self._handed_out and (fd := _descriptor(begun)) != _NO_FD:
+        if unowned is not None and (fd := _descriptor(*unowned)) != _NO_FD:
             discard([fd])
 
+    def _ask(self, request: StateRequest) -> None:
+        self._node.call(request.number, bytearray(request.argument) or 0)
 
-def _descriptor(argument: bytearray) -> int:
-    fd: int = VHOST_VDPA_DEVICE_STATE.unpack(argument)[2]
-    return fd
+
+def _descriptor(argument: bytearray, offset: int) -> int:
+    return int.from_bytes(argument[offset : offset + 4], sys.byteorder, signed=True)
