@@ -9,7 +9,8 @@ import pytest
 
 from vdpabridge.device import Capability, StateDirection
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.drivers.vhost_vdpa.state_requests import OURS, RETURNED, UAPI_VARIABLE, state_requests
+from vdpabridge.drivers.vhost_vdpa.proposal import UAPI_VARIABLE, state_requests
+from vdpabridge.drivers.vhost_vdpa.state_requests import OURS, RETURNED
 from vdpabridge.errors import KernelError, UsageError, VdpaBridgeError
 
 from ..support.fake_kernel import FakeKernel, Parent

@@ -48,7 +48,7 @@ def _open_by_bus_name(name: DeviceName, timeout_s: float | None) -> Device:
 
 def _open_vhost_vdpa(node: str, name: DeviceName, timeout_s: float | None) -> Device:
     from .vhost_vdpa import VhostVdpa
-    from .vhost_vdpa.state_requests import state_requests
+    from .vhost_vdpa.proposal import state_requests
 
     return VhostVdpa.open(node, timeout_s=timeout_s, state_requests=state_requests(name.options.get("uapi")))
 

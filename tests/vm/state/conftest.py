@@ -6,7 +6,7 @@ import pytest
 
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.drivers.vhost_vdpa.state_requests import state_requests
+from vdpabridge.drivers.vhost_vdpa.proposal import state_requests
 
 from ...support.pair import bridged
 from ..conftest import make_device

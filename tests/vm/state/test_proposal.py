@@ -6,7 +6,7 @@ import pytest
 
 from vdpabridge.device import Capability
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
-from vdpabridge.drivers.vhost_vdpa.state_requests import state_requests
+from vdpabridge.drivers.vhost_vdpa.proposal import state_requests
 from vdpabridge.state.procedures import migrate
 
 from ...support.mount import Mount

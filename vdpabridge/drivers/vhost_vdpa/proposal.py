@@ -26,6 +26,7 @@ For example::
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +35,19 @@ from typing import Any
 from ...errors import VdpaBridgeError
 from ...uapi.arguments import call_of
 from ...uapi.header import Header, read_header
-from .state_requests import RETURNED, StateRequest, StateRequests
+from .state_requests import OURS, RETURNED, StateRequest, StateRequests
 
-__all__ = ["read_proposal"]
+__all__ = ["UAPI_VARIABLE", "read_proposal", "state_requests"]
 
+#: The environment variable that names a file for `state_requests`.
+UAPI_VARIABLE = "VDPABRIDGE_UAPI"
 _REQUESTS = ("save", "load", "check", "cancel")
+
+
+def state_requests(path: str | None = None) -> StateRequests:
+    """Those in the TOML file at ``path``, or at $VDPABRIDGE_UAPI; those of this project if there is neither."""
+    path = path or os.environ.get(UAPI_VARIABLE)
+    return read_proposal(path) if path else OURS
 
 
 def read_proposal(path: str) -> StateRequests:

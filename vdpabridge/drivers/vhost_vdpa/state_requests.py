@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from ...abi.vhost import (
@@ -15,10 +14,8 @@ from ...abi.vhost import (
     VhostIoctl as Ioctl,
 )
 
-__all__ = ["OURS", "RETURNED", "UAPI_VARIABLE", "StateRequest", "StateRequests", "state_requests"]
+__all__ = ["OURS", "RETURNED", "StateRequest", "StateRequests"]
 
-#: The environment variable that names a file for `state_requests`.
-UAPI_VARIABLE = "VDPABRIDGE_UAPI"
 #: The kernel returns the descriptor, and does not put it into the argument.
 RETURNED = -1
 _NO_FD = -1
@@ -58,13 +55,3 @@ OURS = StateRequests(
     check=StateRequest(Ioctl.VHOST_VDPA_CHECK_DEVICE_STATE),
     cancel=_ours(VHOST_VDPA_DEVICE_STATE_CANCEL),
 )
-
-
-def state_requests(path: str | None = None) -> StateRequests:
-    """Those in the TOML file at ``path``, or at $VDPABRIDGE_UAPI; those of this project if there is neither."""
-    path = path or os.environ.get(UAPI_VARIABLE)
-    if not path:
-        return OURS
-    from .proposal import read_proposal  # with cffi, which takes a while to import
-
-    return read_proposal(path)
