@@ -14,6 +14,7 @@ STATUS = {
     "state": "running",
     "held": False,
     "moved": False,
+    "arriving": False,
     "front_end": True,
     "capabilities": ["RESUME", "SUSPEND"],
     "features": ["VERSION_1"],
@@ -61,6 +62,10 @@ def test_status():
         (
             {"held": True, "moved": True, "state": "suspended"},
             "sim:fs: suspended, front-end connected, its state was moved to another device",
+        ),
+        (
+            {"held": True, "arriving": True, "state": "reset"},
+            "sim:fs: reset, front-end connected, its state came from another device, which may run",
         ),
     ],
 )
