@@ -236,7 +236,7 @@ class Controlled:
     @property
     def _resets(self) -> int:
         """How often the device has lost its own state by a reset."""
-        return self._device.resets if Capability.STATE_RESET in self._device.capabilities else 0
+        return self._device.reset_count if Capability.STATE_RESET in self._device.capabilities else 0
 
     def left(self, caller: Caller) -> None:
         """Release what held the device because of ``caller``, which has left."""

@@ -42,7 +42,7 @@ class DeviceCore(DriverHooks):
         clock."""
         self.undrained = False
         """Whether it was stopped with requests that it has taken and not answered (``drain=False``)."""
-        self.resets = 0
+        self.reset_count = 0
         """How often it was reset, not counting resets after which it got its own state back."""
         self._state = RunState.RESET
         self._closed = False
@@ -89,7 +89,7 @@ class DeviceCore(DriverHooks):
     def _resetting(self) -> Iterator[None]:
         """The body resets the device. If it raises, it is not known how much was done: the device counts as failed
         until another reset completes."""
-        self.resets += 1
+        self.reset_count += 1
         try:
             yield
         except BaseException as error:
