@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmimages.__main__ import KERNEL_ARGUMENTS
 from vmimages.cache import cache_root, locked
 from vmimages.debian import download
 from vmimages.host import command, step
@@ -71,7 +72,7 @@ def apply(patch: Path, source: Path, *more: str) -> None:
 def failed_tests(source: Path, broken: Broken) -> tuple[set[str], int]:
     """Of the files that have what should catch ``broken``: the tests that failed, and the runner's exit code."""
     files = sorted({name.partition("::")[0] for name in broken.caught_by})
-    arguments = f"vdpa_sim_blk.shared_backend=1 vdpa_sim_fs.tag=vdpabridge {broken.arguments}".strip()
+    arguments = f"{KERNEL_ARGUMENTS} {broken.arguments}".strip()
     words = [RUN, source, "--kernel-arguments", arguments, "--", "python3", "-m", "tests.ktap", *files]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     failed = re.findall(r"^not ok \d+ (.*)$", done.stdout, re.MULTILINE)

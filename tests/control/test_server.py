@@ -28,6 +28,7 @@ from ..linux.test_descriptors import lingering
 from ..support.mount import Mount
 from ..support.waiting import wait_until
 from .test_methods import Served, raw, serving
+from .test_possession import halfway
 
 
 class Stuck:
@@ -240,19 +241,6 @@ def test_a_move_that_is_interrupted_cancels_both_ends(tmp_path, monkeypatch):
         work.finish()
 
 
-def moving(client, there):
-    """What a mover does before it says `moved`: the state is in both, and the source is held by its connection."""
-    reader, writer = os.pipe()
-    loaded = []
-    thread = threading.Thread(target=lambda: loaded.append(there.ask("load", reader)))
-    thread.start()
-    client.ask("save", writer, stay="connection")
-    os.close(writer)
-    thread.join()
-    os.close(reader)
-    assert loaded
-
-
 def test_a_move_that_fails_leaves_a_suspended_device_suspended(tmp_path):
     """Whoever has asked for that has not asked for the opposite."""
     (tmp_path / "other").mkdir()
@@ -280,7 +268,7 @@ def test_two_movers_never_both_have_it_moved(tmp_path):
     with serving(tmp_path) as those, serving(tmp_path / "first") as others, serving(tmp_path / "second") as third:
         work = those.at_work()
         first, second = those.client(), those.client()
-        moving(first, others.client())
+        halfway(first, others.client())
         with pytest.raises(MoveFailed, match="another client is moving its state"):
             move(second, third.client())
         with pytest.raises(ControlError, match="another client is moving its state"):

@@ -109,6 +109,8 @@ NOT_EVALUATED = {
     "a request of too few parts": ("#define BAD _IOW(0xAF, 3)", "BAD", "not a request"),
     "a structure that is not C": ("struct bad { __u32 };;", "struct bad", ""),
     "an array of nothing known": ("struct bad { __u8 data[UNKNOWN]; };", "struct bad", "UNKNOWN is not known"),
+    "a character of C's own": (r"#define BAD '\n'", "BAD", "not an"),
+    "what depends on a width": ("#define BAD (~0U)", "BAD", "not an integer"),
     "a call": ("#define BAD exit(1)", "BAD", "not an integer"),
     "an attribute": ("#define BAD (1).__class__", "BAD", "not an"),
 }

@@ -69,8 +69,8 @@ def fs(argv: Sequence[str] | None = None) -> int:
     place = _place(parser, arguments.socket_path, arguments.fd)
     control = ["--control", arguments.control] if arguments.control else []
     tag = ["--tag", arguments.tag] if arguments.tag else []
-    # until 'serve' has handlers of its own, and after it: virtiofsd must not be left behind
-    # not a hangup that nohup(1) has made harmless
+    # until 'serve' has handlers of its own, and after it: virtiofsd must not be left behind. But nohup(1) has made a
+    # hangup harmless
     numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _terminated) for number in numbers}
     try:

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from ..abi.features import feature_names
@@ -19,6 +18,7 @@ from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .parameters import accepted, choice, flag, limits, shown, sink, source
 from .possession import Possession
+from .procedure_progress import ProcedureProgress
 from .requests import Caller, Method, Request
 from .server import ControlServer
 
@@ -30,35 +30,6 @@ _EVERYBODY = "everybody"
 _NOBODY = "nobody"
 #: The values of `stay` of the method `save`; the last: suspended as long as the client is connected.
 _STAYS = (False, True, "connection")
-
-
-class _Progress:
-    """How far a procedure is, for `status` to report while it runs."""
-
-    def __init__(self, method: str) -> None:
-        self._method = method
-        self._began_s = self._moved_s = time.monotonic()
-        self._state_bytes = 0
-
-    def wrap(self, limits: Limits) -> Limits:
-        """``limits``, whose progress is noted here as well."""
-
-        def note(state_bytes: int) -> None:
-            self._state_bytes, self._moved_s = state_bytes, time.monotonic()
-            if limits.progress is not None:
-                limits.progress(state_bytes)
-
-        return replace(limits, progress=note)
-
-    def shown(self) -> dict[str, Any]:
-        """The form that clients get."""
-        now_s = time.monotonic()
-        return {
-            "method": self._method,
-            "seconds": now_s - self._began_s,
-            "state_bytes": self._state_bytes,
-            "seconds_since_progress": now_s - self._moved_s,
-        }
 
 
 class Controlled:
@@ -77,7 +48,7 @@ class Controlled:
         self._possession = possession
         self._timeout_s = timeout_s
         self._tell = tell
-        self._procedure: _Progress | None = None
+        self._procedure: ProcedureProgress | None = None
         self._last: Report | None = None
         self._began_s = time.monotonic()
         self._counts = {name: {"done": 0, "failed": 0, "state_bytes": 0, "seconds": 0.0} for name in ("save", "load")}
@@ -294,7 +265,7 @@ class Controlled:
         clients that listen, and lets `status` show its progress."""
         name = request.method
         counts = self._counts[name]
-        progress = _Progress(name)
+        progress = ProcedureProgress(name)
         reports: list[Report] = []
         self._tell(f"{name} begins", {})
         self._procedure = progress

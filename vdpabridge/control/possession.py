@@ -54,9 +54,7 @@ class Possession:
         """Raise if the state is, or may be, another device's."""
         if self.arriving:
             why = "its state came from another device, which may run: no mover has said that it does not"
-            hint = (
-                "if that one is 'moved', or was reset, or its process has ended for good: 'vdpabridge resume --force'"
-            )
+            hint = "if that one is 'moved', or its process has ended for good: 'vdpabridge resume --force'"
             raise VdpaBridgeError(what, device=device, why=why, hint=hint)
         if self.moved:
             why = "its state was moved to another device; if both run, the guest's data is destroyed"

@@ -17,10 +17,10 @@ __all__ = ["NotEvaluated", "Request", "evaluate", "request_of"]
 
 _SUFFIX = re.compile(r"\b(0[xX][0-9a-fA-F]+|\d+)([uU]?[lL]{0,2}[uU]?)\b")
 _OCTAL = re.compile(r"\b0(\d+)\b")
-_CHARACTER = re.compile(r"'(\\?.)'")
+_CHARACTER = re.compile(r"'([^\\'])'")
 _CAST = re.compile(r"\(\s*(?:unsigned\s+|signed\s+)?(?:__[usl]\w+|int|long|char|short|long long)\s*\)")
 _REQUEST = re.compile(r"_IO(|R|W|WR)(?:_BAD)?\s*\((.*)\)$", re.DOTALL)
-_BITS = {"BIT": 1, "BIT_ULL": 1, "_BITUL": 1, "_BITULL": 1}
+_BITS = frozenset({"BIT", "BIT_ULL", "_BITUL", "_BITULL"})
 _BINARY: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,8 +31,8 @@ _BINARY: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.BitAnd: operator.and_,
     ast.BitXor: operator.xor,
 }
+#: Without "~": what it gives depends on how wide its operand is, which is not known here.
 _UNARY: Mapping[type[ast.unaryop], Callable[[int], int]] = {
-    ast.Invert: operator.invert,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
@@ -64,7 +64,7 @@ def evaluate(text: str, macros: Mapping[str, str], constants: Mapping[str, int],
     """The value of C expression ``text``. Raises `NotEvaluated`."""
     if depth > _DEPTH_MAX:
         raise NotEvaluated("it is defined by itself")
-    translated = _CHARACTER.sub(lambda match: str(ord(match[1][-1])), text)
+    translated = _CHARACTER.sub(lambda match: str(ord(match[1])), text)
     translated = _OCTAL.sub(r"0o\1", _SUFFIX.sub(r"\1", _CAST.sub("", translated)))
     try:
         tree = ast.parse(translated.strip(), mode="eval")

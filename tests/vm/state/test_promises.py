@@ -10,7 +10,7 @@ from vdpabridge.abi.vhost import VhostIoctl as Ioctl
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 
-from ..raw import CANCEL, LIVE, LOAD, SAVE, SETTLE_S, raw
+from ..raw import CANCEL, LIVE, LOAD, SETTLE_S, raw
 
 ROUNDS = 60
 PIECE = bytes(1 << 20)
@@ -80,12 +80,3 @@ def test_all_queues_are_suspended(nodes):
         while [queue.device_used_index for queue in queues] != [1, 1]:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-
-
-def test_a_save_is_of_the_moment_in_which_it_began(nodes):
-    with raw(nodes[0]) as device, raw(nodes[1]) as other:
-        fresh = other.save()
-        fd = device.begin(SAVE)
-        with open(fd, "rb") as file:
-            assert file.read() == fresh
-        assert device.check() == 0

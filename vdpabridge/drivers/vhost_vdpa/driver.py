@@ -141,7 +141,8 @@ class VhostVdpa(Device):
                 for row in ROWS.values()
                 if row.capability is not None and row.feature is not None and self.backend_features >> row.feature & 1
             }
-        ) - {Capability.DEVICE_STATE}
+        )
+        # not in a row: the bit can be that of somebody else's proposal
         if self.backend_features >> self._state_feature & 1:
             self._capabilities |= {Capability.DEVICE_STATE}
 

@@ -228,7 +228,6 @@ ROWS: Mapping[Ioctl, Row] = {
     Ioctl.VHOST_VDPA_SET_DEVICE_STATE_FD: Row(
         asks_only=False,
         feature=VHOST_BACKEND_F_DEVICE_STATE,
-        capability=Capability.DEVICE_STATE,
         meanings={
             errno.EBUSY: (
                 "the device runs, or a transfer of its state was not checked",
