@@ -7,6 +7,7 @@ import pytest
 
 from vdpabridge.abi.vhost import VhostIoctl as Ioctl
 
+from .conftest import WITH_STATE
 from .raw import refuses, running_raw
 
 
@@ -18,13 +19,17 @@ def disk(block_node):
 
 
 def test_a_kick_from_before_the_suspend_is_remembered(disk):
-    """It came, and the device was suspended before it looked."""
-    for _ in range(50):
-        disk.requests(3)
+    """It came, and the device was suspended before it looked, or before it had looked at everything."""
+    for count in (1, 3, 10) * 20:
+        disk.requests(count)
         disk.queue.kick()
         disk.suspend()
         disk.resume()
-        disk.answers(3)
+        if not WITH_STATE:
+            # up to 7.2, the worker of vdpa_sim finds the device suspended and does nothing, and RESUME does not make it
+            # look again: it remembers only kicks that come while it is suspended. This project's patches mend that
+            disk.queue.kick()
+        disk.answers(count)
 
 
 def test_a_kick_while_it_is_suspended_is_remembered(disk):
