@@ -836,7 +836,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an eventfd in doubt survives a reset",
-        "vdpabridge/drivers/vhost_vdpa/driver.py",
+        "vdpabridge/drivers/vhost_vdpa/kernel_eventfds.py",
         "            if is_new and error.nothing_done:\n                self._bound.discard(key)",
         "            self._bound.discard(key)",
         ("tests/drivers/test_vhost_vdpa_interrupted.py",),
@@ -844,7 +844,7 @@ MUTATIONS = [
     Mutation(
         "features are accepted on top of others",
         "vdpabridge/drivers/vhost_vdpa/driver.py",
-        "        if self.status != 0:",
+        "        if self._status.read() != 0:",
         "        if False:",
         ("tests/drivers/test_vhost_vdpa_interrupted.py",),
     ),
@@ -907,8 +907,8 @@ MUTATIONS = [
     Mutation(
         "where rings stand is not asked again",
         "vdpabridge/export/vhost_user/frontend_rings.py",
-        "        self.settle()\n        go = self._set_up",
-        "        go = self._set_up",
+        "        self.settle()\n        go = self._installer",
+        "        go = self._installer",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
     ),
     Mutation(
@@ -920,7 +920,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a ring that was stopped runs with the others",
-        "vdpabridge/export/vhost_user/frontend_rings.py",
+        "vdpabridge/export/vhost_user/device_rings.py",
         "                self._device.enable_queue(index, False)\n",
         "                pass\n",
         ("tests/export/test_failing_device.py", "tests/export/test_policy.py", "tests/export/test_rings_walk.py"),
@@ -962,7 +962,7 @@ MUTATIONS = [
     ),
     Mutation(
         "every restart is a reset",
-        "vdpabridge/export/vhost_user/frontend_rings.py",
+        "vdpabridge/export/vhost_user/device_rings.py",
         "            if Capability.RESUME in device.capabilities and self._unchanged(setups):",
         "            if False:",
         ("tests/export/test_conformance.py", "tests/export/test_policy.py"),

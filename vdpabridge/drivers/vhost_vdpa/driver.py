@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import mmap
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
@@ -14,19 +13,13 @@ from ...abi.vhost import (
     VHOST_BACKEND_F_DESC_ASID,
     VHOST_BACKEND_F_IOTLB_ASID,
     VHOST_BACKEND_F_IOTLB_PERSIST,
-    VHOST_FILE_UNBIND,
     VhostIoctl as Ioctl,
 )
 from ...abi.virtio import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
-    VIRTIO_CONFIG_S_DRIVER,
-    VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_RING_PACKED,
-    status_names,
 )
 from ...device import (
     Capability,
@@ -41,19 +34,20 @@ from ...device import (
     StatePhase,
     decode_base,
 )
-from ...errors import DeadlineExceeded, FeatureError, KernelError, VdpaBridgeError
-from ...linux.deadline import Deadline
+from ...errors import DeadlineExceeded, FeatureError, KernelError
 from ...linux.descriptors import discard
 from ...linux.eventfds import signal
 from ...linux.mappings import SharedMapping
 from .groups import Groups
 from .ioctls import ROWS
 from .iotlb import Iotlb, IotlbBroken
+from .kernel_eventfds import KernelEventfds
 from .kernel_requests import KernelRequests
 from .kernel_state import KernelState
 from .node import Node
 from .regions import Regions
 from .state_requests import OURS, StateRequests
+from .status_byte import LIVE, NEGOTIATED, READY, StatusByte
 from .system import LINUX, System
 
 __all__ = ["VhostVdpa"]
@@ -62,18 +56,6 @@ Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 _ACCESS_PLATFORM = 1 << VIRTIO_F_ACCESS_PLATFORM
 _KNOWN_BACKEND_FEATURES = sum(1 << bit for bit in BACKEND_FEATURE_NAMES)
-_READY = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER
-_NEGOTIATED = _READY | VIRTIO_CONFIG_S_FEATURES_OK
-_LIVE = _NEGOTIATED | VIRTIO_CONFIG_S_DRIVER_OK
-_GONE = 0xFF
-#: For a reset if the device has no deadline: the kernel's own drivers wait for ever, and so would this one.
-_RESET_S = 30.0
-_BROKEN = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED
-_EVENTFD_REQUESTS = {
-    Operation.SET_KICK: Ioctl.VHOST_SET_VRING_KICK,
-    Operation.SET_CALL: Ioctl.VHOST_SET_VRING_CALL,
-    Operation.SET_ERR: Ioctl.VHOST_SET_VRING_ERR,
-}
 
 
 def _under_one_deadline(
@@ -112,8 +94,8 @@ class VhostVdpa(Device):
         self._ask = KernelRequests(node)
         self._transfer = KernelState(node, state_requests)
         self._state_feature = state_requests.feature
-        self._bound: set[tuple[Operation, int]] = set()
-        """Eventfds that the kernel may have been given since the last reset."""
+        self._status = StatusByte(self._ask, self._fail)
+        self._eventfds = KernelEventfds(self._ask)
         self._enabled: set[int] = set()
         """Queues that a failed start may have told the kernel to enable since the last reset."""
         super().__init__(node.path, node.limit)
@@ -182,7 +164,7 @@ class VhostVdpa(Device):
     @property
     def status(self) -> int:
         """The device's status byte as it is now."""
-        return self._ask.get(Ioctl.VHOST_VDPA_GET_STATUS)
+        return self._status.read()
 
     @property
     def address_space_count(self) -> int:
@@ -253,7 +235,7 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _accept_features(self, features: int) -> None:
-        if self.status != 0:
+        if self._status.read() != 0:
             # an earlier attempt did not complete, and left this status
             self._reset_whole()
         offered = self._ask.get(Ioctl.VHOST_GET_FEATURES)
@@ -263,23 +245,16 @@ class VhostVdpa(Device):
             # vdpa_sim silently drops bits that it does not offer
             raise FeatureError(self.name, f"bits {unknown:#x} are not offered", unknown)
         try:
-            self._write_status(VIRTIO_CONFIG_S_ACKNOWLEDGE)
-            self._write_status(_READY)
+            self._status.write(VIRTIO_CONFIG_S_ACKNOWLEDGE)
+            self._status.write(READY)
             acknowledged = features | (offered & _ACCESS_PLATFORM)
             self._ask.set(Ioctl.VHOST_SET_FEATURES, acknowledged)
-            self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, _NEGOTIATED)
-            if not self.status & VIRTIO_CONFIG_S_FEATURES_OK:
+            self._status.request(NEGOTIATED)
+            if not self._status.read() & VIRTIO_CONFIG_S_FEATURES_OK:
                 raise FeatureError(self.name, f"the device refused {features:#x}: it did not set FEATURES_OK", features)
         except (FeatureError, KernelError):
             self._reset_whole()
             raise
-
-    def _write_status(self, status: int) -> None:
-        """Write the status byte and check that the device took it: the request itself always succeeds."""
-        self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, status)
-        seen = self.status
-        if seen & _BROKEN or seen & status != status:
-            raise self._fail(f"status is {status_names(seen)} after writing {status_names(status)}")
 
     # --- configuration space ---
 
@@ -291,8 +266,7 @@ class VhostVdpa(Device):
         self._ask.write_config(offset, data)
 
     def _set_config_call(self, eventfd: int | None) -> None:
-        with self._binding(Operation.SET_CONFIG_CALL, 0):
-            self._ask.set(Ioctl.VHOST_VDPA_SET_CONFIG_CALL, VHOST_FILE_UNBIND if eventfd is None else eventfd)
+        self._eventfds.bind(Operation.SET_CONFIG_CALL, 0, eventfd)
 
     # --- memory ---
 
@@ -338,21 +312,7 @@ class VhostVdpa(Device):
         return decode_base(word, packed=bool(self.accepted_features >> VIRTIO_F_RING_PACKED & 1))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
-        with self._binding(operation, index):
-            self._ask.set_eventfd(_EVENTFD_REQUESTS[operation], index, eventfd)
-
-    @contextlib.contextmanager
-    def _binding(self, operation: Operation, index: int) -> Iterator[None]:
-        """The body gives the kernel an eventfd; if it raises, it may have done so too."""
-        key = operation, index
-        is_new = key not in self._bound
-        self._bound.add(key)
-        try:
-            yield
-        except VdpaBridgeError as error:
-            if is_new and error.nothing_done:
-                self._bound.discard(key)
-            raise
+        self._eventfds.bind(operation, index, eventfd)
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
         # a queue takes its addresses and base when it is enabled, so before start() that can wait until everything is
@@ -380,9 +340,7 @@ class VhostVdpa(Device):
 
     @_under_one_deadline
     def _start(self) -> None:
-        if (status := self.status) != _NEGOTIATED:
-            # for example after a reset that did not complete: the device would start without features
-            raise self._fail(f"status is {status_names(status)}, but features were accepted")
+        self._status.require_negotiated()
         self._transfer.abandon()
         with self._in_order():
             self._regions.settle()
@@ -394,36 +352,29 @@ class VhostVdpa(Device):
         for index in self._enabled_queues():
             self._enabled.add(index)
             self._ask.set_of_queue(Ioctl.VHOST_VDPA_SET_VRING_ENABLE, index, True)
-        self._write_status(_LIVE)
+        self._status.write(LIVE)
         self._enabled.clear()
         self._kick_enabled()
 
     @_under_one_deadline
     def _suspend(self, *, drain: bool) -> None:
-        self._require_live()
+        self._status.require_live()
         self._node.call(Ioctl.VHOST_VDPA_SUSPEND)
 
     @_under_one_deadline
     def _resume(self) -> None:
         # by this request only: rewriting the status byte resumes vdpa_sim without vhost noticing
-        self._require_live()
+        self._status.require_live()
         self._transfer.abandon()
         self._node.call(Ioctl.VHOST_VDPA_RESUME)
         self._kick_enabled()
 
-    def _require_live(self) -> None:
-        """Raise `DeviceFailed` without DRIVER_OK: then SUSPEND and RESUME answer 0 and do nothing. A device that gave
-        up has lost it."""
-        status = self.status
-        if status & (VIRTIO_CONFIG_S_DRIVER_OK | _BROKEN) != VIRTIO_CONFIG_S_DRIVER_OK:
-            raise self._fail(f"status is {status_names(status)}, but the device was started")
-
     @_under_one_deadline
     def _check_health(self) -> None:
         if self.state in (RunState.RUNNING, RunState.SUSPENDED):
-            self._require_live()
-        elif (status := self.status) & _BROKEN:
-            raise self._fail(f"status is {status_names(status)}")
+            self._status.require_live()
+        else:
+            self._status.require_in_order()
 
     # --- device state ---
 
@@ -450,9 +401,9 @@ class VhostVdpa(Device):
             self._reset()
 
     def _reset(self) -> None:
-        self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
+        self._status.request(0)
         self._transfer.forget()
-        self._await_reset()
+        self._status.await_reset(self.limit.deadline(), device=self.name, stuck=lambda: self._node.stuck)
         self._groups.forget()
         try:
             self._set_up_after_reset()
@@ -461,13 +412,7 @@ class VhostVdpa(Device):
             raise self._fail(f"after its reset: {error}") from error
 
     def _set_up_after_reset(self) -> None:
-        # vhost keeps listening to eventfds through a reset; the device forgets its part of them
-        for operation, index in sorted(self._bound, key=str):
-            if operation is Operation.SET_CONFIG_CALL:
-                self._set_config_call(None)
-            else:
-                self._bind_eventfd(operation, index, None)
-        self._bound.clear()
+        self._eventfds.unbind_all()
         self._enabled.clear()
         with self._in_order():
             if self.backend_features >> VHOST_BACKEND_F_IOTLB_PERSIST & 1:
@@ -475,31 +420,12 @@ class VhostVdpa(Device):
             else:
                 self._regions.map_again()
 
-    def _await_reset(self) -> None:
-        deadline = self.limit.deadline()
-        if deadline.timeout_s is None:
-            deadline = Deadline(_RESET_S)
-        status = self.status
-        while status != 0:
-            if status == _GONE:
-                # what a bus answers for a device that was pulled out (vp_vdpa)
-                raise self._fail("its status reads as 0xff: it is not there any more")
-            time.sleep(0.001)
-            try:
-                status = self.status
-            except DeadlineExceeded:
-                if self._node.stuck:
-                    raise
-            if deadline.passed:
-                why = f"status is still {status_names(status)}"
-                raise DeadlineExceeded("reset", deadline.timeout_s or 0, device=self.name, why=why)
-
     def _close(self) -> None:
         if self._node.usable:
             # first stop the device, then take its memory away: the kernel's own close uses this order too, but does not
             # tell VDUSE's daemon, which would keep the memory. A dead device is closed anyway
             with contextlib.suppress(KernelError, DeadlineExceeded, IotlbBroken):
-                self._ask.set(Ioctl.VHOST_VDPA_SET_STATUS, 0)
+                self._status.request(0)
                 self._regions.forget_everything()
         try:
             self._node.close()
@@ -511,8 +437,7 @@ class VhostVdpa(Device):
                 self._regions.close()
 
     def _is_idle(self) -> bool:
-        # a suspended device has DRIVER_OK too, and nothing tells it from one that runs
-        return self._node.usable and not self.status & VIRTIO_CONFIG_S_DRIVER_OK
+        return self._node.usable and self._status.is_idle
 
     def _give_up(self) -> bool:
         usable = self._node.usable

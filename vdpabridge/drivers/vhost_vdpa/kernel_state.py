@@ -58,6 +58,7 @@ class KernelState:
 
     def check(self, deadline: Deadline) -> None:
         """Wait for the end of the transfer. Raises `KernelError` if it failed, `DeadlineExceeded`."""
+        is_open = False
         while True:
             try:
                 self._ask(self._requests.check)
@@ -65,13 +66,15 @@ class KernelState:
                 if error.errno != errno.EBUSY:
                     self._begun = False
                     raise
-                left_s = deadline.left_s()
-                if left_s is not None and left_s <= _ASK_AGAIN_S:
-                    why = "the other end has not closed its descriptor, or has not read everything"
-                    raise DeadlineExceeded(
-                        "device state transfer", deadline.timeout_s or 0, device=self._node.path, why=why
-                    ) from None
+                is_open = True
                 time.sleep(_ASK_AGAIN_S)
+            except DeadlineExceeded:
+                if not is_open or self._node.stuck:
+                    raise
+                why = "the other end has not closed its descriptor, or has not read everything"
+                raise DeadlineExceeded(
+                    "device state transfer", deadline.timeout_s or 0, device=self._node.path, why=why
+                ) from None
             else:
                 self._begun = False
                 return

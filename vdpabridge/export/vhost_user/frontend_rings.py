@@ -15,17 +15,14 @@ import os
 from collections.abc import Callable, Iterable
 
 from ...abi.vhost_user_payloads import Region, VringAddr
-from ...abi.virtio import VIRTIO_F_RING_PACKED
-from ...device import Capability, Device, Operation, QueueRecord, QueueSetup, RunState
+from ...device import Capability, Device, Operation, RunState
 from ...errors import VdpaBridgeError
 from ...linux.eventfds import signal
-from ...state.replay import start_over
+from .device_rings import BINDERS, DeviceRings
 from .frontend_memory import FrontendMemory
 from .frontend_ring import FrontendRing
 
 __all__ = ["FrontendRings"]
-
-_BINDERS = {Operation.SET_KICK: Device.set_kick, Operation.SET_CALL: Device.set_call, Operation.SET_ERR: Device.set_err}
 
 
 def _nothing() -> None:
@@ -35,20 +32,27 @@ def _nothing() -> None:
 class FrontendRings:
     """The rings of ``device``, with ``memory`` to find them in; both are borrowed. Owns the front-end's eventfds."""
 
-    def __init__(self, device: Device, memory: FrontendMemory) -> None:
+    def __init__(self, device: Device, memory: FrontendMemory, prepare: Callable[[], None] = _nothing) -> None:
+        """``prepare`` is called before rings are set up in a device that is stopped."""
         self._device = device
         self._memory = memory
         self._rings: dict[int, FrontendRing] = {}
-        self.prepare: Callable[[], None] = _nothing
-        """Called before rings are set up in a device that is stopped."""
-        self.features: int | None = None
-        """The features that the front-end has accepted; the device forgets them when it is reset."""
+        self._installer = DeviceRings(device, self._rings, prepare)
         self._held = False
         self._due = False
         """Whether it is held only because resuming it failed."""
         self._ending = False
         """Whether the device was suspended because one ring was stopped. The others are stopped next."""
         self._waiting = False
+
+    @property
+    def features(self) -> int | None:
+        """The features that the front-end has accepted; the device forgets them when it is reset."""
+        return self._installer.features
+
+    @features.setter
+    def features(self, features: int | None) -> None:
+        self._installer.features = features
 
     # --- what the front-end says ---
 
@@ -87,8 +91,8 @@ class FrontendRings:
             raise
         ring.keep(operation, fd)
         if ring.in_device:
-            if operation is not Operation.SET_KICK or not self._withholds(ring):
-                _BINDERS[operation](self._device, index, fd)
+            if operation is not Operation.SET_KICK or not self._installer.withholds(ring):
+                BINDERS[operation](self._device, index, fd)
         elif starts:
             ring.started = True
             self._ending = False
@@ -138,7 +142,7 @@ class FrontendRings:
         if self.features is None and ring.base_word is not None:
             # without features the meaning of the word is not known yet
             return ring.base_word
-        return ring.base(packed=self._packed).encode()
+        return ring.base(packed=self._installer.packed).encode()
 
     def suspend(self) -> None:
         """Stop everything that is at work: for a front-end that has left, or until `go_on`."""
@@ -163,7 +167,7 @@ class FrontendRings:
             part
             for ring in self._rings.values()
             if ring.in_device and ring.installed is not None
-            for part in ring.installed.parts(packed=self._packed)
+            for part in ring.installed.parts(packed=self._installer.packed)
         ]
         return any(
             begin < region.guest_address + region.size_bytes and region.guest_address < begin + size_bytes
@@ -260,7 +264,7 @@ class FrontendRings:
                 ring.enable_known = True
             if any(ring.enabled and not ring.in_device for ring in started):
                 self._join()
-        elif self._can_join or self._enables_all or all(ring.enable_known for ring in started):
+        elif self._installer.can_join or self._installer.enables_all or all(ring.enable_known for ring in started):
             if self.features is None:
                 raise VdpaBridgeError("start", device=device.name, why="SET_FEATURES did not come before the rings")
             self._go()
@@ -277,24 +281,6 @@ class FrontendRings:
             return True
         return False
 
-    @property
-    def _can_join(self) -> bool:
-        """Whether a ring can be enabled later, while the device runs."""
-        return Capability.ENABLE_WHILE_RUNNING in self._device.capabilities
-
-    def _withholds(self, ring: FrontendRing) -> bool:
-        """Whether ``ring``'s kick is kept from the device."""
-        return not ring.enabled and Capability.ENABLE_WHILE_RUNNING not in self._device.capabilities
-
-    def _enables(self, ring: FrontendRing) -> bool:
-        """Whether ``ring`` is enabled in the device when it is set up. If a device must not be reset to enable a ring
-        later, all are enabled, and only the kicks are withheld."""
-        return ring.enabled or self._enables_all
-
-    @property
-    def _enables_all(self) -> bool:
-        return Capability.DEVICE_STATE in self._device.capabilities and not self._can_join
-
     def _go(self) -> None:
         device = self._device
         if self.lost:
@@ -302,7 +288,7 @@ class FrontendRings:
         # check all of them before anything is touched
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         self.settle()
-        go = self._set_up(setups)
+        go = self._installer.set_up(setups)
         # before the device is told: if that raises, the rings may be at work all the same
         for index, setup in setups.items():
             self._rings[index].in_device, self._rings[index].installed = True, setup
@@ -313,45 +299,16 @@ class FrontendRings:
             self.settle()
             raise
 
-    def _set_up(self, setups: dict[int, QueueSetup]) -> Callable[[], None]:
-        """Set up the stopped device. The function that is returned makes it run."""
-        device = self._device
-        if device.state is RunState.CONFIGURED:
-            self._install_all(setups)
-            return device.start
-        if device.state is RunState.SUSPENDED:
-            if Capability.SETUP_WHILE_SUSPENDED in device.capabilities:
-                self._install_all(setups)
-                return device.resume
-            if Capability.RESUME in device.capabilities and self._unchanged(setups):
-                for index in setups:
-                    self._bind(index, self._rings[index])
-                return device.resume
-        # there is no other way, or an earlier replay has failed half-way
-        self._replay(setups)
-        return device.start
-
     def _join(self) -> None:
         """Add the rings that were started after the device."""
         setups = {index: ring.setup(self._memory) for index, ring in self._rings.items() if ring.started}
         if {Capability.QUEUE_CONTROL, Capability.ENABLE_WHILE_RUNNING} <= self._device.capabilities:
             for index, setup in setups.items():
-                ring = self._rings[index]
-                if ring.enabled and not ring.in_device:
-                    self._join_one(index, ring, setup)
+                if self._rings[index].enabled and not self._rings[index].in_device:
+                    self._installer.join(index, setup)
         else:
             self.suspend()
             self._go()
-
-    def _join_one(self, index: int, ring: FrontendRing, setup: QueueSetup) -> None:
-        ring.in_device, ring.installed = True, setup
-        try:
-            self._install(index, ring, setup)
-        except BaseException:
-            # the ring may be at work all the same, or may have been
-            ring.base_word = self._device.stop_queue(index).encode()
-            ring.in_device = False
-            raise
 
     def _enable_live(self, index: int, enabled: bool) -> None:
         device = self._device
@@ -369,60 +326,11 @@ class FrontendRings:
             # the previous reader of the eventfd may have read a kick from it
             signal(kick)
 
-    def _replay(self, setups: dict[int, QueueSetup]) -> None:
-        """Reset the device and set it up again: the only way to change what it cannot change otherwise."""
-        device, features = self._device, self.features or 0
-
-        def set_up() -> None:
-            device.accept_features(features)
-            self._install_all(setups)
-
-        start_over(device, set_up, start=False, keep=False)
-
-    def _install_all(self, setups: dict[int, QueueSetup]) -> None:
-        self.prepare()
-        for index, record in self._device.queues.items():
-            if index not in setups:
-                # stopped meanwhile
-                self._device.enable_queue(index, False)
-                for operation in list(record.eventfds):
-                    _BINDERS[operation](self._device, index, None)
-        for index, setup in setups.items():
-            self._install(index, self._rings[index], setup)
-
-    def _install(self, index: int, ring: FrontendRing, setup: QueueSetup) -> None:
-        self._device.set_queue(index, setup)
-        self._device.set_base(index, ring.base(packed=self._packed))
-        self._bind(index, ring)
-        self._device.enable_queue(index, self._enables(ring))
-
-    def _bind(self, index: int, ring: FrontendRing) -> None:
-        for operation, bind in _BINDERS.items():
-            withheld = operation is Operation.SET_KICK and self._withholds(ring)
-            bind(self._device, index, None if withheld else ring.eventfds.get(operation))
-
-    def _unchanged(self, setups: dict[int, QueueSetup]) -> bool:
-        """Whether the suspended device has every ring as the front-end wants it, so that it can simply resume."""
-        known = {index: record for index, record in self._device.queues.items() if record.setup is not None}
-        return set(known) == set(setups) and all(
-            known[index].setup == setup
-            and self._is_as_wanted(known[index], self._rings[index])
-            and self._device.get_base(index) == self._rings[index].base(packed=self._packed)
-            for index, setup in setups.items()
-        )
-
-    def _is_as_wanted(self, record: QueueRecord, ring: FrontendRing) -> bool:
-        return record.enabled == ring.enabled or (record.enabled and self._withholds(ring))
-
     def _collect_bases(self) -> None:
         for index, ring in self._rings.items():
             if ring.in_device:
                 ring.base_word = self._device.get_base(index).encode()
                 ring.in_device = False
-
-    @property
-    def _packed(self) -> bool:
-        return bool((self.features or 0) >> VIRTIO_F_RING_PACKED & 1)
 
     def _ring(self, index: int) -> FrontendRing:
         if index >= self._device.identity.queue_count:

@@ -64,14 +64,13 @@ class Handlers:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.memory = FrontendMemory(device)
-        self.rings = FrontendRings(device, self.memory)
+        self.rings = FrontendRings(device, self.memory, self._prepare)
         self.protocol_features = 0
         self._offered = features_of(device)
         self.channel: Connection | None = None
         """For the back-end's requests to the front-end."""
         self._log = LogSwitch(device)
         self._inflight = InflightSwitch(device)
-        self.rings.prepare = self._prepare
         self._transfer = FrontendState(device)
         self._features_set = False
         self._inflight_set = False
