@@ -11,10 +11,11 @@ export VDPABRIDGE_PYTHON VDPABRIDGE_ALLOW_SKIPS
 
 PYTHON := "$(VDPABRIDGE_PYTHON)"
 RUN := vm-images/run
+SUITE = $(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) $(if $(TEST),--test '$(TEST)')
 KERNELS := 6.12 6.1 newest
 # the same with the proposal of device state (vm-images/kernel/patches)
 PATCHED := 6.12-state newest-state
-# make test-kernels KERNEL=debug: that one only
+# make test-kernels KERNEL=debug TEST=suspend: that one only, and of the suite what matches (pytest's -k)
 NAMED := $(KERNELS) $(PATCHED) debug debug-state
 # without a machine to boot (exit code 121) nothing is tested, which has to be allowed
 SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1 ] && echo "skipped: no test machine, see above"; }
@@ -22,8 +23,8 @@ SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state test-broken-kernels
-.PHONY: $(NAMED:%=image-%) $(NAMED:%=test-kernel-%) test-kernel-next test-kernel-next-state
+.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state test-proposal test-broken-kernels
+.PHONY: $(NAMED:%=image-%) image-6.12-other $(NAMED:%=test-kernel-%) test-kernel-next test-kernel-next-state
 .NOTPARALLEL:
 
 demo: image-6.12
@@ -38,12 +39,16 @@ test-unit: image-6.12
 
 test-kernels: $(if $(KERNEL),$(KERNEL:%=test-kernel-%),$(KERNELS:%=test-kernel-%) $(PATCHED:%=test-kernel-%) test-kernel-next test-kernel-next-state)
 
-# device state on kernels that have it, by the tests for that alone
+# device state on a kernel that has it, by the tests for that alone; make test-kernels runs all tests on all of them
+STATE_KERNEL := $(or $(KERNEL),$(firstword $(PATCHED)))
 STATE_TESTS := tests/vm/state tests/vm/test_promises.py tests/vm/test_promises_resume.py
-test-state: $(PATCHED:%=image-%)
-	for kernel in $(PATCHED); do \
-		{ $(RUN) $$kernel --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) -- python3 -m tests.ktap $(STATE_TESTS) $(SKIPPABLE); } || exit; \
-	done
+test-state: image-$(STATE_KERNEL)
+	$(RUN) $(STATE_KERNEL) --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) -- python3 -m tests.ktap $(STATE_TESTS) $(SKIPPABLE)
+
+# the same by requests of another proposal, which nothing here knows but a TOML file
+test-proposal: image-6.12-other
+	$(RUN) 6.12-other --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) --env VDPABRIDGE_UAPI=vm-images/kernel/other/proposal.toml -- \
+		python3 -m tests.ktap tests/vm/state/test_device_state.py tests/vm/state/test_mount.py $(SKIPPABLE)
 
 # kernels that are broken on purpose: each has to be caught by the test that its patch names. Takes a quarter of an hour
 test-broken-kernels:
@@ -51,15 +56,15 @@ test-broken-kernels:
 
 # the release candidate that Debian offers at the moment, if there is one
 test-kernel-next test-kernel-next-state: test-kernel-%:
-	@$(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) || { code=$$?; [ $$code = 4 ] && echo "test-kernel-$*: NOTHING WAS TESTED, see above"; }
+	@$(SUITE) || { code=$$?; [ $$code = 4 ] && echo "test-kernel-$*: NOTHING WAS TESTED, see above"; }
 
-images: $(KERNELS:%=image-%) $(PATCHED:%=image-%)
+images: $(KERNELS:%=image-%) image-$(firstword $(PATCHED))
 
-$(NAMED:%=image-%): image-%:
+$(NAMED:%=image-%) image-6.12-other: image-%:
 	@$(RUN) $* --build-only >/dev/null $(SKIPPABLE)
 
 $(NAMED:%=test-kernel-%): test-kernel-%: image-%
-	$(RUN) $* --env VDPABRIDGE_ALLOW_SKIPS=$(VDPABRIDGE_ALLOW_SKIPS) $(SKIPPABLE)
+	$(SUITE) $(SKIPPABLE)
 
 # never part of the tests: machines are shared and noisy
 bench: image-6.12

@@ -168,10 +168,32 @@ def test_a_log_that_cannot_be_kept_does_not_change_the_result(bootable):
         ["--memory", "1"],
         [DEFAULT_KERNEL, "--config", "/dev/null"],
         ["--nonsense"],
+        ["--test", "suspend", "--", "true"],
+        ["--list", "--", "true"],
     ],
 )
 def test_wrong_usage_is_not_the_commands_exit_code(words):
     assert vm(*words).returncode == 120
+
+
+def test_a_part_of_the_suite(bootable):
+    words = (DEFAULT_KERNEL, "--test", "test_a_reset_ends_a_suspend or test_a_second_suspend")
+    listed = vm(*words, "--list", stdout=subprocess.PIPE)
+    assert listed.returncode == 0
+    assert listed.stdout.split()[:2] == [
+        "tests/vm/test_promises.py::test_a_second_suspend_changes_nothing",
+        "tests/vm/test_promises.py::test_a_reset_ends_a_suspend",
+    ]
+    done = vm(*words, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert "# Totals: pass:2 fail:0" in done.stdout
+    assert done.stdout.count("KTAP version") == 1
+
+
+def test_a_filter_that_nothing_passes(bootable):
+    done = vm(DEFAULT_KERNEL, "--test", "no_such_test", stdout=subprocess.DEVNULL)
+    assert done.returncode == 4
+    assert "'no_such_test'" in done.stderr
 
 
 def test_a_file_that_is_no_kernel_is_not_booted():

@@ -7,7 +7,7 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,11 +24,12 @@ USAGE, NO_IMAGE = 120, 121
 NOTHING_TESTED = 4
 KTAP = "tests.ktap"
 _IN_KTAP = ("python3", "-m", KTAP)
+_ALL = "tests/vm"
 _MAPPING = ("tests/vm/test_mapping.py", "tests/vm/test_suspend.py", "tests/vm/test_killed.py")
 #: More kernel arguments -> what is run with them. They make the simulator work as hardware does: by physical address,
 #: with pages that are pinned and counted as locked memory; and told of each mapping (dma_map), not of all (set_map).
 SUITE = {
-    "": (*_IN_KTAP, "tests/vm"),
+    "": (*_IN_KTAP, _ALL),
     "vdpa_sim.use_va=0": (*_IN_KTAP, *_MAPPING),
     "vdpa_sim.batch_mapping=0": (*_IN_KTAP, *_MAPPING),
 }
@@ -77,6 +78,9 @@ def main() -> int:
     text = "a file or folder that the guest has as /run/payload/with/NAME; may be repeated"
     parser.add_argument("--with", action="append", type=Path, default=[], dest="extra", metavar="PATH", help=text)
     parser.add_argument("--build-only", action="store_true", help="build what is missing, boot nothing")
+    text = "of the suite, only the tests whose names match, as pytest's -k has it: 'suspend and not resume'. Once only"
+    parser.add_argument("--test", metavar="EXPRESSION", help=text)
+    parser.add_argument("--list", action="store_true", help="print the names of the suite's tests, and run none")
     # so that the machine ends with this process, also if something other than Ctrl-C ends it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
@@ -87,6 +91,8 @@ def main() -> int:
         parser.error(f"the time limit is above 0, and the memory is at least {MEMORY_MIB_MIN} MiB")
     if words.config is not None and words.kernel in KERNELS:
         parser.error(f"--config is for a source tree: {words.kernel} has the configuration here")
+    if command and (words.test or words.list):
+        parser.error("--test and --list are for the suite, not for a command")
     if INSTALLED and not command and not words.build_only:
         parser.error("the suite is in a checkout of vdpabridge: here say which command to run, behind --")
     return _attempt(words, command)
@@ -103,7 +109,7 @@ def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
         if words.build_only:
             print(bootable.image, rootfs(), sep="\n")
             return 0
-        for arguments, its_command in ({"": command} if command else SUITE).items():
+        for arguments, its_command in _commands(words, command).items():
             if arguments:
                 print(f"vm-images: {bootable.name}: once more, with {arguments}", file=sys.stderr, flush=True)
             result = run(
@@ -114,7 +120,7 @@ def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
                 memory_mib=words.memory,
                 kernel_arguments=f"{words.kernel_arguments} {arguments}".strip(),
                 environment={_WITH_STATE: "1"} | dict(words.env) if bootable.has_state else dict(words.env),
-                extra=words.extra,
+                extra=[*words.extra, *_unless_given(bootable.for_guest, words.extra)],
             )
             code = _verdict(words, bootable, its_command, result)
             if code:
@@ -128,11 +134,33 @@ def _attempt(words: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
+def _unless_given(paths: Sequence[Path], given: Sequence[Path]) -> Sequence[Path]:
+    names = {path.name for path in given}
+    return [path for path in paths if path.name not in names]
+
+
+def _commands(words: argparse.Namespace, command: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """More kernel arguments -> what is run with them."""
+    if words.list:
+        return {
+            "": ("python3", "-m", "pytest", "--collect-only", "-q", "--no-header", "--no-summary", *_of_suite(words))
+        }
+    if words.test:
+        return {"": (*_IN_KTAP, *_of_suite(words))}
+    return {"": command} if command else SUITE
+
+
+def _of_suite(words: argparse.Namespace) -> Sequence[str]:
+    return (_ALL, "-k", words.test) if words.test else (_ALL,)
+
+
 def _verdict(words: argparse.Namespace, bootable: Kernel, command: Sequence[str], result: Result) -> int:
     """Keep the log of ``result``, and print why it failed, if it did; the exit code."""
     _keep_log(words.kernel_log, bootable.name, result.kernel_log)
     if result.why:
         print(f"vm-images: {bootable.name}: {result.why}", file=sys.stderr)
+    if words.test and result.exit_code == NOTHING_TESTED:
+        print(f"vm-images: no test ran: --list has the names that {words.test!r} is compared with", file=sys.stderr)
     if KTAP in command and result.exit_code == 0 and not TOTALS.search(result.output_end):
         print(f"vm-images: {bootable.name}: the suite ended well, but tested nothing", file=sys.stderr)
         return Outcome.NO_VERDICT.value

@@ -23,8 +23,10 @@ RECIPE = "1"
 FRAGMENT = data_folder("kernel") / "config"
 DEBUG_FRAGMENT = FRAGMENT.with_suffix(".debug")
 STATE_FRAGMENT = FRAGMENT.with_suffix(".state")
-#: The proposal of device state for vhost-vdpa, in order.
+#: The proposal of device state for vhost-vdpa, in order. The last has the kernel's own tests of it.
 PATCHES = tuple(sorted((data_folder("kernel") / "patches").glob("0*.patch")))
+#: Turns it into another proposal, with other numbers and other arguments.
+OTHER_PATCH = data_folder("kernel") / "other/vhost-vdpa-migration.patch"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,16 @@ _UNPATCHED = {
     "debug": Recipe(r"linux-source-(6\.12)", fragments=(FRAGMENT, DEBUG_FRAGMENT)),
 }
 #: Names that the runner accepts.
-KERNELS = _UNPATCHED | {f"{name}-state": recipe.with_state() for name, recipe in _UNPATCHED.items() if name != _TOO_OLD}
+KERNELS = {
+    **_UNPATCHED,
+    **{f"{name}-state": recipe.with_state() for name, recipe in _UNPATCHED.items() if name != _TOO_OLD},
+    "6.12-other": replace(_UNPATCHED["6.12"].with_state(), patches=(*PATCHES[:-1], OTHER_PATCH)),
+}
 DEFAULT_KERNEL = "6.12"
 
 #: A tree that has it has the proposal.
 _SIMULATED_FILE_SERVER = "drivers/vdpa/vdpa_sim/vdpa_sim_fs.c"
+_SELFTESTS = "tools/testing/selftests/vdpa"
 #: What every test kernel must have.
 _NEEDED = re.compile(r"CONFIG_(VDPA|VHOST_VDPA|VIRTIO_VDPA)")
 #: What a build leaves in a tree.
@@ -92,6 +99,15 @@ class Kernel:
     """What the user called it."""
     has_state: bool = False
     """Whether it is to have the proposal of device state."""
+    selftests: Path | None = None
+    """Its own tests of vDPA, built, if the source has some."""
+
+    @property
+    def for_guest(self) -> Sequence[Path]:
+        """What belongs to this kernel and is of use in the machine that it runs: its headers (linux/vhost.h), its
+        tests."""
+        headers = [self.headers / "include/linux"] if self.headers and self.has_state else []
+        return [*headers, *([self.selftests] if self.selftests else [])]
 
 
 def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False) -> Kernel:
@@ -108,7 +124,14 @@ def kernel(what: str, *, extra_config: Path | None = None, refresh: bool = False
         key = f"{what}-{content_key(recipe.package, *recipe.fragments, *recipe.patches, RECIPE)}"
         files = ("bzImage", "headers/include/linux")
         entry = cached("kernel", key, lambda work: _from_debian(what, work), has=files, again=refresh)
-        return Kernel(entry / "bzImage", entry / "headers", what, has_state=bool(recipe.patches))
+        tests = entry / "selftests"
+        return Kernel(
+            entry / "bzImage",
+            entry / "headers",
+            what,
+            has_state=bool(recipe.patches),
+            selftests=tests if tests.is_dir() else None,
+        )
     if (path / "Kbuild").exists() and (path / "Makefile").exists():
         return _from_tree(path.resolve(), extra_config)
     if path.is_file():
@@ -144,9 +167,7 @@ def _from_debian(name: str, work: Path) -> dict[str, str]:
             _build(source / package, build, recipe.fragments)
         shutil.copy(build / "arch/x86/boot/bzImage", work / "bzImage")
         shutil.copy(build / ".config", work / "config")
-        command(
-            ["make", "-s", f"O={build}", "headers_install", f"INSTALL_HDR_PATH={work}/headers"], cwd=source / package
-        )
+        _export(source / package, build, work)
     return {"package": package, "version": version}
 
 
@@ -177,9 +198,9 @@ def _from_tree(tree: Path, extra_config: Path | None) -> Kernel:
         has_state = (source / _SIMULATED_FILE_SERVER).exists()
         more = [*([STATE_FRAGMENT] if has_state else []), *([extra_config.resolve()] if extra_config else [])]
         _build(source, build, (FRAGMENT, *more))
-        headers = ["headers_install", f"INSTALL_HDR_PATH={place}/headers"]
-        command(["make", "-s", f"O={build}", *headers], cwd=source)
-    return Kernel(build / "arch/x86/boot/bzImage", place / "headers", str(tree), has_state=has_state)
+        tests = _export(source, build, place)
+    image = build / "arch/x86/boot/bzImage"
+    return Kernel(image, place / "headers", str(tree), has_state=has_state, selftests=tests)
 
 
 def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
@@ -192,6 +213,19 @@ def _build(tree: Path, build: Path, fragments: Sequence[Path]) -> None:
     for fragment in fragments:
         _check_config(fragment, (build / ".config").read_text(), tree)
     command([*make, *_compiler(), f"-j{len(os.sched_getaffinity(0))}", "bzImage"], cwd=tree)
+
+
+def _export(tree: Path, build: Path, place: Path) -> Path | None:
+    """Put the headers for user space into ``place``, and the tests of vDPA, if there are some. Returns their folder."""
+    headers, tests = place / "headers", place / "selftests"
+    command(["make", "-s", f"O={build}", "headers_install", f"INSTALL_HDR_PATH={headers}"], cwd=tree)
+    if not (tree / _SELFTESTS).is_dir():
+        return None
+    tests.mkdir(exist_ok=True)
+    # static, because the guest has another C library than this machine
+    words = [f"OUTPUT={tests}", f"KHDR_INCLUDES=-isystem {headers}/include", "LDFLAGS=-static"]
+    command(["make", "-s", "-C", _SELFTESTS, *words], cwd=tree)
+    return tests
 
 
 def _compiler() -> Sequence[str]:
