@@ -15,6 +15,8 @@ STATUS = {
     "held": False,
     "moved": False,
     "arriving": False,
+    "arrived": False,
+    "lost": False,
     "front_end": True,
     "capabilities": ["RESUME", "SUSPEND"],
     "features": ["VERSION_1"],
@@ -66,6 +68,15 @@ def test_status():
         (
             {"held": True, "arriving": True, "state": "reset"},
             "sim:fs: reset, front-end connected, its state came from another device, which may run",
+        ),
+        (
+            {"held": True, "arriving": True, "lost": True, "state": "reset"},
+            "sim:fs: reset, front-end connected, it was to get the state of another device, and has lost it",
+        ),
+        ({"arrived": True}, "sim:fs: running, front-end connected, its state arrived from another device"),
+        (
+            {"held": True, "moved": True, "lost": True, "state": "reset"},
+            "sim:fs: reset, front-end connected, its state was moved to another device, it has lost that state since",
         ),
     ],
 )

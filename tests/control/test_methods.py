@@ -39,14 +39,14 @@ from ..support.waiting import wait_until
 class Served:
     """A device that is served, and can be asked about, by a thread of this process."""
 
-    def __init__(self, stack, folder, device, timeout_s=5, marker=None):
+    def __init__(self, stack, folder, device, timeout_s=5, remembers_at=None):
         self.path, self.control = str(folder / "s"), str(folder / "c")
         self.device = device
         self.reports = []
         listener = stack.enter_context(listen(self.path))
         self.server = stack.enter_context(Server(device, report=self.reports.append, timeout_s=timeout_s))
         control = stack.enter_context(listen(self.control))
-        possession = Possession(self.server, marker)
+        possession = Possession(self.server, self.device, remembers_at)
         answering = control_server(
             control, device, self.server, timeout_s, report=self.reports.append, possession=possession
         )
@@ -69,10 +69,10 @@ class Served:
 
 
 @contextmanager
-def serving(folder, cls=Sim, timeout_s=5, marker=None):
+def serving(folder, cls=Sim, timeout_s=5, remembers_at=None):
     with ExitStack() as stack:
         device = stack.enter_context(cls.blk(DISK_BYTES, timeout_s=5))
-        yield Served(stack, folder, device, timeout_s, marker)
+        yield Served(stack, folder, device, timeout_s, remembers_at)
 
 
 def serving_back_end(stack, folder, ours, *, timeout_s, config_size_bytes):

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -11,12 +12,15 @@ import pytest
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.possession import Possession
+from vdpabridge.control.requests import Method
 from vdpabridge.device import RunState
+from vdpabridge.errors import DeadlineExceeded
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..state.procedures.test_faults import files_of_at_most
 from ..support.disk_lab import MEMORY_BYTES, VERSION_1, Lab
+from ..support.state import load, state_of
 from ..support.waiting import wait_until
 from .test_methods import serving
 
@@ -206,6 +210,20 @@ def test_two_movers_at_once(tmp_path):
         assert [served.device.state for served in (source, third) if served not in moved] == [RunState.RUNNING]
 
 
+def test_a_second_mover_comes_too_late(tmp_path):
+    """What has arrived, and was not started yet, is nowhere else."""
+    (tmp_path / "third").mkdir()
+    with two(tmp_path) as (source, _, destination), serving(tmp_path / "third") as third:
+        work = third.at_work()
+        move(source.client(), destination.client())
+        with pytest.raises(MoveFailed, match="has arrived in it, and no front-end has started it"):
+            move(third.client(), destination.client())
+        work.finish()
+        third.client().ask("save", path=str(tmp_path / "image"))
+        destination.client().ask("load", path=str(tmp_path / "image"))
+        assert destination.client().ask("status")["arrived"] is False
+
+
 def test_a_device_at_work_is_not_touched_by_a_move_that_it_refuses(tmp_path):
     with two(tmp_path) as (source, work, destination):
         other_work = destination.at_work()
@@ -219,17 +237,167 @@ def test_a_device_at_work_is_not_touched_by_a_move_that_it_refuses(tmp_path):
         other_work.finish()
 
 
-def test_what_has_lost_the_state_has_not_got_it(tmp_path):
+@pytest.mark.parametrize("how", ["a reset", "another load"])
+def test_what_has_lost_the_state_has_not_got_it(tmp_path, how):
     with two(tmp_path) as (source, _, destination):
         one, other = source.client(), destination.client()
         front = destination.front_end()
+        one.ask("save", path=str(tmp_path / "image"))
+        halfway(one, other)
+        assert other.ask("status")["lost"] is False
+        one.ask("moved")
+        if how == "a reset":
+            front.reset()
+        else:
+            # a VMM that expects a migration of its own
+            load(front, state_of(front))
+        with pytest.raises(ControlError, match="it has lost it"):
+            other.ask("arrived")
+        status = other.ask("status")
+        assert (status["held"], status["arriving"], status["lost"], status["arrived"]) == (True, True, True, False)
+        with pytest.raises(ControlError, match="does not have it") as caught:
+            other.ask("resume")
+        assert "begin without that state" in caught.value.hint
+
+
+def test_what_was_moved_and_then_reset_is_not_there_any_more(tmp_path):
+    with serving(tmp_path) as those:
+        those.at_work()
+        client = those.client()
+        client.ask("moved")
+        assert client.ask("status")["lost"] is False
+        those.device.reset()
+        status = client.ask("status")
+        assert (status["moved"], status["lost"]) == (True, True)
+
+
+def test_nobody_has_lost_what_is_still_under_way(tmp_path):
+    with serving(tmp_path) as destination:
+        reader, writer = os.pipe()
+        other = destination.client()
+        with open(writer, "wb"):
+            thread = threading.Thread(target=lambda: loads.append(ask_in_vain(other, reader)))
+            loads = []
+            thread.start()
+            status = destination.client()
+            wait_until(lambda: status.ask("status")["arriving"])
+            assert status.ask("status")["lost"] is False
+        thread.join()
+        os.close(reader)
+        assert loads == [True]
+        assert (status.ask("status")["arriving"], status.ask("status")["held"]) == (False, False)
+
+
+def ask_in_vain(client, reader):
+    try:
+        client.ask("load", reader, moving=True)
+    except ControlError:
+        return True
+    return False
+
+
+def test_arrived_can_be_said_again(tmp_path):
+    """Whoever has had no answer asks `status`, or says it again."""
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
         halfway(one, other)
         one.ask("moved")
-        front.reset()
-        with pytest.raises(ControlError, match="was reset after the state had come") as caught:
-            other.ask("arrived")
-        assert "still has it" in caught.value.hint
-        assert other.ask("status")["held"] is True
+        assert other.ask("status")["arrived"] is False
+        other.ask("arrived")
+        status = other.ask("status")
+        assert (status["arrived"], status["arriving"], status["lost"]) == (True, False, False)
+        destination.client().ask("arrived")
+        assert started(destination) is RunState.RUNNING
+        assert other.ask("status")["arrived"] is True
+        destination.device.reset()
+        assert other.ask("status")["arrived"] is False
+
+
+def test_what_was_forced_has_arrived(tmp_path):
+    """Another administrator was faster than the mover, who is not to go back to the source."""
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        one.ask("moved")
+        destination.client().ask("resume", force=True)
+        assert other.ask("status")["arrived"] is True
+        assert other.ask("arrived")
+
+
+class Deaf(ControlClient):
+    """Asks, and does not hear the answer to ``unheard``."""
+
+    unheard = ""
+
+    def ask(self, method, fd=None, **params):
+        answer = super().ask(method, fd, **params)
+        if method == self.unheard:
+            raise DeadlineExceeded(method, 5)
+        return answer
+
+
+@pytest.mark.parametrize("unheard", ["moved", "arrived"])
+def test_advice_after_an_answer_that_did_not_come(tmp_path, unheard):
+    """It never says that the source may run because nothing is known of the destination."""
+    with two(tmp_path) as (source, _, destination):
+        with Deaf(source.control, timeout_s=10) as one, Deaf(destination.control, timeout_s=10) as other:
+            one.unheard = other.unheard = unheard
+            with pytest.raises(MoveFailed) as caught:
+                move(one, other)
+        hint = caught.value.hint
+        if unheard == "moved":
+            assert f"resume --force {source.control}" not in hint
+            assert source.client().ask("status")["moved"] is True
+            assert destination.client().ask("status")["arriving"] is True
+        else:
+            before, _, after = hint.partition(f"end the process of {destination.control} for good before")
+            assert f"resume --force {source.control}" in after
+            assert f"resume --force {source.control}" not in before
+            assert 'if it "arrived", all is done' in before
+            assert destination.client().ask("status")["arrived"] is True
+
+
+def test_a_source_that_refuses_has_moved_nothing(tmp_path):
+    with two(tmp_path) as (source, work, destination):
+        one, other = source.client(), destination.client()
+        one.ask = refusing(one.ask, "moved")
+        with pytest.raises(MoveFailed) as caught:
+            move(one, other)
+        assert f"{source.control} is running; nothing was moved" in caught.value.hint
+        assert f"{destination.control} has the state, and does not start" in caught.value.hint
+        work.finish()
+
+
+def refusing(ask, what):
+    def asked(method, fd=None, **params):
+        if method == what:
+            raise ControlError(method, "c", {"code": -32000, "message": "No space left on device"})
+        return ask(method, fd, **params)
+
+    return asked
+
+
+def test_nothing_arrives_for_a_mover_that_has_left(tmp_path):
+    """He takes it for not done, and may go back to the source."""
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        one.ask("moved")
+        control = destination.server.also_served
+        busy, go_on = threading.Event(), threading.Event()
+        control.methods |= {"wait": Method(lambda _request: busy.set() or go_on.wait(10), at_once=True)}
+        waiting = destination.client()
+        waiting._lines.send({"jsonrpc": "2.0", "id": 1, "method": "wait", "params": {}}, ())
+        busy.wait(10)
+        # both are there when the server looks again: what he asked for, and that he has left; and the device's thread is
+        # faster than the one that looks
+        put = control._errands.put
+        control._errands.put = lambda errand: (put(errand), time.sleep(0.2))
+        other._lines.send({"jsonrpc": "2.0", "id": 9, "method": "arrived", "params": {}}, ())
+        other.close()
+        go_on.set()
+        status = destination.client().ask("status")
+        assert (status["arriving"], status["arrived"]) == (True, False)
 
 
 # --- in a process that comes after ---
@@ -237,14 +405,14 @@ def test_what_has_lost_the_state_has_not_got_it(tmp_path):
 
 def test_a_process_that_comes_after_knows_it(tmp_path):
     marker = str(tmp_path / "c.moved")
-    with serving(tmp_path, marker=marker) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         those.at_work()
         client = those.client()
         assert client.ask("moved") == {"state": "suspended"}
         assert stat.S_IMODE(os.stat(marker).st_mode) == 0o600
     for path in ("s", "c"):
         (tmp_path / path).unlink(missing_ok=True)
-    with serving(tmp_path, marker=marker) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         client = those.client()
         assert (client.ask("status")["moved"], client.ask("status")["held"]) == (True, True)
         assert started(those) is not RunState.RUNNING
@@ -254,10 +422,41 @@ def test_a_process_that_comes_after_knows_it(tmp_path):
         assert not os.path.exists(marker)
 
 
+def test_a_destination_that_dies_before_its_state_has_arrived(tmp_path):
+    """The source may run: the process that comes after does not."""
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path) as source:
+        work, one = source.at_work(), source.client()
+        with serving(tmp_path / "b", remembers_at=str(tmp_path / "b/c")) as destination:
+            halfway(one, destination.client())
+        one.ask("release")
+        work.finish()
+        assert sorted(path.name for path in (tmp_path / "b").iterdir() if path.suffix) == ["c.arriving"]
+        for path in ("s", "c"):
+            (tmp_path / "b" / path).unlink(missing_ok=True)
+        with serving(tmp_path / "b", remembers_at=str(tmp_path / "b/c")) as destination:
+            other = destination.client()
+            status = other.ask("status")
+            assert (status["arriving"], status["lost"], status["held"]) == (True, True, True)
+            assert started(destination) is not RunState.RUNNING
+            assert source.device.state is RunState.RUNNING
+            other.ask("resume", force=True)
+            assert destination.device.state is RunState.RUNNING
+            assert not (tmp_path / "b/c.arriving").exists()
+
+
+def test_what_has_not_come_is_not_remembered(tmp_path):
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
+        (tmp_path / "bad").write_bytes(b"no image")
+        with pytest.raises(ControlError):
+            those.client().ask("load", path=str(tmp_path / "bad"), moving=True)
+        assert not (tmp_path / "c.arriving").exists()
+
+
 def test_state_that_comes_ends_it_for_the_process_after_too(tmp_path):
     (tmp_path / "b").mkdir()
     marker = str(tmp_path / "c.moved")
-    with serving(tmp_path, marker=marker) as those, serving(tmp_path / "b") as others:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those, serving(tmp_path / "b") as others:
         others.at_work()
         there, here = others.client(), those.client()
         here.ask("moved")
@@ -269,7 +468,7 @@ def test_state_that_comes_ends_it_for_the_process_after_too(tmp_path):
 
 
 def test_what_cannot_be_remembered_is_not_moved(tmp_path):
-    with serving(tmp_path, marker=str(tmp_path / "no folder" / "c.moved")) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "no folder" / "c")) as those:
         work, client = those.at_work(), those.client()
         with pytest.raises(ControlError, match=r"No such file or directory.*the device is running now"):
             client.ask("moved")
@@ -278,19 +477,19 @@ def test_what_cannot_be_remembered_is_not_moved(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_no_half_of_a_marker(tmp_path):
+    """No guest is at work: the limit would be its disk's, too."""
     marker = tmp_path / "c.moved"
-    with serving(tmp_path, marker=str(marker)) as those:
-        work, client = those.at_work(), those.client()
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
+        client = those.client()
         with files_of_at_most(10), pytest.raises(ControlError, match="File too large"):
             client.ask("moved")
         assert not marker.exists()
-        work.finish()
 
 
 @pytest.mark.parametrize("what", ["a FIFO", "a folder"])
 def test_what_cannot_be_a_marker_is_refused_at_once(tmp_path, what):
     marker = tmp_path / "c.moved"
-    with serving(tmp_path, marker=str(marker)) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         work, client = those.at_work(), those.client()
         os.mkfifo(marker) if what == "a FIFO" else marker.mkdir()
         with pytest.raises(ControlError, match=re.escape(str(marker))):
@@ -302,13 +501,13 @@ def test_what_cannot_be_a_marker_is_refused_at_once(tmp_path, what):
 
 def test_a_marker_that_is_a_link_to_nothing_counts(tmp_path):
     (tmp_path / "c.moved").symlink_to(tmp_path / "nothing")
-    with serving(tmp_path, marker=str(tmp_path / "c.moved")) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         assert those.client().ask("status")["moved"] is True
 
 
 def test_a_marker_is_not_written_through_a_link(tmp_path):
     (tmp_path / "victim").write_text("precious")
-    with serving(tmp_path, marker=str(tmp_path / "c.moved")) as those:
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         (tmp_path / "c.moved").symlink_to(tmp_path / "victim")
         client = those.client()
         with pytest.raises(ControlError, match="symbolic links"):
@@ -327,8 +526,7 @@ class NotSuspended:
 
 
 def test_a_device_that_cannot_be_held_was_not_moved(tmp_path):
-    marker = tmp_path / "marker"
-    possession = Possession(NotSuspended(), str(marker))
+    possession = Possession(NotSuspended(), None, str(tmp_path / "c"))
     with pytest.raises(OSError, match="Input/output"):
         possession.give_away()
-    assert not marker.exists()
+    assert list(tmp_path.iterdir()) == []

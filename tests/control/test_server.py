@@ -18,7 +18,7 @@ from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.errands import Errand, Errands
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.requests import Caller, InvalidRequest, Request
-from vdpabridge.device import Capability
+from vdpabridge.device import Capability, RunState
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
@@ -235,7 +235,10 @@ def test_a_move_that_is_interrupted_cancels_both_ends(tmp_path, monkeypatch):
         monkeypatch.setattr(source, "ask", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             move(source, destination)
-        assert caught.value.__notes__ == [f"nothing was moved; {those.control} does again what it did before"]
+        assert caught.value.__notes__ == [
+            f"nothing was moved; {those.control} does again what it did before",
+            f"if {others.control} has got the state, it does not start",
+        ]
         wait_until(lambda: there.ask("status")["procedure"] is None)
         assert client.ask("status")["state"] == "running"
         work.finish()
@@ -317,7 +320,10 @@ def test_a_move_that_is_interrupted_while_the_destination_loads(tmp_path, monkey
         monkeypatch.setattr(moving_module, "threading", SimpleNamespace(Thread=Interrupted))
         with pytest.raises(KeyboardInterrupt) as caught:
             move(source, destination)
-        assert caught.value.__notes__ == [f"nothing was moved; {those.control} does again what it did before"]
+        assert caught.value.__notes__ == [
+            f"nothing was moved; {those.control} does again what it did before",
+            f"if {others.control} has got the state, it does not start",
+        ]
         wait_until(lambda: those.client().ask("status")["state"] == "running")
         work.finish()
 
@@ -583,6 +589,51 @@ def test_what_is_tried_again_does_not_end_the_suspend_of_another_client(tmp_path
         wait_until(lambda: len(those.server.also_served._clients) == 1)
         assert client.ask("status")["state"] == "suspended"
         assert client.ask("resume") == {"state": "running"}
+        work.finish()
+
+
+def test_resume_says_that_another_client_holds_the_device(tmp_path):
+    with serving(tmp_path) as those:
+        work, client, other = those.at_work(), those.client(), those.client()
+        client.ask("save", path=str(tmp_path / "image"), stay="connection")
+        assert other.ask("resume", force=True) == {"state": "suspended", "held": True}
+        assert client.ask("resume") == {"state": "running"}
+        work.finish()
+
+
+def test_a_save_of_what_another_client_holds_has_no_blackout(tmp_path):
+    with serving(tmp_path) as those:
+        work, client, other = those.at_work(), those.client(), those.client()
+        client.ask("save", path=str(tmp_path / "image"), stay="connection")
+        steps = other.ask("save", path=str(tmp_path / "other"))["steps"]
+        assert "resume" not in [step["name"] for step in steps]
+        client.ask("release")
+        work.finish()
+
+
+def test_it_is_tried_again_once_however_many_have_failed(tmp_path, monkeypatch):
+    """Each failed `resume` says to ask again: the device's thread has other things to do than to try for each of them."""
+    monkeypatch.setattr(control_server, "_AGAIN_S", 0.05)
+    with serving(tmp_path, HardToResume) as those:
+        work = those.at_work()
+        suspending = those.client()
+        suspending.ask("suspend")
+        those.device.refusals = 1 << 30
+        for _ in range(20):
+            with (
+                ControlClient(those.control, timeout_s=10) as client,
+                pytest.raises(ControlError, match="ask for 'resume' until that succeeds"),
+            ):
+                client.ask("resume")
+        control = those.server.also_served
+        suspending.close()
+        wait_until(lambda: not control._clients)
+        begun = (1 << 30) - those.device.refusals
+        time.sleep(0.5)
+        print("N", (1 << 30) - those.device.refusals - begun, begun)
+        assert (1 << 30) - those.device.refusals - begun <= 12
+        those.device.refusals = 0
+        wait_until(lambda: those.device.state is RunState.RUNNING)
         work.finish()
 
 

@@ -38,7 +38,8 @@ def statistics(facts: Facts) -> Iterable[str]:
 
 def state(facts: Facts) -> Iterable[str]:
     """What a device does after it was suspended or resumed."""
-    yield f"the device is {facts['state']}"
+    held = ": another client holds it, as long as that is connected" if facts.get("held") else ""
+    yield f"the device is {facts['state']}{held}"
 
 
 def saved(facts: Facts) -> Iterable[str]:
@@ -97,7 +98,10 @@ def _circumstances(facts: Facts) -> str:
             ("no front-end", not facts["front_end"]),
             ("held suspended", facts["held"] and not facts["moved"] and not facts["arriving"]),
             ("its state was moved to another device", facts["moved"]),
-            ("its state came from another device, which may run", facts["arriving"]),
+            ("its state came from another device, which may run", facts["arriving"] and not facts["lost"]),
+            ("its state arrived from another device", facts["arrived"]),
+            ("it was to get the state of another device, and has lost it", facts["arriving"] and facts["lost"]),
+            ("it has lost that state since", facts["moved"] and facts["lost"]),
         )
         if holds
     ]

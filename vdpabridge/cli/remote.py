@@ -114,7 +114,9 @@ def migrate(arguments: argparse.Namespace) -> None:
             if report is not None:
                 lanes = {"source": saved["steps"], "destination": loaded["steps"]}
                 _draw(report, arguments, f"{bytes_text(saved['state_bytes'])} of state", lanes)
-        _tell(arguments, saved | {"running": "nothing, until a front-end starts the destination"})
+        runs = loaded["state"] == "running"
+        running = loaded["device"] if runs else "nothing, until a front-end starts the destination"
+        _tell(arguments, saved | {"running": running})
     except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, MoveFailed):
             _draw_failure(error, arguments)

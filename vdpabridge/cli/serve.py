@@ -69,11 +69,12 @@ def serve(arguments: argparse.Namespace) -> None:
             _restore(device, arguments, log)
         if arguments.control:
             control = stack.enter_context(listening(arguments.control, mode=0o600))
-            marker = f"{arguments.control}.moved"
-            possession = Possession(server, marker)
-            if possession.moved:
+            possession = Possession(server, device, arguments.control)
+            if possession.moved or possession.arriving:
+                what = "was moved to another device" if possession.moved else "was to get the state of another device"
+                which = "moved" if possession.moved else "arriving"
                 log.warning(
-                    f"{device.name} was moved to another device ({marker}): held until 'load' or 'resume --force'"
+                    f"{device.name} {what} ({arguments.control}.{which}): held until 'load' or 'resume --force'"
                 )
             answering = control_server(
                 control,

@@ -6,11 +6,11 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..abi.features import feature_names
-from ..device import Capability, Device, RunState
+from ..device import Device, RunState
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
 from ..state.procedures import ProcedureFailed, load_state, require_loadable, require_savable, save
@@ -50,6 +50,8 @@ class Controlled:
         self._tell = tell
         self._procedure: ProcedureProgress | None = None
         self._last: Report | None = None
+        self._retrying: Caller | None = None
+        """For which client that has left the server tries again and again to resume the device."""
         self._began_s = time.monotonic()
         self._counts = {name: {"done": 0, "failed": 0, "state_bytes": 0, "seconds": 0.0} for name in ("save", "load")}
 
@@ -80,6 +82,8 @@ class Controlled:
             "held": server.held,
             "moved": self._possession.moved,
             "arriving": self._possession.arriving,
+            "arrived": self._possession.arrived,
+            "lost": self._possession.lost,
             "front_end": server.session is not None,
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
@@ -107,7 +111,7 @@ class Controlled:
 
     def moved(self, request: Request) -> dict[str, Any]:
         """Another device has the saved state now: stay suspended until `load` replaces it or `resume` is forced."""
-        self._possession.require("moved", self._device.name)
+        self._possession.require("moved")
         self._refuse_while_moving(request)
         with self._owing(request):
             self._possession.give_away()
@@ -117,7 +121,7 @@ class Controlled:
 
     def arrived(self, request: Request) -> dict[str, Any]:
         """The state that `load` has brought is this device's: the one that it came from was told `moved`."""
-        self._possession.require_brought(request.caller, self._device.name, self._resets)
+        self._possession.require_brought(request.caller)
         with self._owing(request):
             self._possession.take()
         return self._told("arrived")
@@ -128,12 +132,12 @@ class Controlled:
         With ``force``, also if its state was moved to another device: if that one runs, two devices run.
         """
         if not flag(request, "force"):
-            self._possession.require("resume", self._device.name)
+            self._possession.require("resume")
         with self._owing(request):
             for holder in (request.caller, _EVERYBODY):
                 self._server.release(holder)
             self._possession.take()
-        return self._told("resumed")
+        return self._told("resumed") | ({"held": True} if self._server.held else {})
 
     def release(self, request: Request) -> dict[str, Any]:
         """Give back what the caller holds by its connection, and nothing else: a `suspend` of anybody lasts."""
@@ -148,7 +152,7 @@ class Controlled:
         connected, or until `suspend` makes it last.
         """
         stay = choice(request, "stay", _STAYS)
-        self._possession.require("save", self._device.name)
+        self._possession.require("save")
         if stay == "connection":
             self._refuse_while_moving(request)
         holder = {False: object(), True: _EVERYBODY, "connection": request.caller}[stay]
@@ -171,7 +175,8 @@ class Controlled:
                     self._server.release(holder)
                 raise
         if not stay:
-            with self._owing(request, "the state was saved; "), saved.step("resume"):
+            resumes = self._server.holders == {holder}
+            with self._owing(request, "the state was saved; "), saved.step("resume") if resumes else nullcontext():
                 self._server.release(holder)
         return {**shown(saved), "state": self._device.state.value}
 
@@ -181,39 +186,46 @@ class Controlled:
         The front-end sets up the queues. With ``moving``, it starts the device only after `arrived`.
         """
         moving = flag(request, "moving")
-        self._possession.require_no_other(request.caller, "load", self._device.name)
-        new = False
+        self._possession.require_no_other(request.caller, "load")
+        expected = new = False
         try:
             with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
                 # before it is held: a device at work would be suspended for nothing
                 require_loadable(self._device)
-                with self._owing(request):
-                    new = moving and self._possession.expect()
+                if moving:
+                    self._possession.require_room("load")
+                    with self._owing(request):
+                        new = self._possession.expect()
+                    expected = True
                 loaded = load_state(self._device, fd, bounds, accept=accepted(request))
                 note(loaded)
         except BaseException:
-            if new:
+            if expected:
                 with self._owing(request):
-                    self._possession.not_come()
+                    self._possession.not_come(new=new)
             raise
         if moving:
-            self._possession.came(request.caller, self._resets)
+            self._possession.came(request.caller)
         else:
             with self._owing(request):
                 # the state it has now is not another device's
                 self._possession.take()
         return {**shown(loaded), "device": self._device.name}
 
-    @property
-    def _resets(self) -> int:
-        """How often the device has lost its own state by a reset."""
-        return self._device.reset_count if Capability.STATE_RESET in self._device.capabilities else 0
-
     def left(self, caller: Caller) -> None:
         """Release what held the device because of ``caller``, which has left."""
         self._possession.left(caller)
-        for holder in caller.holders:
-            self._server.release(holder)
+        try:
+            while caller.holders:
+                self._server.release(caller.holders.pop())
+            if self._retrying is caller:
+                self._server.release(_NOBODY)
+        except Exception:
+            # the last one tries for all: each attempt keeps the device's thread from other work
+            self._retrying = caller
+            raise
+        if self._retrying is caller:
+            self._retrying = None
 
     def _refuse_while_moving(self, request: Request) -> None:
         """Raise if another client holds the device by its connection: it may be moving the state."""
@@ -305,7 +317,7 @@ def control_server(
     controlled = Controlled(
         device,
         server,
-        possession or Possession(server),
+        possession or Possession(server, device),
         timeout_s,
         tell or (lambda event, facts: control.tell({"event": event, **facts})),
     )
@@ -326,7 +338,7 @@ def methods_of(controlled: Controlled, cancel: Callable[[], bool]) -> dict[str, 
         "statistics": Method(controlled.statistics, at_once=True),
         "suspend": Method(controlled.suspend),
         "moved": Method(controlled.moved),
-        "arrived": Method(controlled.arrived),
+        "arrived": Method(controlled.arrived, only_for_present=True),
         "resume": Method(controlled.resume),
         "release": Method(controlled.release),
         "save": Method(controlled.save, cancellable=True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UsageError, VdpaBridgeError
@@ -79,8 +80,7 @@ def move(
         destination.leave()
         interruption.add_note(f"nothing was moved; {source.path} does again what it did before")
         thread.join()
-        if loaded:
-            interruption.add_note(f"{destination.path} has the state, and does not start")
+        interruption.add_note(f"if {destination.path} has got the state, it does not start")
         raise
     if here or there:
         # a destination that refuses stops reading, which the source sees as a broken pipe
@@ -90,31 +90,51 @@ def move(
         side = source if causes is here else destination
         hint = _give_back(source)
         if loaded:
-            hint += f"; {destination.path} has the state, and does not start: move to it again, or end its process"
+            hint += f"; {_HAS_IT.format(destination.path)}"
         raise MoveFailed(side, causes[0], hint, steps) from causes[0]
-    anyway = f"start the destination by 'vdpabridge resume --force {destination.path}'"
-    _say(
-        source,
-        "moved",
-        f"it is not known whether it stays suspended. If 'vdpabridge status {source.path}' says \"moved\", or its "
-        f"process has ended and no other follows, {anyway}",
-    )
-    _say(
-        destination,
-        "arrived",
-        f"{source.path} stays suspended. If 'vdpabridge status {destination.path}' says that its state came from "
-        f"another device, {anyway}; if not, that state is gone, and 'vdpabridge resume --force {source.path}' goes "
-        "back to it",
-    )
+    loaded.update(_hand_over(source, destination))
     return saved, loaded
 
 
-def _say(side: ControlClient, what: str, hint: str) -> None:
-    """Tell ``side`` of the move. ``hint`` is what to do if that fails: it may have heard it."""
+def _hand_over(source: ControlClient, destination: ControlClient) -> dict[str, Any]:
+    """Both have the state: from now on it is the destination's. Returns its answer."""
+    with _hint_if_unanswered(source, _IF_MOVED.format(source.path, destination.path)):
+        try:
+            source.ask("moved")
+        except ControlError as error:
+            # refused: what it has given away is only a copy
+            hint = f"{_give_back(source)}; {_HAS_IT.format(destination.path)}"
+            raise MoveFailed(source, error, hint) from error
+    with _hint_if_unanswered(destination, _IF_ARRIVED.format(source.path, destination.path)):
+        answer: dict[str, Any] = destination.ask("arrived")
+    return answer
+
+
+_HAS_IT = "{0} has the state, and does not start: move to it again, or end its process"
+#: What to do if `moved` had no answer. Whoever follows it never has two devices that run, and loses no state.
+_IF_MOVED = (
+    "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says it: if not \"moved\", nothing was "
+    "moved. If it is, or if that process has ended for good, and 'vdpabridge status {1}' says that its state \"came "
+    "from another device\", 'vdpabridge resume --force {1}' lets that one start"
+)
+#: The same for `arrived`. If the destination does not say that it has the state, that does not prove that it has not.
+_IF_ARRIVED = (
+    "{0} stays suspended. 'vdpabridge status {1}' says what became of the state: if it \"arrived\", all is done; if "
+    "it \"came from another device\", 'vdpabridge resume --force {1}' lets that one start. If it says neither, or "
+    "nothing, end the process of {1} for good before 'vdpabridge resume --force {0}' goes back to what {0} has"
+)
+
+
+@contextmanager
+def _hint_if_unanswered(side: ControlClient, hint: str) -> Iterator[None]:
+    """The body tells ``side`` of the move. If that fails, ``side`` may have heard it, and ``hint`` says what to do."""
     try:
-        side.ask(what)
+        yield
+    except MoveFailed:
+        raise
     except VdpaBridgeError as error:
-        raise MoveFailed(side, error, hint) from error
+        own = f"{error.hint}; " if error.hint else ""
+        raise MoveFailed(side, error, own + hint) from error
     except BaseException as interruption:
         interruption.add_note(hint)
         raise

@@ -12,6 +12,7 @@ import os
 import stat
 from contextlib import suppress
 
+from ..device import Device, RunState
 from ..errors import VdpaBridgeError
 from ..export.vhost_user.server import Server
 
@@ -19,26 +20,33 @@ __all__ = ["Possession"]
 
 #: Holds a device whose state has gone to another device.
 _MOVED = "moved"
-#: Holds a device whose state came from another device, which may run.
+#: Holds a device whose state comes from another device, which may run.
 _ARRIVING = "arriving"
-_TEXT = (
-    "The state of this device was moved to another device. While this file exists, a new process does not start it.\n"
-)
+_TEXTS = {
+    _MOVED: "The state of this device was moved to another device.",
+    _ARRIVING: "This device was to get the state of another device, which may run.",
+}
 
 
 class Possession:
-    """Of the device that ``server`` serves. ``marker`` is a file that exists while its state is another device's, for a
-    process that comes after this one; None for none."""
+    """Of ``device``, which ``server`` serves. While the state is another device's, there is a file ``path.moved`` or
+    ``path.arriving``, if ``path`` is given: for a process that comes after this one."""
 
-    def __init__(self, server: Server, marker: str | None = None) -> None:
+    def __init__(self, server: Server, device: Device, path: str | None = None) -> None:
         self._server = server
-        self._marker = marker
+        self._device = device
+        self._path = path
         self._mover: object = None
         """Who has brought the state that is arriving, as long as he is connected."""
-        self._resets = 0
-        """How often the device was reset before that."""
-        if marker is not None and os.path.lexists(marker):
-            server.hold(_MOVED)
+        self._coming = False
+        """Whether the state is under way."""
+        self._version: int | None = None
+        """The device's `state_version` with the state that was moved; None if this process has not seen it."""
+        self._arrived: int | None = None
+        """The same of a state that has arrived."""
+        for holder in _TEXTS:
+            if path is not None and os.path.lexists(f"{path}.{holder}"):
+                server.hold(holder)
 
     @property
     def moved(self) -> bool:
@@ -47,80 +55,116 @@ class Possession:
 
     @property
     def arriving(self) -> bool:
-        """Whether the state came from another device, and it is not confirmed that this one may not run."""
+        """Whether the state comes from another device, and it is not confirmed that this one may not run."""
         return self._server.holds(_ARRIVING)
 
-    def require(self, what: str, device: str) -> None:
+    @property
+    def lost(self) -> bool:
+        """Whether the device does not have the state any more that it was moved with, or that came."""
+        return (self.moved or self.arriving) and not self._coming and self._version != self._device.state_version
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the device has the state of another device, and it is this one's now."""
+        return self._arrived == self._device.state_version
+
+    def require(self, what: str) -> None:
         """Raise if the state is, or may be, another device's."""
-        if self.arriving:
+        if self.arriving and self.lost:
+            why = "it was to get the state of another device, and does not have it (any more)"
+            hint = "move it again, or begin without that state: 'vdpabridge resume --force'"
+        elif self.arriving:
             why = "its state came from another device, which may run: no mover has said that it does not"
             hint = "if that one is 'moved', or its process has ended for good: 'vdpabridge resume --force'"
-            raise VdpaBridgeError(what, device=device, why=why, hint=hint)
-        if self.moved:
+        elif self.moved:
             why = "its state was moved to another device; if both run, the guest's data is destroyed"
             hint = "'vdpabridge resume --force', if the other device does not run and never will"
-            raise VdpaBridgeError(what, device=device, why=why, hint=hint)
+        else:
+            return
+        raise VdpaBridgeError(what, device=self._device.name, why=why, hint=hint)
 
     def give_away(self) -> None:
         """The state is another device's from now on. Raises OSError, or what suspending raises: then it is not."""
-        # first the file: a process that ends behind it has not said that it was moved
-        written = self._marker is not None and _write(self._marker)
-        try:
-            self._server.hold(_MOVED)
-        except BaseException:
-            if written:
-                self._forget()
-            raise
+        self._hold(_MOVED)
+        self._version, self._arrived = self._device.state_version, None
 
-    def require_no_other(self, mover: object, what: str, device: str) -> None:
+    def require_no_other(self, mover: object, what: str) -> None:
         """Raise if somebody else, who is still connected, is moving state into the device."""
         if self.arriving and self._mover not in (None, mover):
-            why, hint = "another client is moving state into it", "try again when that has ended"
-            raise VdpaBridgeError(what, device=device, why=why, hint=hint)
+            why, hint = "another client is moving state into it", "try again when that client has left"
+            raise VdpaBridgeError(what, device=self._device.name, why=why, hint=hint)
+
+    def require_room(self, what: str) -> None:
+        """Raise if state that nobody else has any more has arrived in the device, and nobody has started it."""
+        if self.arrived and self._device.state is RunState.RESET:
+            why = "the state of another device has arrived in it, and no front-end has started it"
+            hint = "start it; or end its process, if that state is not wanted"
+            raise VdpaBridgeError(what, device=self._device.name, why=why, hint=hint)
 
     def expect(self) -> bool:
-        """The state of another device is about to come; returns whether that was not so before."""
+        """The state of another device is about to come; returns whether that was not so before. Raises as
+        `give_away`."""
         new = not self.arriving
-        self._server.hold(_ARRIVING)
+        self._hold(_ARRIVING)
+        self._coming = True
         return new
 
-    def came(self, mover: object, resets: int) -> None:
-        """``mover`` has brought it. ``resets``: how often the device was reset so far; another one loses the state."""
-        self._mover, self._resets = mover, resets
+    def came(self, mover: object) -> None:
+        """``mover`` has brought it. A reset, or another load, loses it."""
+        self._mover, self._version, self._coming = mover, self._device.state_version, False
 
-    def not_come(self) -> None:
-        """It has not come after all."""
-        self._server.release(_ARRIVING)
+    def not_come(self, *, new: bool) -> None:
+        """It has not come after all. ``new``: what `expect` returned."""
+        self._coming = False
+        if new:
+            self._forget(_ARRIVING)
+            self._server.release(_ARRIVING)
 
     def left(self, client: object) -> None:
         """``client`` has left. If it was the mover, nobody can say any more that the state has arrived."""
         if self._mover is client:
             self._mover = None
 
-    def require_brought(self, mover: object, device: str, resets: int) -> None:
+    def require_brought(self, mover: object) -> None:
         """Raise if the state is not the one that ``mover`` has brought, or is not there any more."""
+        if self.arrived:
+            # said before, perhaps without an answer that reached anybody
+            return
         if not self.arriving or self._mover is not mover:
             why, hint = "this client has brought no state", "'vdpabridge status' says what the device has"
-            raise VdpaBridgeError("arrived", device=device, why=why, hint=hint)
-        if resets != self._resets:
-            why = "the device was reset after the state had come, and has lost it"
-            raise VdpaBridgeError("arrived", device=device, why=why, hint="the device it came from still has it")
+            raise VdpaBridgeError("arrived", device=self._device.name, why=why, hint=hint)
+        if self.lost:
+            why = "after the state had come, the device was reset or was given other state: it has lost it"
+            raise VdpaBridgeError("arrived", device=self._device.name, why=why)
 
     def take(self) -> None:
         """The state is this device's: from now on its front-end says whether it runs."""
-        if self.moved:
-            self._forget()
+        if self.arriving:
+            self._arrived = self._version
         self._mover = None
+        for holder in (_ARRIVING, _MOVED):
+            if self._server.holds(holder):
+                self._forget(holder)
         for holder in (_ARRIVING, _MOVED):
             self._server.release(holder)
 
-    def _forget(self) -> None:
-        if self._marker is not None:
+    def _hold(self, holder: str) -> None:
+        # first the file: a process that ends behind it has not said anything yet
+        written = self._path is not None and _write(f"{self._path}.{holder}", _TEXTS[holder])
+        try:
+            self._server.hold(holder)
+        except BaseException:
+            if written:
+                self._forget(holder)
+            raise
+
+    def _forget(self, holder: str) -> None:
+        if self._path is not None:
             with suppress(FileNotFoundError):
-                os.unlink(self._marker)
+                os.unlink(f"{self._path}.{holder}")
 
 
-def _write(path: str) -> bool:
+def _write(path: str, text: str) -> bool:
     """Make the file at ``path``, whole or not at all; returns whether it was not there before. Raises OSError."""
     new = not os.path.lexists(path)
     try:
@@ -129,7 +173,7 @@ def _write(path: str) -> bool:
         with open(os.open(path, flags, 0o600), "w") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", path)
-            file.write(_TEXT)
+            file.write(f"{text} While this file exists, a new process does not start it.\n")
     except BaseException:
         if new:
             with suppress(OSError):

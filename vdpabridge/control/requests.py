@@ -104,6 +104,8 @@ class Method:
     """Answers instead of `act`, without asking the device, while the device's thread is busy."""
     cancellable: bool = False
     """Whether it ends early when `Request.cancel_fd` is readable, which it becomes when the caller leaves."""
+    only_for_present: bool = False
+    """Whether it is not done for a caller that has left before it begins: he takes it for not done."""
     at_once: bool = False
     """Whether `act` does not need the device: then it is called without waiting for the device's thread."""
 

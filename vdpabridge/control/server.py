@@ -217,6 +217,9 @@ class ControlServer:
     def _send_on_errand(self, client: _Client, request: Request, method: Method) -> None:
         while (fd := client.lines.take_fd()) is not None:
             request.fds.append(fd)
+        if method.only_for_present and NOW.wait({client.lines.fileno(): 0}):
+            # it has hung up; that is read after this line
+            client.caller.gone = True
         if method.cancellable:
             try:
                 request.make_cancellable()
@@ -237,7 +240,7 @@ class ControlServer:
 
     def _do(self, client: _Client, request: Request, method: Method) -> None:
         """Do ``request``, in the device's thread."""
-        if request.caller.gone and method.cancellable:
+        if request.caller.gone and (method.cancellable or method.only_for_present):
             # nobody waits for it, and nothing has begun
             self._have_done(partial(self._answer, client, request, {}))
             return

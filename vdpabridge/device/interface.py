@@ -281,6 +281,10 @@ class Device(DeviceCore):
             raise self._fail(self.failure)
         self._check_health()
 
+    @property
+    def _reset_loses_state(self) -> bool:
+        return Capability.STATE_RESET in self.capabilities
+
     def condemn(self, why: str) -> DeviceFailed:
         """Note that the device is unusable until it is reset, because of a failure that only the caller knows of.
 
@@ -304,6 +308,7 @@ class Device(DeviceCore):
         except BaseException:
             os.close(fd)
             raise
+        self._loading = direction is StateDirection.LOAD
         return self._set_state_fd(direction, phase, fd)
 
     @_bounded
@@ -313,6 +318,10 @@ class Device(DeviceCore):
         Raises `StateRefused` or `PeerRefused` if the device did not take or give it.
         """
         self._permit(Operation.CHECK_STATE)
+        if self._loading:
+            # also if it fails: not every device is then as it was
+            self._loading = False
+            self.state_version += 1
         self._check_state()
 
     @_bounded

@@ -42,8 +42,11 @@ class DeviceCore(DriverHooks):
         clock."""
         self.undrained = False
         """Whether it was stopped with requests that it has taken and not answered (``drain=False``)."""
-        self.reset_count = 0
-        """How often it was reset, not counting resets after which it got its own state back."""
+        self.state_version = 0
+        """Another number whenever the device's own state was replaced, by a reset or by a load; the same after a reset
+        that ended with the device having its own state again."""
+        self._loading = False
+        """Whether a load of its own state was begun, and not checked."""
         self._state = RunState.RESET
         self._closed = False
 
@@ -85,11 +88,16 @@ class DeviceCore(DriverHooks):
                     self._state = before
             raise
 
+    @property
+    def _reset_loses_state(self) -> bool:
+        return True
+
     @contextmanager
     def _resetting(self) -> Iterator[None]:
         """The body resets the device. If it raises, it is not known how much was done: the device counts as failed
         until another reset completes."""
-        self.reset_count += 1
+        if self._reset_loses_state:
+            self.state_version += 1
         try:
             yield
         except BaseException as error:

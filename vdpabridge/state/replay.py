@@ -112,11 +112,11 @@ def start_over(
         inflight = _kept(stack, device.inflight if keep else None)
         # an interruption here would leave a device that is reset, and lose what it had
         with _uncut(failed):
-            before = device.reset_count
+            before = device.state_version
             device.reset()
             if spool is not None:
                 _give_back(device, spool, limits)
-                device.reset_count = before
+                device.state_version = before
             if inflight is not None:
                 device.set_inflight(inflight)
             set_up()
