@@ -23,7 +23,7 @@ SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: docs release demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state test-proposal test-broken-kernels
+.PHONY: docs release deb test-deb demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state test-proposal test-broken-kernels
 .PHONY: $(NAMED:%=image-%) image-6.12-other $(NAMED:%=test-kernel-%) test-kernel-next test-kernel-next-state
 .NOTPARALLEL:
 
@@ -77,6 +77,13 @@ fuzz:
 # HTML of the public API, man pages and shell completion, in build/docs
 docs:
 	.ci/docs "$$(.ci/environment docs)"
+
+# a package for Debian 13, and whether it works on one: the test machine is one
+deb: docs
+	.ci/deb $(PYTHON)
+
+test-deb: deb image-6.12
+	$(RUN) 6.12 --with "$$(ls -t build/vdpabridge_*.deb | head -1)" --with tests/deb.sh -- sh /run/payload/with/deb.sh
 
 # what goes to a package index, checked; CONTRIBUTING.md has the other steps of a release
 release:

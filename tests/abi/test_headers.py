@@ -57,7 +57,9 @@ def newest():
         return []
 
 
-FOLDERS = [Path("/usr/include"), *sorted(cache_root().glob("kernel/*/headers/include")), *newest()]
+#: Not of the kernel that has somebody else's proposal: its numbers are read at run time.
+OURS = [each for each in sorted(cache_root().glob("kernel/*/headers/include")) if "-other-" not in str(each)]
+FOLDERS = [Path("/usr/include"), *OURS, *newest()]
 
 
 def release(folder):
