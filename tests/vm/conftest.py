@@ -1,18 +1,22 @@
 """Simulated devices on a real kernel. They are made once and shared: opening one resets it."""
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from vdpabridge.bus import Bus
 from vdpabridge.bus.netlink import VdpaNetlink
+from vdpabridge.device import RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.guest.block import BlockDriver, KnownDisk
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
+from vdpabridge.layers import Drained, suspendable
 
+from ..support.disk_lab import Lab
+from ..support.pair import bridged
 from ..support.release import since
 from ..support.transitions import Bench
 
@@ -88,6 +92,25 @@ def running_disk(node, queue_size=256):
         bench.queue.attach(bench.device, 0)
         bench.device.start()
         yield bench, disk
+
+
+def check_served_without_suspend(node):
+    """A front-end stops and starts the disk again and again; each block is what was written to it."""
+    with (
+        suspendable(VhostVdpa.open(node, timeout_s=20)) as device,
+        bridged(device, timeout_s=30) as front,
+        ExitStack() as stack,
+    ):
+        lab = Lab(stack, front)
+        for block in range(5):
+            lab.finish()
+            front.suspend()
+            assert front.get_base(0) == SplitBase(lab.queue.device_used_index)
+            # VDUSE has SUSPEND from 7.3 on
+            assert not isinstance(device, Drained) or device.below.state is RunState.RESET
+            front.resume()
+            lab.disk.write(block)
+        lab.finish()
 
 
 @pytest.fixture

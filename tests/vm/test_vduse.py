@@ -18,7 +18,7 @@ from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import DeadlineExceeded, MissingCapability
 
 from ..support.waiting import wait_until
-from .conftest import block_bench, running_disk
+from .conftest import block_bench, check_served_without_suspend, running_disk
 
 NAME = "vduse0"
 SIZE_BYTES = 16 << 20
@@ -82,6 +82,10 @@ def test_memory_is_mapped_again_after_a_reset(node):
             bench.device.reset()
         assert [region.size_bytes for region in bench.device.regions] == [MAPS_BYTES]
         assert bench.device.iotlb.entries == {(0, bench.memory.guest_address): MAPS_BYTES}
+
+
+def test_it_is_served_all_the_same(node):
+    check_served_without_suspend(node)
 
 
 def test_it_cannot_be_suspended(node):

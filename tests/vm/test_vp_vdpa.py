@@ -15,6 +15,7 @@ from vdpabridge.bus.netlink import VdpaNetlink
 from vdpabridge.device import Capability, RunState, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.errors import KernelError, MissingCapability
+from vdpabridge.layers import suspendable
 
 from .conftest import MEMORY_BYTES, block_bench, running_disk
 
@@ -101,6 +102,13 @@ def test_nobody_knows_where_its_queues_stand(node):
         with pytest.raises(KernelError) as caught:
             bench.device.set_base(0, SplitBase(7))
         assert caught.value.errno == EOPNOTSUPP
+
+
+def test_it_cannot_continue_where_it_stood_either(node):
+    """vp_vdpa takes no position but the first (vp_vdpa_set_vq_state): to drain it and reset it would not help."""
+    with suspendable(VhostVdpa.open(node)) as device:
+        assert isinstance(device, VhostVdpa)
+        assert device.state is RunState.RESET
 
 
 def test_it_cannot_be_suspended(node):

@@ -21,6 +21,7 @@ from ..device import Device
 from ..drivers.opening import device_id_of, named, open_device
 from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server
+from ..layers import Drained, suspendable
 from ..linux.deadline import Deadline
 from ..linux.signals import harmless
 from ..linux.systemd import notify
@@ -42,6 +43,7 @@ _TYPES = {VIRTIO_ID_NET: "net", VIRTIO_ID_BLOCK: "block", VIRTIO_ID_FS: "fs"}
 _FEATURES = {"fs": ["migrate-precopy"]}
 #: For a device to come to an end in; whoever sent SIGTERM may send SIGKILL soon.
 _GRACE_S = 2
+_STOP_FIRST = "stop its guest before you suspend, save or migrate it; a VMM cannot migrate it live"
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -57,7 +59,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
         place, where = stack.enter_context(place_of(arguments))
-        device = stack.enter_context(open_device(arguments.device, timeout_s=arguments.timeout))
+        device = stack.enter_context(suspendable(open_device(arguments.device, timeout_s=arguments.timeout)))
         trace = log.trace if arguments.trace else None
         if trace is not None:
             device.trace_to(trace)
@@ -87,6 +89,8 @@ def serve(arguments: argparse.Namespace) -> None:
             )
             events.control = server.also_served = stack.enter_context(answering)
         log.info(f"{device.name} is served at {where}")
+        if isinstance(device, Drained):
+            log.info(f"{device.name} has no SUSPEND: a reset stops it, when all requests are answered. {_STOP_FIRST}")
         notify(f"READY=1\nSTATUS={device.name} is served at {where}")
         if named(arguments.device)[1].kind in ("vhost-vdpa", "vdpa"):
             log.info(
