@@ -5,24 +5,29 @@ import re
 import stat
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EROFS
 
 import pytest
 
+from vdpabridge.abi.virtio_ring import VIRTIO_RING_F_INDIRECT_DESC
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.possession import Possession
 from vdpabridge.control.requests import Method
-from vdpabridge.device import RunState
-from vdpabridge.errors import DeadlineExceeded
+from vdpabridge.device import Capability, RunState, StateDirection
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.errors import DeadlineExceeded, VdpaBridgeError
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 
 from ..state.procedures.test_faults import files_of_at_most
-from ..support.disk_lab import MEMORY_BYTES, VERSION_1, Lab
+from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, VERSION_1, Lab
+from ..support.pair import served
 from ..support.state import load, state_of
+from ..support.transitions import begin_state
 from ..support.waiting import wait_until
-from .test_methods import serving
+from .test_methods import serving, serving_back_end
 
 
 @contextmanager
@@ -258,6 +263,7 @@ def test_what_has_lost_the_state_has_not_got_it(tmp_path, how):
         with pytest.raises(ControlError, match="does not have it") as caught:
             other.ask("resume")
         assert "begin without that state" in caught.value.hint
+        assert "if the other device does not run and never will" in caught.value.hint
 
 
 def test_what_was_moved_and_then_reset_is_not_there_any_more(tmp_path):
@@ -354,6 +360,8 @@ def test_advice_after_an_answer_that_did_not_come(tmp_path, unheard):
             assert f"resume --force {source.control}" in after
             assert f"resume --force {source.control}" not in before
             assert 'if it "arrived", all is done' in before
+            assert f'if it "was moved", another device has it by now, and {source.control} must not run' in before
+            assert f"a guest may have worked with {destination.control} since" in before
             assert destination.client().ask("status")["arrived"] is True
 
 
@@ -377,27 +385,106 @@ def refusing(ask, what):
     return asked
 
 
-def test_nothing_arrives_for_a_mover_that_has_left(tmp_path):
+def test_a_load_that_was_dropped_has_replaced_nothing(tmp_path):
+    """And a check without a load changes nothing either, whoever asks for it."""
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        front = destination.front_end()
+        with begin_state(front, StateDirection.LOAD) as file:
+            file.write(b"half")
+        front.close()
+        with suppress(VdpaBridgeError):
+            destination.front_end().check_state()
+        assert other.ask("status")["lost"] is False
+        one.ask("moved")
+        other.ask("arrived")
+
+
+def test_what_a_back_end_may_have_taken_has_replaced_it(tmp_path):
+    """No message of vhost-user drops a load: a back-end that has got all of it keeps it."""
+    with Sim.blk(DISK_BYTES, timeout_s=5) as sim, served(sim) as ours, ExitStack() as stack:
+        (tmp_path / "b").mkdir()
+        source = stack.enter_context(serving(tmp_path))
+        source.at_work()
+        behind = serving_back_end(stack, tmp_path / "b", ours, timeout_s=5, config_size_bytes=96)
+        one, other = source.client(), behind.client()
+        halfway(one, other)
+        assert other.ask("status")["lost"] is False
+        front = behind.front_end()
+        with begin_state(front, StateDirection.LOAD) as file:
+            file.write(b"another state")
+        front.close()
+        wait_until(lambda: other.ask("status")["lost"])
+        one.ask("moved")
+        with pytest.raises(ControlError, match="it has lost it"):
+            other.ask("arrived")
+
+
+def test_other_features_lose_nothing_of_a_device_without_state(tmp_path):
+    class Stateless(Sim):
+        @property
+        def capabilities(self):
+            return super().capabilities - {Capability.DEVICE_STATE}
+
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path, Stateless) as source, serving(tmp_path / "b", Stateless) as destination:
+        source.at_work()
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        for features in (VERSION_1, VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC):
+            with destination.front_end() as front:
+                front.accept_features(features)
+        assert other.ask("status")["lost"] is False
+        one.ask("moved")
+        other.ask("arrived")
+
+
+def test_what_cannot_be_forgotten_has_not_arrived(tmp_path, monkeypatch):
+    """The file would hold the process that comes after."""
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path) as source, serving(tmp_path / "b", remembers_at=str(tmp_path / "b/c")) as destination:
+        source.at_work()
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        one.ask("moved")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", lambda path: (_ for _ in ()).throw(OSError(EROFS, "Read-only", path)))
+            with pytest.raises(ControlError, match="Read-only file system"):
+                other.ask("arrived")
+        status = other.ask("status")
+        assert (status["arriving"], status["arrived"], status["held"]) == (True, False, True)
+        with pytest.raises(ControlError, match="this client has brought no state"):
+            destination.client().ask("arrived")
+        other.ask("arrived")
+        assert other.ask("status")["arrived"] is True
+
+
+@pytest.mark.parametrize("what", ["moved", "arrived"])
+def test_nothing_is_said_for_a_mover_that_has_left(tmp_path, what):
     """He takes it for not done, and may go back to the source."""
     with two(tmp_path) as (source, _, destination):
         one, other = source.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
-        control = destination.server.also_served
+        asked, served = (one, source) if what == "moved" else (other, destination)
+        if what == "arrived":
+            one.ask("moved")
+        control = served.server.also_served
         busy, go_on = threading.Event(), threading.Event()
         control.methods |= {"wait": Method(lambda _request: busy.set() or go_on.wait(10), at_once=True)}
-        waiting = destination.client()
+        waiting = served.client()
         waiting._lines.send({"jsonrpc": "2.0", "id": 1, "method": "wait", "params": {}}, ())
         busy.wait(10)
         # both are there when the server looks again: what he asked for, and that he has left; and the device's thread is
         # faster than the one that looks
         put = control._errands.put
         control._errands.put = lambda errand: (put(errand), time.sleep(0.2))
-        other._lines.send({"jsonrpc": "2.0", "id": 9, "method": "arrived", "params": {}}, ())
-        other.close()
+        asked._lines.send({"jsonrpc": "2.0", "id": 9, "method": what, "params": {}}, ())
+        asked.close()
         go_on.set()
         status = destination.client().ask("status")
         assert (status["arriving"], status["arrived"]) == (True, False)
+        assert source.client().ask("status")["moved"] is (what == "arrived")
 
 
 # --- in a process that comes after ---

@@ -1359,4 +1359,32 @@ MUTATIONS = [
         "        if True:\n            super()._bind_eventfd",
         ("tests/layers",),
     ),
+    Mutation(
+        "a load that a back-end may keep counts for nothing",
+        "vdpabridge/device/records.py",
+        "        if self._loading and self._keeps_what_is_abandoned:\n",
+        "        if False:\n",
+        ("tests/control/test_possession.py",),
+    ),
+    Mutation(
+        "a load that was dropped is checked later",
+        "vdpabridge/device/records.py",
+        "            self.state_version += 1\n        self._loading = False\n",
+        "            self.state_version += 1\n",
+        ("tests/control/test_possession.py",),
+    ),
+    Mutation(
+        "a replay without state loses it",
+        "vdpabridge/state/replay.py",
+        "            if keeps_its_state:\n",
+        "            if spool is not None:\n",
+        ("tests/control/test_possession.py",),
+    ),
+    Mutation(
+        "moved is done for a mover that has left",
+        "vdpabridge/control/methods.py",
+        "Method(controlled.moved, only_for_present=True)",
+        "Method(controlled.moved)",
+        ("tests/control/test_possession.py",),
+    ),
 ]

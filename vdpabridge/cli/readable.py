@@ -98,7 +98,11 @@ def _circumstances(facts: Facts) -> str:
             ("no front-end", not facts["front_end"]),
             ("held suspended", facts["held"] and not facts["moved"] and not facts["arriving"]),
             ("its state was moved to another device", facts["moved"]),
-            ("its state came from another device, which may run", facts["arriving"] and not facts["lost"]),
+            ("the state of another device, which may run, is on its way", facts["arriving"] and _loads(facts)),
+            (
+                "its state came from another device, which may run",
+                facts["arriving"] and not facts["lost"] and not _loads(facts),
+            ),
             ("its state arrived from another device", facts["arrived"]),
             ("it was to get the state of another device, and has lost it", facts["arriving"] and facts["lost"]),
             ("it has lost that state since", facts["moved"] and facts["lost"]),
@@ -106,6 +110,11 @@ def _circumstances(facts: Facts) -> str:
         if holds
     ]
     return f", {', '.join(found)}"
+
+
+def _loads(facts: Facts) -> bool:
+    procedure = facts["procedure"]
+    return procedure is not None and procedure["method"] == "load"
 
 
 def _under_way(procedure: Facts) -> str:

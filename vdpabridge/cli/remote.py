@@ -114,9 +114,7 @@ def migrate(arguments: argparse.Namespace) -> None:
             if report is not None:
                 lanes = {"source": saved["steps"], "destination": loaded["steps"]}
                 _draw(report, arguments, f"{bytes_text(saved['state_bytes'])} of state", lanes)
-        runs = loaded["state"] == "running"
-        running = loaded["device"] if runs else "nothing, until a front-end starts the destination"
-        _tell(arguments, saved | {"running": running})
+        _tell(arguments, saved | {"running": _running(loaded)})
     except (VdpaBridgeError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, MoveFailed):
             _draw_failure(error, arguments)
@@ -131,6 +129,14 @@ def migrate(arguments: argparse.Namespace) -> None:
             raise
         why = os.strerror(error.errno or 0)
         raise VdpaBridgeError("write the report", device=arguments.report, why=why, hint=hint) from error
+
+
+def _running(loaded: Mapping[str, Any]) -> str:
+    """What runs after a move, in words; ``loaded`` is what the destination has answered."""
+    if loaded["state"] == "running":
+        return str(loaded["device"])
+    who = "'vdpabridge resume' lets the destination run" if loaded.get("held") else "a front-end starts the destination"
+    return f"nothing, until {who}"
 
 
 def _draw_failure(error: MoveFailed, arguments: argparse.Namespace) -> None:

@@ -72,12 +72,13 @@ def serve(arguments: argparse.Namespace) -> None:
         if arguments.control:
             control = stack.enter_context(listening(arguments.control, mode=0o600))
             possession = Possession(server, device, arguments.control)
-            if possession.moved or possession.arriving:
-                what = "was moved to another device" if possession.moved else "was to get the state of another device"
-                which = "moved" if possession.moved else "arriving"
-                log.warning(
-                    f"{device.name} {what} ({arguments.control}.{which}): held until 'load' or 'resume --force'"
-                )
+            for which, holds, what in (
+                ("moved", possession.moved, "was moved to another device"),
+                ("arriving", possession.arriving, "was to get the state of another device"),
+            ):
+                if holds:
+                    why = f"{what} ({arguments.control}.{which})"
+                    log.warning(f"{device.name} {why}: held until 'load' or 'resume --force'")
             answering = control_server(
                 control,
                 device,

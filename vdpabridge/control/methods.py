@@ -124,7 +124,7 @@ class Controlled:
         self._possession.require_brought(request.caller)
         with self._owing(request):
             self._possession.take()
-        return self._told("arrived")
+        return self._told("arrived") | self._if_held()
 
     def resume(self, request: Request) -> dict[str, Any]:
         """Let the device do again what its front-end wants, unless another client holds it by its connection.
@@ -137,7 +137,7 @@ class Controlled:
             for holder in (request.caller, _EVERYBODY):
                 self._server.release(holder)
             self._possession.take()
-        return self._told("resumed") | ({"held": True} if self._server.held else {})
+        return self._told("resumed") | self._if_held()
 
     def release(self, request: Request) -> dict[str, Any]:
         """Give back what the caller holds by its connection, and nothing else: a `suspend` of anybody lasts."""
@@ -207,7 +207,7 @@ class Controlled:
         if moving:
             self._possession.came(request.caller)
         else:
-            with self._owing(request):
+            with self._owing(request, "the state was loaded; "):
                 # the state it has now is not another device's
                 self._possession.take()
         return {**shown(loaded), "device": self._device.name}
@@ -232,6 +232,9 @@ class Controlled:
         if any(isinstance(holder, Caller) and holder is not request.caller for holder in self._server.holders):
             why, hint = "another client is moving its state", "try again when that has ended"
             raise VdpaBridgeError(request.method, device=self._device.name, why=why, hint=hint)
+
+    def _if_held(self) -> dict[str, Any]:
+        return {"held": True} if self._server.held else {}
 
     def _told(self, event: str) -> dict[str, Any]:
         result = {"state": self._device.state.value}
@@ -337,7 +340,7 @@ def methods_of(controlled: Controlled, cancel: Callable[[], bool]) -> dict[str, 
         "status": Method(controlled.status, meanwhile=controlled.status_meanwhile),
         "statistics": Method(controlled.statistics, at_once=True),
         "suspend": Method(controlled.suspend),
-        "moved": Method(controlled.moved),
+        "moved": Method(controlled.moved, only_for_present=True),
         "arrived": Method(controlled.arrived, only_for_present=True),
         "resume": Method(controlled.resume),
         "release": Method(controlled.release),

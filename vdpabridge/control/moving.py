@@ -110,8 +110,9 @@ def _hand_over(source: ControlClient, destination: ControlClient) -> dict[str, A
     return answer
 
 
-_HAS_IT = "{0} has the state, and does not start: move to it again, or end its process"
-#: What to do if `moved` had no answer. Whoever follows it never has two devices that run, and loses no state.
+_HAS_IT = "{0} has the state, and does not start: end its process; or move to it again, if no VMM was there"
+#: What to do if `moved` had no answer. It is not done for a mover that has left. Whoever follows this and the next
+#: never has two devices that run, if nobody else moves state into the destination meanwhile.
 _IF_MOVED = (
     "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says it: if not \"moved\", nothing was "
     "moved. If it is, or if that process has ended for good, and 'vdpabridge status {1}' says that its state \"came "
@@ -120,8 +121,10 @@ _IF_MOVED = (
 #: The same for `arrived`. If the destination does not say that it has the state, that does not prove that it has not.
 _IF_ARRIVED = (
     "{0} stays suspended. 'vdpabridge status {1}' says what became of the state: if it \"arrived\", all is done; if "
-    "it \"came from another device\", 'vdpabridge resume --force {1}' lets that one start. If it says neither, or "
-    "nothing, end the process of {1} for good before 'vdpabridge resume --force {0}' goes back to what {0} has"
+    'it "came from another device", \'vdpabridge resume --force {1}\' lets that one start; if it "was moved", '
+    "another device has it by now, and {0} must not run. If it says none of these, and a guest may have worked with "
+    "{1} since, {0} must not run either. If none has, end the process of {1} for good before 'vdpabridge resume "
+    "--force {0}' goes back to what {0} has"
 )
 
 

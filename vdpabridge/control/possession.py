@@ -72,7 +72,10 @@ class Possession:
         """Raise if the state is, or may be, another device's."""
         if self.arriving and self.lost:
             why = "it was to get the state of another device, and does not have it (any more)"
-            hint = "move it again, or begin without that state: 'vdpabridge resume --force'"
+            hint = (
+                "move it again; or begin without that state by 'vdpabridge resume --force', if the other device does "
+                "not run and never will"
+            )
         elif self.arriving:
             why = "its state came from another device, which may run: no mover has said that it does not"
             hint = "if that one is 'moved', or its process has ended for good: 'vdpabridge resume --force'"
@@ -139,12 +142,13 @@ class Possession:
 
     def take(self) -> None:
         """The state is this device's: from now on its front-end says whether it runs."""
-        if self.arriving:
-            self._arrived = self._version
-        self._mover = None
         for holder in (_ARRIVING, _MOVED):
             if self._server.holds(holder):
                 self._forget(holder)
+        # only now: a file that stays holds the process that comes after
+        if self.arriving:
+            self._arrived = self._version
+        self._mover = None
         for holder in (_ARRIVING, _MOVED):
             self._server.release(holder)
 

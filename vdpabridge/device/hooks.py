@@ -65,6 +65,11 @@ class DriverHooks(ABC):
         self._close()
         return True
 
+    @property
+    def _keeps_what_is_abandoned(self) -> bool:
+        """Whether a load that is abandoned may have its effect all the same: if nothing tells the device to drop it."""
+        return False
+
     # A driver that claims the capability overrides the hook.
 
     def _write_config(self, offset: int, data: bytes) -> None:

@@ -230,6 +230,7 @@ class Device(DeviceCore):
         If this raises, the device may run: `state` is RUNNING unless it is certain that the device does not run.
         """
         after = self._permit(Operation.START)
+        self._drop_load()
         with self._leading_to(after):
             self._require_time("start")
             self._start()
@@ -256,6 +257,7 @@ class Device(DeviceCore):
         If this raises, the device may run: `state` is RUNNING unless it is certain that the device does not run.
         """
         after = self._permit(Operation.RESUME)
+        self._drop_load()
         with self._leading_to(after):
             self._require_time("resume")
             self._resume()
@@ -269,6 +271,7 @@ class Device(DeviceCore):
         until another reset succeeds, because it is not known how much of this one was done.
         """
         after = self._permit(Operation.RESET)
+        self._drop_load()
         with self._resetting():
             self._reset()
             self._forget()
@@ -308,6 +311,7 @@ class Device(DeviceCore):
         except BaseException:
             os.close(fd)
             raise
+        self._drop_load()
         self._loading = direction is StateDirection.LOAD
         return self._set_state_fd(direction, phase, fd)
 
@@ -332,6 +336,7 @@ class Device(DeviceCore):
         has received completely.
         """
         self._permit(Operation.ABANDON_STATE)
+        self._drop_load()
         self._abandon_state()
 
     # --- dirty log and in-flight requests ---

@@ -88,6 +88,12 @@ class DeviceCore(DriverHooks):
                     self._state = before
             raise
 
+    def _drop_load(self) -> None:
+        """A load that was begun will not be checked."""
+        if self._loading and self._keeps_what_is_abandoned:
+            self.state_version += 1
+        self._loading = False
+
     @property
     def _reset_loses_state(self) -> bool:
         return True

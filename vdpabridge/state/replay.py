@@ -113,9 +113,12 @@ def start_over(
         # an interruption here would leave a device that is reset, and lose what it had
         with _uncut(failed):
             before = device.state_version
+            keeps_its_state = spool is not None or not unsavable(device)
             device.reset()
             if spool is not None:
                 _give_back(device, spool, limits)
+            if keeps_its_state:
+                # it has it again, or has none
                 device.state_version = before
             if inflight is not None:
                 device.set_inflight(inflight)

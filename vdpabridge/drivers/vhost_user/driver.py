@@ -325,6 +325,11 @@ class VhostUser(Device):
         finally:
             discard([fd])
 
+    @property
+    def _keeps_what_is_abandoned(self) -> bool:
+        # no message drops a load (`BackendState.abandon`)
+        return True
+
     def _abandon_state(self) -> None:
         with self._asking():
             self._transfer.abandon()

@@ -389,6 +389,10 @@ class VhostVdpa(Device):
     def _check_state(self) -> None:
         self._transfer.check(self.limit.deadline())
 
+    @property
+    def _keeps_what_is_abandoned(self) -> bool:
+        return self._transfer.keeps_what_is_abandoned
+
     @_under_one_deadline
     def _abandon_state(self) -> None:
         self._transfer.abandon()

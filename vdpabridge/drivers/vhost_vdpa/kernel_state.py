@@ -79,6 +79,11 @@ class KernelState:
                 self._begun = False
                 return
 
+    @property
+    def keeps_what_is_abandoned(self) -> bool:
+        """Whether nothing but a check ends a transfer: then a load whose descriptor is closed has its effect."""
+        return self._requests.cancel is None
+
     def abandon(self) -> None:
         """End a transfer that will not be checked, without effect. Raises `KernelError`."""
         if not self._begun:
