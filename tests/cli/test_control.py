@@ -356,12 +356,16 @@ def test_an_error_names_the_image(tmp_path):
 def test_a_moved_device_stays_so_for_a_process_that_comes_after(tmp_path):
     """Whoever ends and starts the source again, for example a service manager, does not start its device."""
     with controlled(tmp_path) as (_, control, _server), ControlClient(control, timeout_s=10) as client:
-        client.ask("moved")
+        client.ask("moved", move="m")
     assert os.path.exists(f"{control}.moved")
     with controlled(tmp_path) as (_, control, _server):
         status = json.loads(run("-j", "status", control).stdout)
         assert (status["moved"], status["held"]) == (True, True)
         assert "its state was moved to another device" in run("status", control).stdout
+        assert "  move m        moved\n" in run("status", control).stdout
+        done = run("resume", control, "--move", "m")
+        assert (done.returncode, "move m has taken the state of this device away" in done.stderr) == (1, True)
+        assert run("resume", control, "--move", "m", "--force").returncode == 2
         assert run("resume", control, "--force").returncode == 0
     assert not os.path.exists(f"{control}.moved")
 

@@ -17,6 +17,7 @@ STATUS = {
     "arriving": False,
     "arrived": False,
     "lost": False,
+    "moves": [],
     "front_end": True,
     "capabilities": ["RESUME", "SUSPEND"],
     "features": ["VERSION_1"],

@@ -38,11 +38,11 @@ def two(tmp_path):
         yield source, source.at_work(), destination
 
 
-def halfway(client, there, **options):
+def halfway(client, there, move="m", **options):
     """What a mover does before it says `moved`: the state is in both, and the source is held by its connection."""
     reader, writer = os.pipe()
     loaded = []
-    thread = threading.Thread(target=lambda: loaded.append(there.ask("load", reader, moving=True, **options)))
+    thread = threading.Thread(target=lambda: loaded.append(there.ask("load", reader, move=move, **options)))
     thread.start()
     client.ask("save", writer, stay="connection")
     os.close(writer)
@@ -80,13 +80,13 @@ def test_a_destination_does_not_start_before_it_is_said_that_the_source_does_not
         halfway(one, other)
         assert other.ask("status")["arriving"] is True
         assert started(destination) is not RunState.RUNNING
-        for method, params in (("resume", {}), ("save", {"path": str(tmp_path / "image")}), ("moved", {})):
+        for method, params in (("resume", {}), ("save", {"path": str(tmp_path / "image")}), ("moved", {"move": "n"})):
             with pytest.raises(ControlError, match="came from another device, which may run") as caught:
                 other.ask(method, **params)
-            assert "resume --force" in caught.value.hint
-        assert one.ask("moved") == {"state": "suspended"}
+            assert "resume --move m" in caught.value.hint
+        assert one.ask("moved", move="m") == {"state": "suspended"}
         assert destination.device.state is not RunState.RUNNING
-        assert other.ask("arrived") == {"state": "running"}
+        assert other.ask("arrived", move="m") == {"state": "running"}
         assert (source.device.state, destination.device.state) == (RunState.SUSPENDED, RunState.RUNNING)
 
 
@@ -106,7 +106,7 @@ def test_a_mover_that_dies_before_arrived(tmp_path):
     with two(tmp_path) as (source, _, destination):
         one, other = source.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
+        one.ask("moved", move="m")
         one.close()
         other.close()
         assert started(destination) is not RunState.RUNNING
@@ -136,7 +136,7 @@ def test_a_load_that_nobody_moves_is_the_devices_own(tmp_path):
         other.ask("load", path=str(tmp_path / "image"))
         assert other.ask("status")["arriving"] is False
         with pytest.raises(ControlError, match="this client has brought no state"):
-            other.ask("arrived")
+            other.ask("arrived", move="m")
         assert started(destination) is RunState.RUNNING
 
 
@@ -155,11 +155,12 @@ def test_a_load_that_fails_leaves_what_came_before(tmp_path):
         one, other = source.client(), destination.client()
         (tmp_path / "bad").write_bytes(b"no image")
         with pytest.raises(ControlError):
-            other.ask("load", path=str(tmp_path / "bad"), moving=True)
+            other.ask("load", path=str(tmp_path / "bad"), move="m")
         assert (other.ask("status")["arriving"], other.ask("status")["held"]) == (False, False)
         halfway(one, other)
         with pytest.raises(ControlError):
-            other.ask("load", path=str(tmp_path / "bad"), moving=True)
+            other.ask("load", path=str(tmp_path / "bad"), move="n")
+        assert other.ask("status")["moves"] == [{"move": "m", "fate": "came"}]
         assert other.ask("status")["arriving"] is True
 
 
@@ -167,27 +168,29 @@ def test_only_who_has_brought_the_state_says_that_it_has_arrived(tmp_path):
     with two(tmp_path) as (source, _, destination):
         one, other, third = source.client(), destination.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
+        one.ask("moved", move="m")
         with pytest.raises(ControlError, match="this client has brought no state"):
-            third.ask("arrived")
+            third.ask("arrived", move="m")
+        with pytest.raises(ControlError, match="this client has brought no state by move n"):
+            other.ask("arrived", move="n")
         assert other.ask("status")["arriving"] is True
-        other.ask("arrived")
+        other.ask("arrived", move="m")
 
 
-@pytest.mark.parametrize("moving", [False, True])
-def test_state_that_is_arriving_is_not_replaced_under_its_mover(tmp_path, moving):
+@pytest.mark.parametrize("options", [{}, {"move": "n"}], ids=["a load", "a move"])
+def test_state_that_is_arriving_is_not_replaced_under_its_mover(tmp_path, options):
     with two(tmp_path) as (source, _, destination):
         source.client().ask("save", path=str(tmp_path / "image"))
         one, third = source.client(), destination.client()
         with ControlClient(destination.control, timeout_s=10) as other:
             halfway(one, other)
             with pytest.raises(ControlError, match="another client is moving state into it"):
-                third.ask("load", path=str(tmp_path / "image"), moving=moving)
+                third.ask("load", path=str(tmp_path / "image"), **options)
             one.ask("release")
         wait_until(lambda: len(destination.server.also_served._clients) == 1)
         # whoever has left cannot say any more that it arrived
-        third.ask("load", path=str(tmp_path / "image"), moving=moving)
-        assert third.ask("status")["arriving"] is moving
+        third.ask("load", path=str(tmp_path / "image"), **options)
+        assert third.ask("status")["arriving"] is (options != {})
 
 
 def test_two_movers_at_once(tmp_path):
@@ -250,14 +253,14 @@ def test_what_has_lost_the_state_has_not_got_it(tmp_path, how):
         one.ask("save", path=str(tmp_path / "image"))
         halfway(one, other)
         assert other.ask("status")["lost"] is False
-        one.ask("moved")
+        one.ask("moved", move="m")
         if how == "a reset":
             front.reset()
         else:
             # a VMM that expects a migration of its own
             load(front, state_of(front))
         with pytest.raises(ControlError, match="it has lost it"):
-            other.ask("arrived")
+            other.ask("arrived", move="m")
         status = other.ask("status")
         assert (status["held"], status["arriving"], status["lost"], status["arrived"]) == (True, True, True, False)
         with pytest.raises(ControlError, match="does not have it") as caught:
@@ -270,7 +273,7 @@ def test_what_was_moved_and_then_reset_is_not_there_any_more(tmp_path):
     with serving(tmp_path) as those:
         those.at_work()
         client = those.client()
-        client.ask("moved")
+        client.ask("moved", move="m")
         assert client.ask("status")["lost"] is False
         those.device.reset()
         status = client.ask("status")
@@ -296,7 +299,7 @@ def test_nobody_has_lost_what_is_still_under_way(tmp_path):
 
 def ask_in_vain(client, reader):
     try:
-        client.ask("load", reader, moving=True)
+        client.ask("load", reader, move="m")
     except ControlError:
         return True
     return False
@@ -307,12 +310,12 @@ def test_arrived_can_be_said_again(tmp_path):
     with two(tmp_path) as (source, _, destination):
         one, other = source.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
+        one.ask("moved", move="m")
         assert other.ask("status")["arrived"] is False
-        other.ask("arrived")
+        other.ask("arrived", move="m")
         status = other.ask("status")
         assert (status["arrived"], status["arriving"], status["lost"]) == (True, False, False)
-        destination.client().ask("arrived")
+        destination.client().ask("arrived", move="m")
         assert started(destination) is RunState.RUNNING
         assert other.ask("status")["arrived"] is True
         destination.device.reset()
@@ -324,10 +327,10 @@ def test_what_was_forced_has_arrived(tmp_path):
     with two(tmp_path) as (source, _, destination):
         one, other = source.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
+        one.ask("moved", move="m")
         destination.client().ask("resume", force=True)
         assert other.ask("status")["arrived"] is True
-        assert other.ask("arrived")
+        assert other.ask("arrived", move="m")
 
 
 class Deaf(ControlClient):
@@ -359,10 +362,14 @@ def test_advice_after_an_answer_that_did_not_come(tmp_path, unheard):
             before, _, after = hint.partition(f"end the process of {destination.control} for good before")
             assert f"resume --force {source.control}" in after
             assert f"resume --force {source.control}" not in before
-            assert 'if it "arrived", all is done' in before
-            assert f'if it "was moved", another device has it by now, and {source.control} must not run' in before
-            assert f"a guest may have worked with {destination.control} since" in before
+            assert f"a guest may have worked with it since, {source.control} must not run" in before
             assert destination.client().ask("status")["arrived"] is True
+        (name,) = re.findall(f"resume --move ([0-9a-f]+) {destination.control}", hint)
+        destination.client().ask("resume", move=name)
+        assert started(destination) is RunState.RUNNING
+        assert destination.client().ask("status")["moves"] == [{"move": name, "fate": "arrived"}]
+        assert source.client().ask("status")["moves"] == [{"move": name, "fate": "moved"}]
+        assert source.device.state is RunState.SUSPENDED
 
 
 def test_a_source_that_refuses_has_moved_nothing(tmp_path):
@@ -397,8 +404,8 @@ def test_a_load_that_was_dropped_has_replaced_nothing(tmp_path):
         with suppress(VdpaBridgeError):
             destination.front_end().check_state()
         assert other.ask("status")["lost"] is False
-        one.ask("moved")
-        other.ask("arrived")
+        one.ask("moved", move="m")
+        other.ask("arrived", move="m")
 
 
 def test_what_a_back_end_may_have_taken_has_replaced_it(tmp_path):
@@ -416,9 +423,9 @@ def test_what_a_back_end_may_have_taken_has_replaced_it(tmp_path):
             file.write(b"another state")
         front.close()
         wait_until(lambda: other.ask("status")["lost"])
-        one.ask("moved")
+        one.ask("moved", move="m")
         with pytest.raises(ControlError, match="it has lost it"):
-            other.ask("arrived")
+            other.ask("arrived", move="m")
 
 
 def test_other_features_lose_nothing_of_a_device_without_state(tmp_path):
@@ -436,8 +443,8 @@ def test_other_features_lose_nothing_of_a_device_without_state(tmp_path):
             with destination.front_end() as front:
                 front.accept_features(features)
         assert other.ask("status")["lost"] is False
-        one.ask("moved")
-        other.ask("arrived")
+        one.ask("moved", move="m")
+        other.ask("arrived", move="m")
 
 
 def test_what_cannot_be_forgotten_has_not_arrived(tmp_path, monkeypatch):
@@ -447,16 +454,16 @@ def test_what_cannot_be_forgotten_has_not_arrived(tmp_path, monkeypatch):
         source.at_work()
         one, other = source.client(), destination.client()
         halfway(one, other)
-        one.ask("moved")
+        one.ask("moved", move="m")
         with monkeypatch.context() as patched:
             patched.setattr(os, "unlink", lambda path: (_ for _ in ()).throw(OSError(EROFS, "Read-only", path)))
             with pytest.raises(ControlError, match="Read-only file system"):
-                other.ask("arrived")
+                other.ask("arrived", move="m")
         status = other.ask("status")
         assert (status["arriving"], status["arrived"], status["held"]) == (True, False, True)
         with pytest.raises(ControlError, match="this client has brought no state"):
-            destination.client().ask("arrived")
-        other.ask("arrived")
+            destination.client().ask("arrived", move="m")
+        other.ask("arrived", move="m")
         assert other.ask("status")["arrived"] is True
 
 
@@ -468,7 +475,7 @@ def test_nothing_is_said_for_a_mover_that_has_left(tmp_path, what):
         halfway(one, other)
         asked, served = (one, source) if what == "moved" else (other, destination)
         if what == "arrived":
-            one.ask("moved")
+            one.ask("moved", move="m")
         control = served.server.also_served
         busy, go_on = threading.Event(), threading.Event()
         control.methods |= {"wait": Method(lambda _request: busy.set() or go_on.wait(10), at_once=True)}
@@ -479,12 +486,160 @@ def test_nothing_is_said_for_a_mover_that_has_left(tmp_path, what):
         # faster than the one that looks
         put = control._errands.put
         control._errands.put = lambda errand: (put(errand), time.sleep(0.2))
-        asked._lines.send({"jsonrpc": "2.0", "id": 9, "method": what, "params": {}}, ())
+        asked._lines.send({"jsonrpc": "2.0", "id": 9, "method": what, "params": {"move": "m"}}, ())
         asked.close()
         go_on.set()
         status = destination.client().ask("status")
         assert (status["arriving"], status["arrived"]) == (True, False)
         assert source.client().ask("status")["moved"] is (what == "arrived")
+
+
+# --- each move has a name ---
+
+
+def fates(client):
+    return {each["move"]: each["fate"] for each in client.ask("status")["moves"]}
+
+
+def test_what_became_of_a_move(tmp_path):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        assert (fates(one), fates(other)) == ({}, {"m": "came"})
+        one.ask("moved", move="m")
+        other.ask("arrived", move="m")
+        assert (fates(one), fates(other)) == ({"m": "moved"}, {"m": "arrived"})
+        destination.device.reset()
+        assert fates(other) == {"m": "arrived"}, "what the device does with it is its own affair"
+        other.ask("moved", move="n")
+        assert fates(other) == {"m": "arrived", "n": "moved"}
+        other.ask("resume", force=True)
+        assert fates(other) == {"m": "arrived", "n": "taken back"}
+
+
+@pytest.mark.parametrize("how", ["by force", "by another load"])
+def test_a_device_that_begins_without_the_state_of_a_move(tmp_path, how):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        one.ask("save", path=str(tmp_path / "image"))
+        halfway(one, other)
+        destination.device.reset()
+        assert fates(other) == {"m": "lost"}
+        if how == "by force":
+            other.ask("resume", force=True)
+        else:
+            other.ask("load", path=str(tmp_path / "image"))
+        assert fates(other) == {"m": "given up"}
+        assert other.ask("status")["held"] is False
+
+
+def test_a_move_whose_mover_has_left_is_ended_by_its_name(tmp_path):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        one.ask("moved", move="m")
+        with pytest.raises(ControlError, match="the client that moves the state of m is still connected"):
+            destination.client().ask("resume", move="m")
+        other.close()
+        assert started(destination) is not RunState.RUNNING
+        assert destination.client().ask("resume", move="m") == {"state": "running"}
+        assert fates(destination.client()) == {"m": "arrived"}
+
+
+def test_a_name_does_not_start_the_state_of_another_move(tmp_path):
+    """Two moved into the same destination, and both have had no answer: each has the same advice."""
+    (tmp_path / "third").mkdir()
+    with two(tmp_path) as (source, _, destination), serving(tmp_path / "third") as third:
+        third.at_work()
+        for served, name in ((source, "first"), (third, "second")):
+            one = served.client()
+            with ControlClient(destination.control, timeout_s=10) as other:
+                halfway(one, other, name)
+            one.ask("moved", move=name)
+        client = destination.client()
+        wait_until(lambda: len(destination.server.also_served._clients) == 1)
+        assert fates(client) == {"first": "lost", "second": "came"}
+        with pytest.raises(ControlError, match="the state of move first came, and is lost") as caught:
+            client.ask("resume", move="first")
+        assert "'vdpabridge resume --force' of the device that it came from" in caught.value.hint
+        assert client.ask("status")["held"] is True
+        client.ask("resume", move="second")
+        assert fates(client) == {"first": "lost", "second": "arrived"}
+
+
+REFUSED = [
+    ("unknown", "it knows nothing of move unknown", "if a guest may have worked with this device since"),
+    ("gone", "the device was started without the state of move gone", "must not run as long as this one may"),
+    ("back", "move back has taken its state away, and that was taken back", "leave --move away"),
+    ("away", "move away has taken the state of this device away", "if the other device does not run and never will"),
+]
+
+
+def test_a_device_that_does_not_have_the_state_of_a_move_says_what_became_of_it(tmp_path):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other, "gone")
+        destination.device.reset()
+        other.ask("resume", force=True)
+        other.ask("moved", move="back")
+        other.ask("resume", force=True)
+        other.ask("moved", move="away")
+        for name, why, hint in REFUSED:
+            with pytest.raises(ControlError, match=why) as caught:
+                other.ask("resume", move=name)
+            assert hint in caught.value.hint
+        assert fates(other) == {"gone": "given up", "back": "taken back", "away": "moved"}
+
+
+def test_a_move_that_was_moved_on_is_done_and_not_here(tmp_path):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        halfway(one, other)
+        one.ask("moved", move="m")
+        other.ask("arrived", move="m")
+        other.ask("moved", move="n")
+        destination.client().ask("arrived", move="m")
+        assert other.ask("status")["held"] is True
+        with pytest.raises(ControlError, match="its state was moved to another device"):
+            other.ask("resume", move="m")
+
+
+def test_a_name_is_used_once(tmp_path):
+    with two(tmp_path) as (source, _, destination):
+        one, other = source.client(), destination.client()
+        one.ask("save", path=str(tmp_path / "image"))
+        other.ask("load", path=str(tmp_path / "image"), move="m")
+        with pytest.raises(ControlError, match="it knows move m already"):
+            other.ask("load", path=str(tmp_path / "image"), move="m")
+        other.ask("arrived", move="m")
+        with pytest.raises(ControlError, match="it knows move m already"):
+            other.ask("moved", move="m")
+        assert fates(other) == {"m": "arrived"}
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n", "é", "x" * 65, 7, True, ["m"]])
+def test_what_is_not_the_name_of_a_move(tmp_path, name):
+    with serving(tmp_path) as those:
+        client = those.client()
+        for method in ("load", "moved", "arrived", "resume"):
+            with pytest.raises(ControlError, match="is not a name of up to 64"):
+                client.ask(method, move=name)
+        assert fates(client) == {}
+
+
+@pytest.mark.parametrize("method", ["moved", "arrived"])
+def test_a_move_without_a_name(tmp_path, method):
+    with serving(tmp_path) as those, pytest.raises(ControlError, match="move is missing"):
+        those.client().ask(method)
+
+
+def test_old_moves_are_forgotten(tmp_path):
+    with serving(tmp_path) as those:
+        client = those.client()
+        for number in range(20):
+            client.ask("moved", move=f"m{number}")
+            client.ask("resume", force=True)
+        assert list(fates(client)) == [f"m{number}" for number in range(4, 20)]
 
 
 # --- in a process that comes after ---
@@ -495,13 +650,14 @@ def test_a_process_that_comes_after_knows_it(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         those.at_work()
         client = those.client()
-        assert client.ask("moved") == {"state": "suspended"}
+        assert client.ask("moved", move="m") == {"state": "suspended"}
         assert stat.S_IMODE(os.stat(marker).st_mode) == 0o600
     for path in ("s", "c"):
         (tmp_path / path).unlink(missing_ok=True)
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         client = those.client()
         assert (client.ask("status")["moved"], client.ask("status")["held"]) == (True, True)
+        assert fates(client) == {"m": "moved"}
         assert started(those) is not RunState.RUNNING
         with pytest.raises(ControlError, match="moved to another device"):
             client.ask("resume")
@@ -525,6 +681,9 @@ def test_a_destination_that_dies_before_its_state_has_arrived(tmp_path):
             other = destination.client()
             status = other.ask("status")
             assert (status["arriving"], status["lost"], status["held"]) == (True, True, True)
+            assert fates(other) == {"m": "lost"}
+            with pytest.raises(ControlError, match="the state of move m came, and is lost"):
+                other.ask("resume", move="m")
             assert started(destination) is not RunState.RUNNING
             assert source.device.state is RunState.RUNNING
             other.ask("resume", force=True)
@@ -536,7 +695,7 @@ def test_what_has_not_come_is_not_remembered(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         (tmp_path / "bad").write_bytes(b"no image")
         with pytest.raises(ControlError):
-            those.client().ask("load", path=str(tmp_path / "bad"), moving=True)
+            those.client().ask("load", path=str(tmp_path / "bad"), move="m")
         assert not (tmp_path / "c.arriving").exists()
 
 
@@ -546,11 +705,11 @@ def test_state_that_comes_ends_it_for_the_process_after_too(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those, serving(tmp_path / "b") as others:
         others.at_work()
         there, here = others.client(), those.client()
-        here.ask("moved")
-        halfway(there, here)
+        here.ask("moved", move="m")
+        halfway(there, here, "n")
         assert os.path.exists(marker), "the other one may run"
-        there.ask("moved")
-        here.ask("arrived")
+        there.ask("moved", move="n")
+        here.ask("arrived", move="n")
         assert not os.path.exists(marker)
 
 
@@ -558,7 +717,7 @@ def test_what_cannot_be_remembered_is_not_moved(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "no folder" / "c")) as those:
         work, client = those.at_work(), those.client()
         with pytest.raises(ControlError, match=r"No such file or directory.*the device is running now"):
-            client.ask("moved")
+            client.ask("moved", move="m")
         assert client.ask("status")["moved"] is False
         work.finish()
 
@@ -569,7 +728,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_marker(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         client = those.client()
         with files_of_at_most(10), pytest.raises(ControlError, match="File too large"):
-            client.ask("moved")
+            client.ask("moved", move="m")
         assert not marker.exists()
 
 
@@ -580,10 +739,53 @@ def test_what_cannot_be_a_marker_is_refused_at_once(tmp_path, what):
         work, client = those.at_work(), those.client()
         os.mkfifo(marker) if what == "a FIFO" else marker.mkdir()
         with pytest.raises(ControlError, match=re.escape(str(marker))):
-            client.ask("moved")
+            client.ask("moved", move="m")
         client.ask("suspend")
         assert client.ask("resume") == {"state": "running"}
         work.finish()
+
+
+def test_a_second_move_does_not_make_a_new_process_forget_the_first(tmp_path):
+    """The second has not come; the first was here, and its mover has had no answer."""
+    (tmp_path / "b").mkdir()
+    with serving(tmp_path) as source:
+        source.at_work()
+        with serving(tmp_path / "b", remembers_at=str(tmp_path / "b/c")) as destination:
+            halfway(source.client(), other := destination.client())
+            (tmp_path / "bad").write_bytes(b"no image")
+            with pytest.raises(ControlError):
+                other.ask("load", path=str(tmp_path / "bad"), move="n")
+        for path in ("s", "c"):
+            (tmp_path / "b" / path).unlink(missing_ok=True)
+        with serving(tmp_path / "b", remembers_at=str(tmp_path / "b/c")) as destination:
+            assert fates(destination.client())["m"] == "lost"
+
+
+@pytest.mark.parametrize(
+    ("content", "moves"),
+    [
+        (b"", {}),
+        (b"\xff\xfe\0", {}),
+        (b"Move: \xe9\n", {}),
+        (b"Move: m", {"m": "moved"}),
+        (b"text\nMove: m\n", {"m": "moved"}),
+        (b"x" * 100_000 + b"\nMove: m\n", {}),
+    ],
+)
+def test_a_marker_of_somebody_else_holds_the_device_all_the_same(tmp_path, content, moves):
+    (tmp_path / "c.moved").write_bytes(content)
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
+        client = those.client()
+        assert (client.ask("status")["moved"], fates(client)) == (True, moves)
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a folder", "not readable"])
+def test_a_marker_that_cannot_be_read_holds_the_device_all_the_same(tmp_path, what):
+    marker = tmp_path / "c.moved"
+    {"a FIFO": lambda: os.mkfifo(marker), "a folder": marker.mkdir, "not readable": lambda: marker.touch(0)}[what]()
+    with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
+        client = those.client()
+        assert (client.ask("status")["moved"], fates(client)) == (True, {})
 
 
 def test_a_marker_that_is_a_link_to_nothing_counts(tmp_path):
@@ -598,7 +800,7 @@ def test_a_marker_is_not_written_through_a_link(tmp_path):
         (tmp_path / "c.moved").symlink_to(tmp_path / "victim")
         client = those.client()
         with pytest.raises(ControlError, match="symbolic links"):
-            client.ask("moved")
+            client.ask("moved", move="m")
     assert (tmp_path / "victim").read_text() == "precious"
 
 
@@ -615,5 +817,5 @@ class NotSuspended:
 def test_a_device_that_cannot_be_held_was_not_moved(tmp_path):
     possession = Possession(NotSuspended(), None, str(tmp_path / "c"))
     with pytest.raises(OSError, match="Input/output"):
-        possession.give_away()
+        possession.give_away("m")
     assert list(tmp_path.iterdir()) == []

@@ -275,10 +275,10 @@ def test_two_movers_never_both_have_it_moved(tmp_path):
         with pytest.raises(MoveFailed, match="another client is moving its state"):
             move(second, third.client())
         with pytest.raises(ControlError, match="another client is moving its state"):
-            second.ask("moved")
-        assert first.ask("moved") == {"state": "suspended"}
+            second.ask("moved", move="m")
+        assert first.ask("moved", move="m") == {"state": "suspended"}
         with pytest.raises(ControlError, match="its state was moved to another device"):
-            second.ask("moved")
+            second.ask("moved", move="m")
         with pytest.raises(ControlError, match="its state was moved"):
             second.ask("save", path=str(tmp_path / "image"))
         assert second.ask("resume", force=True) == {"state": "running"}
@@ -563,7 +563,7 @@ def test_what_lasts_replaces_what_a_connection_holds(tmp_path):
         # another client may end it
         assert those.client().ask("resume") == {"state": "running"}
         client.ask("suspend")
-        client.ask("moved")
+        client.ask("moved", move="m")
         assert len(those.server.holders) == 1
         assert client.ask("resume", force=True) == {"state": "running"}
         work.finish()

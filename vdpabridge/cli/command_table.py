@@ -146,8 +146,11 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
 
 def _resume(parser: argparse.ArgumentParser) -> None:
     _control(parser)
+    which = parser.add_mutually_exclusive_group()
     text = "also resume a device whose state was moved to another. The other must not run, now or later"
-    parser.add_argument("--force", action="store_true", help=text)
+    which.add_argument("--force", action="store_true", help=text)
+    text = "also resume a device that has the state of this move, although nobody has said that it arrived"
+    which.add_argument("--move", metavar="NAME", help=text)
 
 
 def _accept(parser: argparse.ArgumentParser) -> None:

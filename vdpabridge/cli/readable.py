@@ -21,6 +21,8 @@ def status(facts: Facts) -> Iterable[str]:
         position = f", at {queue['position']}" if "position" in queue else ""
         enabled = "enabled" if queue["enabled"] else "disabled"
         yield _row(f"queue {index}", f"{queue['size']} descriptors, {enabled}{position}")
+    for each in facts["moves"]:
+        yield _row(f"move {each['move']}", each["fate"])
     yield _row("features", " ".join(facts["features"]) or "none accepted")
     yield _row("can", " ".join(facts["capabilities"]))
     if (last := facts["last_procedure"]) is not None:

@@ -43,7 +43,8 @@ def suspend(arguments: argparse.Namespace) -> None:
 
 def resume(arguments: argparse.Namespace) -> None:
     """``vdpabridge resume``."""
-    _show(arguments, _ask(arguments, "resume", force=arguments.force))
+    which = {"force": True} if arguments.force else {"move": arguments.move} if arguments.move else {}
+    _show(arguments, _ask(arguments, "resume", **which))
 
 
 def save(arguments: argparse.Namespace) -> None:

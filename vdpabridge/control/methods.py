@@ -16,7 +16,7 @@ from ..export.vhost_user.server import Server
 from ..state.procedures import ProcedureFailed, load_state, require_loadable, require_savable, save
 from ..state.report import Report
 from ..state.transfer.channel import Limits
-from .parameters import accepted, choice, flag, limits, shown, sink, source
+from .parameters import accepted, choice, flag, limits, move_of, required_move, shown, sink, source
 from .possession import Possession
 from .procedure_progress import ProcedureProgress
 from .requests import Caller, Method, Request
@@ -84,6 +84,7 @@ class Controlled:
             "arriving": self._possession.arriving,
             "arrived": self._possession.arrived,
             "lost": self._possession.lost,
+            "moves": [{"move": move, "fate": fate.value} for move, fate in self._possession.fates.items()],
             "front_end": server.session is not None,
             "capabilities": sorted(each.value for each in device.capabilities),
             "features": feature_names(device.accepted_features, device.identity.device_id),
@@ -111,27 +112,35 @@ class Controlled:
 
     def moved(self, request: Request) -> dict[str, Any]:
         """Another device has the saved state now: stay suspended until `load` replaces it or `resume` is forced."""
+        move = required_move(request)
         self._possession.require("moved")
+        self._possession.require_new(move, "moved")
         self._refuse_while_moving(request)
         with self._owing(request):
-            self._possession.give_away()
+            self._possession.give_away(move)
             self._server.release(request.caller)
             self._server.release(_EVERYBODY)
         return self._told("moved")
 
     def arrived(self, request: Request) -> dict[str, Any]:
         """The state that `load` has brought is this device's: the one that it came from was told `moved`."""
-        self._possession.require_brought(request.caller)
-        with self._owing(request):
-            self._possession.take()
+        move = required_move(request)
+        if not self._possession.is_done(move):
+            self._possession.require_brought(request.caller, move)
+            with self._owing(request):
+                self._possession.take()
         return self._told("arrived") | self._if_held()
 
     def resume(self, request: Request) -> dict[str, Any]:
         """Let the device do again what its front-end wants, unless another client holds it by its connection.
 
-        With ``force``, also if its state was moved to another device: if that one runs, two devices run.
+        With ``move``, also if its state came by that move, and nobody has said that it arrived. With ``force``,
+        whatever state it has. In both cases two devices run, if the other device runs too.
         """
-        if not flag(request, "force"):
+        move, force = move_of(request), flag(request, "force")
+        if move is not None and not force:
+            self._possession.require_here(move)
+        elif not force:
             self._possession.require("resume")
         with self._owing(request):
             for holder in (request.caller, _EVERYBODY):
@@ -183,19 +192,20 @@ class Controlled:
     def load(self, request: Request) -> dict[str, Any]:
         """Give the device the state in the image that the descriptor or the file ``path`` has.
 
-        The front-end sets up the queues. With ``moving``, it starts the device only after `arrived`.
+        The front-end sets up the queues. With ``move``, it starts the device only after `arrived`.
         """
-        moving = flag(request, "moving")
+        move = move_of(request)
         self._possession.require_no_other(request.caller, "load")
         expected = new = False
         try:
             with self._procedure_of(request) as (bounds, note), source(request, bounds) as fd:
                 # before it is held: a device at work would be suspended for nothing
                 require_loadable(self._device)
-                if moving:
+                if move is not None:
+                    self._possession.require_new(move, "load")
                     self._possession.require_room("load")
                     with self._owing(request):
-                        new = self._possession.expect()
+                        new = self._possession.expect(move)
                     expected = True
                 loaded = load_state(self._device, fd, bounds, accept=accepted(request))
                 note(loaded)
@@ -204,12 +214,11 @@ class Controlled:
                 with self._owing(request):
                     self._possession.not_come(new=new)
             raise
-        if moving:
+        if move is not None:
             self._possession.came(request.caller)
         else:
             with self._owing(request, "the state was loaded; "):
-                # the state it has now is not another device's
-                self._possession.take()
+                self._possession.replace()
         return {**shown(loaded), "device": self._device.name}
 
     def left(self, caller: Caller) -> None:

@@ -14,6 +14,9 @@ from .client import ControlClient, ControlError
 
 __all__ = ["MoveFailed", "move"]
 
+#: A move has a name of twice as many characters. It is told apart from the others of its two devices.
+_NAME_BYTES = 4
+
 
 class MoveFailed(VdpaBridgeError):
     """The state was not moved. ``side`` is the control socket of the process that caused this.
@@ -41,7 +44,8 @@ def move(
     progress: Callable[[int], None] | None = None,
     accept: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make ``source`` save into ``destination``; returns both answers. The source's device stays suspended, for good.
+    """Make ``source`` save into ``destination``; returns both answers, and in the first the name of the ``move``. The
+    source's device stays suspended, for good.
 
     If that fails, or this process ends before it is done, the source's device does again what it did before.
     ``progress`` is called with the number of bytes of device state sent so far; ``accept``: what may be lost (`Loss`).
@@ -50,6 +54,7 @@ def move(
     if _are_the_same(source.path, destination.path):
         why = f"{source.path} and {destination.path} are the same socket"
         raise UsageError("migrate", why=why, hint="name another one as the destination")
+    name = os.urandom(_NAME_BYTES).hex()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     there: list[Exception] = []
     here: list[VdpaBridgeError] = []
@@ -58,7 +63,7 @@ def move(
 
     def load_there() -> None:
         try:
-            loaded.update(destination.ask("load", reader, accept=list(accept), moving=True))
+            loaded.update(destination.ask("load", reader, accept=list(accept), move=name))
         except Exception as error:  # noqa: BLE001  # it is raised below, in the caller's thread
             there.append(error)
         finally:
@@ -92,39 +97,37 @@ def move(
         if loaded:
             hint += f"; {_HAS_IT.format(destination.path)}"
         raise MoveFailed(side, causes[0], hint, steps) from causes[0]
-    loaded.update(_hand_over(source, destination))
-    return saved, loaded
+    loaded.update(_hand_over(source, destination, name))
+    return saved | {"move": name}, loaded
 
 
-def _hand_over(source: ControlClient, destination: ControlClient) -> dict[str, Any]:
+def _hand_over(source: ControlClient, destination: ControlClient, name: str) -> dict[str, Any]:
     """Both have the state: from now on it is the destination's. Returns its answer."""
-    with _hint_if_unanswered(source, _IF_MOVED.format(source.path, destination.path)):
+    with _hint_if_unanswered(source, _IF_MOVED.format(source.path, destination.path, name)):
         try:
-            source.ask("moved")
+            source.ask("moved", move=name)
         except ControlError as error:
             # refused: what it has given away is only a copy
             hint = f"{_give_back(source)}; {_HAS_IT.format(destination.path)}"
             raise MoveFailed(source, error, hint) from error
-    with _hint_if_unanswered(destination, _IF_ARRIVED.format(source.path, destination.path)):
-        answer: dict[str, Any] = destination.ask("arrived")
+    with _hint_if_unanswered(destination, _IF_ARRIVED.format(source.path, destination.path, name)):
+        answer: dict[str, Any] = destination.ask("arrived", move=name)
     return answer
 
 
 _HAS_IT = "{0} has the state, and does not start: end its process; or move to it again, if no VMM was there"
 #: What to do if `moved` had no answer. It is not done for a mover that has left. Whoever follows this and the next
-#: never has two devices that run, if nobody else moves state into the destination meanwhile.
+#: never has two devices that run: each step is tied to this move, and is refused if the move's state is not there.
 _IF_MOVED = (
-    "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says it: if not \"moved\", nothing was "
-    "moved. If it is, or if that process has ended for good, and 'vdpabridge status {1}' says that its state \"came "
-    "from another device\", 'vdpabridge resume --force {1}' lets that one start"
+    "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says what became of move {2}: if it says "
+    'nothing of it, nothing was moved. If it says "moved", or if that process has ended for good, \'vdpabridge resume '
+    "--move {2} {1}' lets {1} start"
 )
-#: The same for `arrived`. If the destination does not say that it has the state, that does not prove that it has not.
+#: The same for `arrived`. That the destination does not say that it has the state does not prove that it has not.
 _IF_ARRIVED = (
-    "{0} stays suspended. 'vdpabridge status {1}' says what became of the state: if it \"arrived\", all is done; if "
-    'it "came from another device", \'vdpabridge resume --force {1}\' lets that one start; if it "was moved", '
-    "another device has it by now, and {0} must not run. If it says none of these, and a guest may have worked with "
-    "{1} since, {0} must not run either. If none has, end the process of {1} for good before 'vdpabridge resume "
-    "--force {0}' goes back to what {0} has"
+    "{0} stays suspended. 'vdpabridge resume --move {2} {1}' lets {1} start; if it is refused, its error says what "
+    "became of the state. If {1} does not answer, and a guest may have worked with it since, {0} must not run. If none "
+    "has, end the process of {1} for good before 'vdpabridge resume --force {0}' goes back to what {0} has"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from ..state.report import Report
 from ..state.transfer.channel import Limits
 from .requests import Request, steps_of
 
-__all__ = ["accepted", "choice", "flag", "limits", "shown", "sink", "source"]
+__all__ = ["accepted", "choice", "flag", "limits", "move_of", "required_move", "shown", "sink", "source"]
 
+#: The name of a move.
+_MOVE = re.compile(r"[\w.-]{1,64}", re.ASCII)
 #: The time between two notifications of progress.
 _INTERVAL_S = 0.2
 
@@ -38,6 +41,22 @@ def choice(request: Request, name: str, choices: tuple[object, ...]) -> Any:
     if not any(value is each or (isinstance(value, str) and value == each) for each in choices):
         raise VdpaBridgeError(request.method, why=f"{name} {value!r} is not one of {', '.join(map(str, choices))}")
     return value
+
+
+def move_of(request: Request) -> str | None:
+    """Parameter ``move``, the name of a move; None if there is none."""
+    name = request.params.get("move")
+    if name is None or (isinstance(name, str) and _MOVE.fullmatch(name)):
+        return name
+    why = f"move {name!r} is not a name of up to 64 letters, digits, '.', '_' and '-'"
+    raise VdpaBridgeError(request.method, why=why)
+
+
+def required_move(request: Request) -> str:
+    """The same, of a request that needs one."""
+    if (name := move_of(request)) is None:
+        raise VdpaBridgeError(request.method, why="move is missing", hint="name the move, as in 'load'")
+    return name
 
 
 def limits(request: Request, timeout_s: float | None) -> Limits:
