@@ -431,7 +431,7 @@ MUTATIONS = [
     Mutation(
         "Sim ring: written length 0",
         "vdpabridge/drivers/sim/ring.py",
-        "self._used_longs[slot + 1] = _le32(chain.written_bytes)",
+        "self._used_longs[slot + 1] = le32(chain.written_bytes)",
         "self._used_longs[slot + 1] = 0",
         ("tests/drivers/test_sim.py",),
     ),

@@ -29,14 +29,15 @@ from ...linux.deadline import StillRunning, TimeLimit
 from ...linux.descriptors import Kind, kind_of
 from ...linux.eventfds import signal
 from ...linux.mappings import SharedMapping, check_inside, memory_file
+from ...rings.descriptors import RingBroken
+from ...rings.guest_view import GuestView
 from .blk import BlockModel
 from .engine import Engine
 from .fs import FsModel
-from .guest_view import GuestView
 from .inflight import InflightTable
 from .model import Died, Faults, Model, StateRefused
 from .model_state import ModelState
-from .ring import DeviceRing, RingBroken
+from .ring import DeviceRing
 from .tree import Directory
 from .worker import Worker
 

@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from ...linux.deadline import TimeLimit
 from ...linux.eventfds import clear, signal
-from .guest_view import BadAddress
+from ...linux.step_thread import StepThread
+from ...rings.descriptors import RingBroken
+from ...rings.guest_view import BadAddress
 from .model import Died, Faults, Model
-from .ring import Chain, RingBroken
-from .thread import StepThread
+from .ring import Chain
 from .worker import Stopping, Worker
 
 __all__ = ["Engine"]

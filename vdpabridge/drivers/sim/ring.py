@@ -7,16 +7,15 @@ indices).
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
-from ...abi.virtio_ring import VRING_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_ELEM
+from ...abi.virtio_ring import VRING_DESC, VRING_DESC_F_WRITE, VRING_USED_ELEM
 from ...device.values import QueueSetup
 from ...linux.mappings import store_barrier
-from .guest_view import BadAddress, GuestView
+from ...rings.byte_order import le16, le32
+from ...rings.descriptors import RingBroken, descriptors
+from ...rings.guest_view import BadAddress, GuestView
 from .inflight import InflightTable
 
-__all__ = ["Chain", "DeviceRing", "RingBroken"]
+__all__ = ["Chain", "DeviceRing"]
 
 #: The most that one chain may have. A guest's driver that asks for more is hostile: indirect tables can name the same
 #: memory again and again. Linux stays within the ring's size; QEMU allows 1024 descriptors as well.
@@ -26,10 +25,6 @@ _FLAGS = 0
 _INDEX = 1  # of the 16-bit words of the available and the used ring
 _AVAIL_RING = 2
 _USED_RING = 1  # of the used ring's 32-bit words
-
-
-class RingBroken(Exception):
-    """The guest's driver broke the rules of the ring; no more is processed."""
 
 
 class Chain:
@@ -90,7 +85,7 @@ class DeviceRing:
         self.avail_index = avail_index
         self.taken: dict[int, Chain] = {}
         self._resolve()
-        self.used_index = _le16(self._used_words[_INDEX])
+        self.used_index = le16(self._used_words[_INDEX])
         # an earlier device may have asked not to be kicked
         self._used_words[_FLAGS] = 0
         guest.written(setup.used_address, 2)
@@ -118,14 +113,14 @@ class DeviceRing:
             return self.take_again()
         self._resolve()
         store_barrier()
-        published = _le16(self._avail_words[_INDEX])
+        published = le16(self._avail_words[_INDEX])
         waiting = (published - self.avail_index) & 0xFFFF
         if not waiting:
             return None
         if waiting > self._setup.size:
             raise RingBroken(f"the available index went from {self.avail_index} to {published}")
         store_barrier()  # the index before the entry it publishes
-        head = _le16(self._avail_words[_AVAIL_RING + self.avail_index % self._setup.size])
+        head = le16(self._avail_words[_AVAIL_RING + self.avail_index % self._setup.size])
         if head in self.taken:
             raise RingBroken(f"chain {head} was made available twice")
         chain = self._chain(head)
@@ -139,14 +134,14 @@ class DeviceRing:
         self._resolve()
         size = self._setup.size
         slot = _USED_RING + 2 * (self.used_index % size)
-        self._used_longs[slot] = _le32(chain.head)
-        self._used_longs[slot + 1] = _le32(chain.written_bytes)
+        self._used_longs[slot] = le32(chain.head)
+        self._used_longs[slot + 1] = le32(chain.written_bytes)
         if self._inflight is not None:
             self._inflight.about_to_use(chain.head)
         store_barrier()  # the entry before the index that publishes it
         entry = self._setup.used_address + 4 * slot
         self.used_index = (self.used_index + 1) & 0xFFFF
-        self._used_words[_INDEX] = _le16(self.used_index)
+        self._used_words[_INDEX] = le16(self.used_index)
         if self._inflight is not None:
             self._inflight.used(chain.head, self.used_index)
         self._guest.written(entry, VRING_USED_ELEM.size_bytes)
@@ -171,7 +166,7 @@ class DeviceRing:
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
         count = total_bytes = 0
-        for address, size, flags in self._descriptors(self._desc, self._setup.size, head):
+        for address, size, flags in descriptors(self._guest, self._desc, head):
             count, total_bytes = count + 1, total_bytes + size
             if count > CHAIN_DESCRIPTORS_MAX or total_bytes > CHAIN_BYTES_MAX:
                 raise RingBroken(f"chain {head} has {count} descriptors of {total_bytes} bytes, and more")
@@ -184,41 +179,3 @@ class DeviceRing:
         chain = Chain(self._guest, head, readable, writable)
         self.taken[head] = chain
         return chain
-
-    def _descriptors(self, table: memoryview, count: int, index: int) -> Iterator[tuple[int, int, int]]:
-        for _ in range(count):
-            if index >= count:
-                raise RingBroken(f"descriptor {index} of a table of {count}")
-            address, size, flags, following = VRING_DESC.struct.unpack_from(table, index * VRING_DESC.size_bytes)
-            if flags & VRING_DESC_F_INDIRECT:
-                yield from self._indirect(table, address, size, flags)
-            else:
-                yield address, size, flags
-            if not flags & VRING_DESC_F_NEXT:
-                return
-            index = following
-        raise RingBroken("a chain of descriptors that has no end")
-
-    def _indirect(self, table: memoryview, address: int, size: int, flags: int) -> Iterator[tuple[int, int, int]]:
-        if table is not self._desc or flags & VRING_DESC_F_NEXT or not size or size % VRING_DESC.size_bytes:
-            raise RingBroken(f"an indirect table of {size} bytes, flags {flags:#x}")
-        try:
-            inner = self._guest.slice(address, size)
-        except BadAddress as error:
-            raise RingBroken(f"an indirect table: {error}") from None
-        yield from self._descriptors(inner, size // VRING_DESC.size_bytes, 0)
-
-
-def _same(value: int) -> int:
-    return value
-
-
-def _swap16(value: int) -> int:
-    return value >> 8 | (value & 0xFF) << 8
-
-
-def _swap32(value: int) -> int:
-    return int.from_bytes(value.to_bytes(4, "little"), "big")
-
-
-_le16, _le32 = (_same, _same) if sys.byteorder == "little" else (_swap16, _swap32)

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from ...linux.deadline import StillRunning
-from ...linux.eventfds import wake
+from .deadline import StillRunning
+from .eventfds import wake
 
 __all__ = ["StepThread"]
 

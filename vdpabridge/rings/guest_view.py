@@ -7,8 +7,8 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from ...device.values import DirtyLog, MemoryRegion
-from ...linux.mappings import SharedMapping, atomic_set_bit, check_inside
+from ..device.values import DirtyLog, MemoryRegion
+from ..linux.mappings import SharedMapping, atomic_set_bit, check_inside
 
 __all__ = ["BadAddress", "DirtyBitmap", "GuestView"]
 

@@ -1,0 +1,1 @@
+"""A virtqueue in guest memory, as a device sees it."""
