@@ -21,7 +21,7 @@ from ..device import Device
 from ..drivers.opening import device_id_of, named, open_device
 from ..errors import UsageError, VdpaBridgeError
 from ..export.vhost_user.server import Server
-from ..layers import Drained, suspendable
+from ..layers import Drained, Layer, Logged, loggable, suspendable
 from ..linux.deadline import Deadline
 from ..linux.signals import harmless
 from ..linux.systemd import notify
@@ -43,7 +43,15 @@ _TYPES = {VIRTIO_ID_NET: "net", VIRTIO_ID_BLOCK: "block", VIRTIO_ID_FS: "fs"}
 _FEATURES = {"fs": ["migrate-precopy"]}
 #: For a device to come to an end in; whoever sent SIGTERM may send SIGKILL soon.
 _GRACE_S = 2
-_STOP_FIRST = "stop its guest before you suspend, save or migrate it; a VMM cannot migrate it live"
+#: What the layers over a device mean for who uses it.
+_LAYERS = (
+    (
+        Drained,
+        "has no SUSPEND: a reset stops it, when all requests are answered. Stop its guest before you suspend, save or "
+        "migrate it by command",
+    ),
+    (Logged, "keeps no dirty log: while its guest is migrated live, its requests pass through this process"),
+)
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -59,7 +67,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ending = stack.enter_context(_Ending())
         # before the device: opening a vDPA device resets it, and that is not to happen for a mistyped path
         place, where = stack.enter_context(place_of(arguments))
-        device = stack.enter_context(suspendable(open_device(arguments.device, timeout_s=arguments.timeout)))
+        device = stack.enter_context(loggable(suspendable(open_device(arguments.device, timeout_s=arguments.timeout))))
         trace = log.trace if arguments.trace else None
         if trace is not None:
             device.trace_to(trace)
@@ -90,8 +98,7 @@ def serve(arguments: argparse.Namespace) -> None:
             )
             events.control = server.also_served = stack.enter_context(answering)
         log.info(f"{device.name} is served at {where}")
-        if isinstance(device, Drained):
-            log.info(f"{device.name} has no SUSPEND: a reset stops it, when all requests are answered. {_STOP_FIRST}")
+        _tell_layers(device, log)
         notify(f"READY=1\nSTATUS={device.name} is served at {where}")
         if named(arguments.device)[1].kind in ("vhost-vdpa", "vdpa"):
             log.info(
@@ -101,6 +108,12 @@ def serve(arguments: argparse.Namespace) -> None:
             server.serve(place, once=arguments.once)
         else:
             server.serve_connection(Connection(place, "the front-end", timeout_s=arguments.timeout))
+
+
+def _tell_layers(device: Device, log: Log) -> None:
+    for kind, what in _LAYERS:
+        if isinstance(device, Layer) and kind in device:
+            log.info(f"{device.name} {what}")
 
 
 def _print_capabilities(device: str) -> None:

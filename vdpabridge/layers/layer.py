@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from ..abi.vring_base import QueueBase
-from ..device import Capability, Device, Identity, MemoryRegion, Operation, QueueSetup, RunState
+from ..device import (
+    Capability,
+    Device,
+    Identity,
+    MemoryRegion,
+    Operation,
+    QueueSetup,
+    RunState,
+    StateDirection,
+    StatePhase,
+)
 from ..errors import VdpaBridgeError
 
 __all__ = ["Layer"]
@@ -20,6 +30,12 @@ class Layer(Device):
     def __init__(self, below: Device) -> None:
         super().__init__(below.name, below.limit)
         self.below = below
+
+    def __contains__(self, kind: type[Device]) -> bool:
+        """Whether it, or something below it, is of ``kind``."""
+        if isinstance(self, kind) or isinstance(self.below, kind):
+            return True
+        return isinstance(self.below, Layer) and kind in self.below
 
     # --- what it is ---
 
@@ -103,6 +119,30 @@ class Layer(Device):
     def _start(self) -> None:
         with self._failing_together():
             self.below.start()
+
+    def _suspend(self, *, drain: bool) -> None:
+        with self._failing_together():
+            self.below.suspend(drain=drain)
+
+    def _resume(self) -> None:
+        with self._failing_together():
+            self.below.resume()
+
+    def _set_state_fd(self, direction: StateDirection, phase: StatePhase, fd: int) -> int | None:
+        with self._failing_together():
+            return self.below.set_state_fd(direction, phase, fd)
+
+    def _check_state(self) -> None:
+        with self._failing_together():
+            self.below.check_state()
+
+    def _abandon_state(self) -> None:
+        with self._failing_together():
+            self.below.abandon_state()
+
+    @property
+    def _keeps_what_is_abandoned(self) -> bool:
+        return self.below._keeps_what_is_abandoned
 
     def _reset(self) -> None:
         with self._failing_together():

@@ -1,0 +1,413 @@
+"""A dirty log for a device that keeps none: every page that the device writes is in it, and nothing is lost on the way."""
+
+import os
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from vdpabridge.abi.virtio import VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED
+from vdpabridge.device import Capability, DirtyLog, RunState, SplitBase
+from vdpabridge.drivers.sim import Sim
+from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.layers import Drained, Logged, loggable, suspendable
+from vdpabridge.layers.relay import Relay
+from vdpabridge.linux.mappings import memory_file
+from vdpabridge.state.procedures import migrate
+from vdpabridge.state.replay import resume
+
+from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, Lab, limits
+from ..support.pair import bridged
+
+PAGE = 4096
+
+
+class Unlogged(Sim):
+    """Keeps no log. Notes itself where it writes."""
+
+    lacks = frozenset({Capability.DIRTY_LOG, Capability.INFLIGHT, Capability.SKIP_DRAIN, Capability.QUEUE_CONTROL})
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        self.pages = set()
+        written = self._guest.written
+
+        def note(address, size):
+            self.pages.update(range(address // PAGE, (address + size - 1) // PAGE + 1))
+            written(address, size)
+
+        self._guest.written = note
+
+    @property
+    def capabilities(self):
+        return super().capabilities - self.lacks
+
+
+class Fixed(Unlogged):
+    """As vhost-vdpa: to give it other rings, it has to be reset."""
+
+    lacks = Unlogged.lacks | {Capability.SETUP_WHILE_SUSPENDED}
+
+
+class Unresumable(Fixed):
+    """As vhost-vdpa before Linux 6.3."""
+
+    lacks = Fixed.lacks | {Capability.RESUME}
+
+
+KINDS = [Unlogged, Fixed, Unresumable]
+
+
+class Bitmap:
+    """A log in memory, for all of the guest's."""
+
+    def __init__(self, lab):
+        self.first = lab.memory.guest_address // PAGE
+        self.size_bytes = (lab.memory.guest_address + MEMORY_BYTES) // PAGE // 8
+        self.fd = memory_file("log", self.size_bytes)
+        self.log = DirtyLog(self.fd, self.size_bytes)
+
+    def pages(self):
+        """The pages that are marked."""
+        content = os.pread(self.fd, self.size_bytes, 0)
+        return {8 * at + bit for at, byte in enumerate(content) if byte for bit in range(8) if byte >> bit & 1}
+
+
+@contextmanager
+def logged(cls, timeout_s=5):
+    """(device, the guest's memory and ring on it, a log that is not set)."""
+    with loggable(cls.blk(DISK_BYTES, timeout_s=timeout_s)) as device, ExitStack() as stack:
+        assert isinstance(device, Logged)
+        lab = Lab(stack, device)
+        bitmap = Bitmap(lab)
+        stack.callback(os.close, bitmap.fd)
+        yield device, lab, bitmap
+
+
+def guest_pages(lab, pages):
+    """Those of ``pages`` that are the guest's memory."""
+    first = lab.memory.guest_address // PAGE
+    return {page for page in pages if first <= page < first + MEMORY_BYTES // PAGE}
+
+
+def used_ring_page(lab):
+    return lab.queue.setup.used_address // PAGE
+
+
+def changed(lab, before):
+    """Pages that differ from ``before``, but for what the guest's driver writes itself."""
+    setup, first = lab.queue.setup, lab.memory.guest_address // PAGE
+    own = {page for address, size in setup.parts(packed=False)[:2] for page in covering(address, size)}
+    now = bytes(lab.memory.view)
+    return {
+        first + at for at in range(MEMORY_BYTES // PAGE) if now[at * PAGE :][:PAGE] != before[at * PAGE :][:PAGE]
+    } - own
+
+
+def covering(address, size):
+    return range(address // PAGE, (address + size - 1) // PAGE + 1)
+
+
+def test_who_gets_a_layer():
+    with Sim.blk(DISK_BYTES) as disk:
+        assert loggable(disk) is disk
+    with loggable(Unlogged.blk(DISK_BYTES)) as device:
+        assert Capability.DIRTY_LOG in device.capabilities
+        assert not device.offered_features >> VIRTIO_F_RING_PACKED & 1
+        assert not device.offered_features >> VIRTIO_F_IN_ORDER & 1
+
+    class Unsuspendable(Unlogged):
+        lacks = Unlogged.lacks | {Capability.SUSPEND}
+
+    with Unsuspendable.blk(DISK_BYTES) as disk:
+        assert loggable(disk) is disk
+
+    class Mute(Unlogged):
+        lacks = Unlogged.lacks | {Capability.DEVICE_STATE}
+
+    with Mute.fs() as server:
+        assert loggable(server) is server, "it could not be migrated either"
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_without_a_log_the_device_has_the_guests_rings(cls):
+    with logged(cls) as (device, lab, _):
+        lab.finish()
+        assert device.below.queues[0].setup == lab.queue.setup
+        assert [thread.name for thread in threading.enumerate() if "relay" in thread.name] == []
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_every_page_that_the_device_writes_is_in_the_log(cls):
+    with logged(cls) as (device, lab, bitmap):
+        device.set_dirty_log(bitmap.log)
+        assert device.marks_all == ""
+        setup = device.below.queues[0].setup
+        assert setup.desc_address == lab.queue.setup.desc_address
+        assert setup.used_address != lab.queue.setup.used_address
+        device.below.pages.clear()
+        lab.finish()
+        before = bytes(lab.memory.view)
+        lab.finish()
+        device.suspend()
+        marked = bitmap.pages()
+        assert guest_pages(lab, device.below.pages) <= marked
+        assert used_ring_page(lab) in marked
+        assert changed(lab, before) <= marked
+        assert len(marked) < MEMORY_BYTES // PAGE // 2, "and not simply every page"
+        assert device.get_base(0) == SplitBase(lab.queue.device_used_index)
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_a_log_that_is_set_before_the_start(cls):
+    with loggable(cls.blk(DISK_BYTES, timeout_s=5)) as device, ExitStack() as stack:
+
+        class Early(Lab):
+            def __init__(self, stack, source):
+                start = source.start
+
+                def start_logged():
+                    self.bitmap = Bitmap(self)
+                    stack.callback(os.close, self.bitmap.fd)
+                    source.set_dirty_log(self.bitmap.log)
+                    start()
+
+                source.start = start_logged
+                super().__init__(stack, source)
+
+        lab = Early(stack, device)
+        lab.finish()
+        device.suspend()
+        assert guest_pages(lab, device.below.pages) <= lab.bitmap.pages()
+        assert device.marks_all == ""
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_to_and_fro_under_load(cls):
+    """Requests are neither lost nor done twice: every block is read back."""
+    with logged(cls) as (device, lab, bitmap):
+        lab.finish()
+        stopped = threading.Event()
+        failures = []
+
+        def work():
+            try:
+                while not stopped.is_set():
+                    for block in range(20):
+                        lab.disk.write(block)
+                    lab.disk.settle(lab.disk.driver.drain())
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for round_ in range(30):
+                device.set_dirty_log(bitmap.log)
+                assert (device.marks_all, device.state) == ("", RunState.RUNNING)
+                time.sleep(0.002 * (round_ % 3))
+                device.set_dirty_log(None)
+                assert device.below.queues[0].setup == lab.queue.setup
+        finally:
+            stopped.set()
+            thread.join()
+        assert failures == []
+        lab.finish()
+
+
+def test_each_round_has_a_log_of_its_own():
+    """As Cloud Hypervisor does it: what is in the old log when the call returns is all that it will have."""
+    with logged(Fixed) as (device, lab, bitmap):
+        device.set_dirty_log(bitmap.log)
+        lab.finish()
+        second = Bitmap(lab)
+        device.below.pages.clear()
+        device.set_dirty_log(second.log)
+        before = bitmap.pages()
+        lab.finish()
+        device.suspend()
+        assert bitmap.pages() == before
+        assert guest_pages(lab, device.below.pages) <= second.pages()
+        os.close(second.fd)
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_suspended_and_resumed_with_a_log(cls):
+    with logged(cls) as (device, lab, bitmap):
+        device.set_dirty_log(bitmap.log)
+        for round_ in range(5):
+            device.suspend()
+            assert device.get_base(0) == SplitBase(lab.queue.device_used_index)
+            before = lab.queue.device_used_index
+            lab.disk.settle(lab.disk.driver.done())
+            lab.disk.write(round_)
+            lab.queue.kick()
+            time.sleep(0.01)
+            assert lab.queue.device_used_index == before
+            resume(device)
+            lab.finish()
+        assert device.below.pages <= bitmap.pages() | {page for page in device.below.pages if page >= 1 << 22}
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_log_that_changes_while_it_is_suspended(cls, first):
+    with logged(cls) as (device, lab, bitmap):
+        if first:
+            device.set_dirty_log(bitmap.log)
+        device.suspend()
+        device.set_dirty_log(None if first else bitmap.log)
+        resume(device)
+        lab.finish()
+        assert (device.below.queues[0].setup == lab.queue.setup) is first
+        device.suspend()
+        if not first:
+            assert guest_pages(lab, device.below.pages) - bitmap.pages() == set() or device.marks_all == ""
+
+
+def test_it_is_moved_with_a_log():
+    with logged(Fixed) as (device, lab, bitmap), Sim.blk(DISK_BYTES, timeout_s=5) as other:
+        device.set_dirty_log(bitmap.log)
+        other.map([lab.memory.region])
+        migrate(device, other, limits())
+        lab.finish()
+
+
+def test_a_device_that_takes_no_arena_marks_everything_when_it_stops():
+    class Narrow(Fixed):
+        def _map(self, regions):
+            if any(region.guest_address >= 1 << 32 for region in regions):
+                raise OSError(22, "beyond what the IOMMU reaches")
+            super()._map(regions)
+
+    with logged(Narrow) as (device, lab, bitmap):
+        device.set_dirty_log(bitmap.log)
+        assert "beyond what the IOMMU reaches" in device.marks_all
+        lab.finish()
+        assert device.below.queues[0].setup == lab.queue.setup
+        device.suspend()
+        first = lab.memory.guest_address // PAGE
+        assert bitmap.pages() == set(range(first, first + MEMORY_BYTES // PAGE))
+        device.set_dirty_log(None)
+        assert device.marks_all == ""
+
+
+def test_a_front_end_that_wants_a_log(tmp_path):
+    """Through the exporter, as a VMM does it."""
+    with loggable(Fixed.blk(DISK_BYTES, timeout_s=5)) as device, bridged(device) as front, ExitStack() as stack:
+        assert Capability.DIRTY_LOG in front.capabilities
+        lab = Lab(stack, front)
+        bitmap = Bitmap(lab)
+        stack.callback(os.close, bitmap.fd)
+        lab.finish()
+        device.below.pages.clear()
+        front.set_dirty_log(bitmap.log)
+        assert isinstance(device._relay, Relay)
+        lab.finish()
+        front.suspend()
+        assert guest_pages(lab, device.below.pages) <= bitmap.pages()
+        front.set_dirty_log(None)
+        front.resume()
+        lab.finish()
+        assert device._relay is None
+
+
+class Busy(Unlogged):
+    """No SUSPEND either."""
+
+    lacks = Unresumable.lacks | {Capability.SUSPEND, Capability.DEVICE_STATE}
+
+
+def test_a_disk_without_suspend():
+    """It is drained to be given the shadow rings; from then on it can be drained whatever the guest does."""
+    with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=5))) as device, ExitStack() as stack:
+        assert Drained in device
+        lab = Lab(stack, device)
+        bitmap = Bitmap(lab)
+        stack.callback(os.close, bitmap.fd)
+        lab.finish()
+        device.set_dirty_log(bitmap.log)
+        assert device.marks_all == ""
+        lab.finish()
+        for block in range(20):
+            lab.disk.write(block)
+        lab.queue.kick()
+        device.suspend()
+        assert guest_pages(lab, device.below.below.pages) <= bitmap.pages()
+        resume(device)
+        lab.finish()
+
+
+def test_a_guest_that_leaves_no_pause_is_not_refused_a_log():
+    with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=0.3))) as device, ExitStack() as stack:
+        lab = Lab(stack, device)
+        bitmap = Bitmap(lab)
+        stack.callback(os.close, bitmap.fd)
+        lab.finish()
+        device.below.below.faults.latency_s = 0.6
+        lab.disk.write(1)
+        device.set_dirty_log(bitmap.log)
+        assert "1 requests on queue 0 are not answered" in device.marks_all
+        device.below.below.faults.latency_s = 0
+        device.timeout_s = 5
+        lab.finish()
+        device.suspend()
+        assert len(bitmap.pages()) == MEMORY_BYTES // PAGE
+
+
+def test_a_chain_that_cannot_be_followed_marks_everything_when_it_stops():
+    """The device has understood it somehow, or not: nobody knows what it wrote."""
+    with logged(Fixed) as (device, lab, bitmap):
+        lab.finish()
+        device.set_dirty_log(bitmap.log)
+        relayed = device._relay.queues[0].ring
+        relayed._mark(lab.queue.size)
+        assert "descriptor 256 of a table of 256" in relayed.incomplete
+        device.suspend()
+        assert len(bitmap.pages()) == MEMORY_BYTES // PAGE
+
+
+def test_a_guest_that_breaks_its_ring_gets_an_error_and_nothing_more():
+    with logged(Fixed) as (device, lab, bitmap):
+        lab.finish()
+        err = os.eventfd(0, os.EFD_NONBLOCK)
+        device.set_err(0, err)
+        device.set_dirty_log(bitmap.log)
+        lab.queue._avail[1] = (lab.queue.avail_index + 1000) & 0xFFFF
+        lab.queue.kick()
+        deadline = time.monotonic() + 5
+        while not device._relay.queues[0].broken and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "the available index went from" in device._relay.queues[0].broken
+        assert os.eventfd_read(err) == 1
+        assert device.state is RunState.RUNNING
+        device.suspend()
+        os.close(err)
+
+
+def test_memory_that_comes_and_goes_while_a_log_is_kept():
+    with logged(Fixed) as (device, lab, bitmap), GuestMemory(1 << 20, 0x4000_0000) as more:
+        device.set_dirty_log(bitmap.log)
+        device.map([more.region])
+        lab.finish()
+        assert len(device._relay._guest._mapped) == 2
+        device.unmap([more.region])
+        assert len(device._relay._guest._mapped) == 1
+        lab.disk.verify()
+
+
+def test_a_log_that_does_not_fit_its_file_is_refused():
+    with logged(Fixed) as (device, lab, bitmap):
+        with pytest.raises(OSError, match="of a file of"):
+            device.set_dirty_log(DirtyLog(bitmap.fd, bitmap.size_bytes + 1))
+        lab.finish()
+
+
+def test_a_reset_ends_the_log():
+    with logged(Fixed) as (device, _, bitmap):
+        device.set_dirty_log(bitmap.log)
+        device.reset()
+        assert (device._relay, device.dirty_log) == (None, None)
+        assert [thread.name for thread in threading.enumerate() if "relay" in thread.name] == []

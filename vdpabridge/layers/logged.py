@@ -1,0 +1,357 @@
+"""Keeps a dirty log for a device that cannot keep one itself, so that its guest can be migrated live.
+
+As long as nobody wants a log, the device works on the guest's own rings. When a log is set, the device is suspended for
+a moment and continues on shadow rings (`shadow_ring`), between which and the guest's a relay works and marks; when the
+log ends, it goes back. While the device is suspended, its positions are those of the guest's rings either way.
+
+If the device cannot be given shadow rings, it works on, and all memory that it can write is marked when it is
+suspended: that is right too, and costs the time to send this memory once more. A log is never refused: a VMM may not
+survive that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import replace
+
+from ..abi.virtio import (
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_NOTIFICATION_DATA,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET,
+)
+from ..abi.virtio_ring import VIRTIO_RING_F_EVENT_IDX
+from ..abi.vring_base import SplitBase
+from ..device import Capability, Device, DirtyLog, MemoryRegion, Operation, QueueSetup, RunState
+from ..errors import DeviceFailed, VdpaBridgeError
+from ..linux.eventfds import signal
+from ..linux.mappings import check_inside
+from ..rings.descriptors import RingBroken
+from ..rings.guest_view import DirtyBitmap, GuestView
+from ..state.losses import unsavable
+from ..state.replay import resume, start_over
+from ..state.snapshot import DeviceSnapshot, QueueEventfds, QueueSnapshot, capture, place, restore
+from .arena import Arena
+from .layer import Layer
+from .relay import Relay, RelayedQueue
+from .shadow_ring import ShadowRing
+
+__all__ = ["Logged", "loggable"]
+
+#: What changes a queue behind the relay's back, or needs rings that it cannot relay.
+_LEFT_OUT = {
+    Capability.SETUP_WHILE_SUSPENDED,
+    Capability.QUEUE_CONTROL,
+    Capability.SKIP_DRAIN,
+    Capability.INFLIGHT,
+}
+_NOT_RELAYED = (VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET)
+_IN_PLACE = {Capability.RESUME, Capability.SETUP_WHILE_SUSPENDED}
+
+
+def loggable(device: Device) -> Device:
+    """``device``, which is taken, or a layer over it that keeps a dirty log; the caller closes what is returned.
+
+    A device that keeps a log itself stays as it is, and one that could not be migrated with a log either: it cannot be
+    suspended, or has state that it does not give.
+    """
+    capabilities = device.capabilities
+    if Capability.DIRTY_LOG in capabilities or Capability.SUSPEND not in capabilities or unsavable(device):
+        return device
+    return Logged(device)
+
+
+class Logged(Layer):
+    """``below``, with a dirty log."""
+
+    def __init__(self, below: Device) -> None:
+        """Take ownership of ``below``."""
+        super().__init__(below)
+        self._arena: Arena | None = None
+        self._relay: Relay | None = None
+        """While the device has shadow rings: also while it is suspended."""
+        self.marks_all = ""
+        """Why all memory is marked when the device is suspended, if so."""
+
+    @property
+    def capabilities(self) -> Set[Capability]:
+        return self.below.capabilities - _LEFT_OUT | {Capability.DIRTY_LOG}
+
+    @property
+    def offered_features(self) -> int:
+        """Without what cannot be relayed."""
+        return self.below.offered_features & ~sum(1 << bit for bit in _NOT_RELAYED)
+
+    # --- the log ---
+
+    def _set_dirty_log(self, log: DirtyLog | None) -> None:
+        if log is not None:
+            check_inside(log.fd, log.size_bytes, log.offset)
+        if self._relay is not None:
+            self._relay.set_log(log)
+        relayed = self._relay is not None
+        if self.state is RunState.RUNNING and (relayed if log is None else not relayed and not self.marks_all):
+            try:
+                self._stop()
+            except VdpaBridgeError as error:
+                if log is None or not error.nothing_done:
+                    raise
+                # its guest gives it no pause, and will be stopped before the device is
+                self.marks_all = str(error)
+                return
+            self._go_on(log)
+        elif log is None:
+            self.marks_all = ""
+
+    def _start(self) -> None:
+        log, self.marks_all = self.dirty_log, ""
+        snapshot = self._as_configured()
+        if self._relay is not None:
+            # an earlier start has failed
+            self._end_relay()
+            self._place(snapshot, self._guest_wires())
+        if log is not None and (relay := self._make_relay(snapshot, log)) is not None:
+            self._relay = relay
+            relay.start()
+            self._place(self._shadowed(snapshot), relay.wires)
+        super()._start()
+
+    def _as_configured(self) -> DeviceSnapshot:
+        queues = {
+            index: QueueSnapshot(record.setup, record.base or SplitBase(0), record.enabled)
+            for index, record in sorted(self.queues.items())
+            if record.setup is not None
+        }
+        return DeviceSnapshot(self.identity.device_id, self.accepted_features, queues, b"")
+
+    def _suspend(self, *, drain: bool) -> None:
+        del drain  # a device that leaves requests in flight is not relayed: `_LEFT_OUT`
+        self._stop()
+        self._mark_all()
+
+    def _resume(self) -> None:
+        self._go_on(self.dirty_log)
+
+    def _stop(self) -> None:
+        """Suspend the device; the guest and the log then know everything that it has done."""
+        with self._failing_together():
+            if self._relay is None:
+                self.below.suspend()
+                return
+            with self._relay.holding():
+                self.below.suspend()
+            self._relay.finish()
+
+    def _mark_all(self) -> None:
+        if self._relay is not None and self._relay.incomplete:
+            self.marks_all = self._relay.incomplete
+        if self.dirty_log is not None and self.marks_all:
+            bitmap = DirtyBitmap(self.dirty_log)
+            try:
+                bitmap.mark_all(self.regions)
+            finally:
+                bitmap.close()
+
+    def _go_on(self, log: DirtyLog | None) -> None:
+        """Have the suspended device continue, on the rings that ``log`` needs."""
+        with self._failing_together():
+            if log is None:
+                self.marks_all = ""
+            if (log is None) == (self._relay is None) or self.marks_all:
+                resume(self.below)
+                if self._relay is not None:
+                    self._relay.go_on()
+            elif log is None:
+                self._leave_shadows()
+            else:
+                self._enter_shadows(log)
+
+    # --- from one kind of rings to the other ---
+
+    def _enter_shadows(self, log: DirtyLog) -> None:
+        snapshot = capture(self.below)
+        relay = self._make_relay(snapshot, log)
+        if relay is None:
+            resume(self.below)
+            return
+        self._relay = relay
+        relay.start()
+        try:
+            self._restart(self._shadowed(snapshot), relay.wires)
+        except (VdpaBridgeError, OSError) as error:
+            if self.below.state is not RunState.SUSPENDED:
+                raise self._broken_off(error) from error
+            self._relay = None
+            self.marks_all = str(error)
+            self._put_back(snapshot)
+            relay.close()
+            return
+        relay.call_guests()
+
+    def _leave_shadows(self) -> None:
+        relay = self._relay
+        assert relay is not None
+        snapshot = capture(self.below)
+        own = {
+            index: replace(queue, setup=self.queues[index].setup or queue.setup)
+            for index, queue in snapshot.queues.items()
+        }
+        try:
+            self._restart(replace(snapshot, queues=own), self._guest_wires())
+        except (VdpaBridgeError, OSError) as error:
+            raise self._broken_off(error) from error
+        self._relay = None
+        for wires in self._guest_wires().values():
+            # the guest may have kicked the relay
+            signal(wires.kick)
+        relay.call_guests()
+        relay.close()
+
+    def _restart(self, snapshot: DeviceSnapshot, wires: Mapping[int, QueueEventfds]) -> None:
+        """Have the suspended device continue from ``snapshot``."""
+        if self.below.capabilities >= _IN_PLACE:
+            self._place(snapshot, wires)
+            self.below.resume()
+        else:
+            start_over(self.below, lambda: restore(self.below, snapshot, wires))
+
+    def _place(self, snapshot: DeviceSnapshot, wires: Mapping[int, QueueEventfds]) -> None:
+        """Give the stopped device the queues of ``snapshot``."""
+        for index, queue in snapshot.queues.items():
+            self.below.set_queue(index, queue.setup)
+            self.below.set_call(index, wires[index].call)
+        place(self.below, replace(snapshot, config=b""), wires)
+
+    def _put_back(self, snapshot: DeviceSnapshot) -> None:
+        """Have the device, which is suspended still, continue on the guest's rings after all."""
+        try:
+            if self.below.capabilities >= _IN_PLACE:
+                self._place(snapshot, self._guest_wires())
+            resume(self.below)
+        except (VdpaBridgeError, OSError) as error:
+            raise self._broken_off(error) from error
+
+    def _broken_off(self, error: Exception) -> DeviceFailed:
+        """It was suspended for the log, and perhaps does not run now: only a reset tells what it does."""
+        return self._fail(f"it did not continue after a change of its dirty log: {error}")
+
+    def _guest_wires(self) -> dict[int, QueueEventfds]:
+        return {
+            index: QueueEventfds(*map(record.eventfds.get, (Operation.SET_KICK, Operation.SET_CALL, Operation.SET_ERR)))
+            for index, record in self.queues.items()
+        }
+
+    def _shadowed(self, snapshot: DeviceSnapshot) -> DeviceSnapshot:
+        """``snapshot``, of the guest's rings, with rings in the arena."""
+        arena = self._arena
+        assert arena is not None
+        queues = {
+            index: replace(queue, setup=arena.setup(index, queue.setup)) for index, queue in snapshot.queues.items()
+        }
+        return replace(snapshot, queues=queues)
+
+    def _make_relay(self, snapshot: DeviceSnapshot, log: DirtyLog) -> Relay | None:
+        """A relay for the stopped device with ``snapshot``; None, and `marks_all`, if there cannot be one."""
+        with ExitStack() as undo:
+            try:
+                if losses := unsavable(self.below):
+                    self.marks_all = f"{', '.join(loss.value for loss in losses)} would be lost by a reset"
+                    return None
+                if any(queue.setup.address_space for queue in snapshot.queues.values()):
+                    self.marks_all = "its queues are in more than one address space"
+                    return None
+                guest = GuestView()
+                undo.callback(guest.close)
+                guest.map([region for region in self.regions if region.address_space == 0])
+                guest.set_log(log)
+                self._require_arena({index: queue.setup for index, queue in snapshot.queues.items()})
+                queues: dict[int, RelayedQueue] = {}
+                for index, queue in snapshot.queues.items():
+                    queues[index] = self._relayed(guest, index, queue.base)
+                    undo.callback(queues[index].close)
+            except (VdpaBridgeError, OSError, ValueError, RingBroken) as error:
+                self.marks_all = str(error)
+                return None
+            undo.pop_all()
+        return Relay(self.name, guest, queues, self.limit)
+
+    def _relayed(self, guest: GuestView, index: int, base: object) -> RelayedQueue:
+        record, arena = self.queues[index], self._arena
+        assert record.setup is not None
+        assert arena is not None
+        event_index = bool(self.accepted_features >> VIRTIO_RING_F_EVENT_IDX & 1)
+        ring = ShadowRing(guest, record.setup, *arena.rings(index), event_index=event_index)
+        if base != SplitBase(ring.used_index):
+            raise ValueError(f"queue {index} stands at {base}, and {ring.used_index} chains are used")
+        return RelayedQueue(ring, record.eventfds, enabled=record.enabled)
+
+    def _require_arena(self, setups: Mapping[int, QueueSetup]) -> None:
+        if self._arena is not None and not self._arena.fits(setups):
+            self._drop_arena()
+        if self._arena is None:
+            self._arena = Arena(self.below, setups)
+
+    def _drop_arena(self) -> None:
+        arena, self._arena = self._arena, None
+        if arena is not None:
+            arena.close()
+
+    # --- what the relay has to know ---
+
+    def _map(self, regions: Sequence[MemoryRegion]) -> None:
+        super()._map(regions)
+        if self._relay is not None:
+            try:
+                self._relay.map(regions)
+            except BaseException:
+                super()._unmap(regions)
+                raise
+
+    def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
+        if self._relay is not None:
+            self._relay.unmap(regions)
+        super()._unmap(regions)
+
+    def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
+        relayed = self._relay is not None and index in self._relay.queues
+        if relayed and self._relay is not None:
+            self._relay.bind(index, operation, eventfd)
+        if not relayed or operation is Operation.SET_ERR:
+            super()._bind_eventfd(operation, index, eventfd)
+
+    def _enable_queue(self, index: int, enabled: bool) -> None:
+        super()._enable_queue(index, enabled)
+        if self._relay is not None and index in self._relay.queues:
+            self._relay.enable(index, enabled)
+
+    def _check_health(self) -> None:
+        if self._relay is not None and self._relay.failed:
+            raise self._fail(self._relay.failed)
+        super()._check_health()
+
+    # --- its end ---
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.marks_all = ""
+        self._end_relay()
+
+    def _close(self) -> None:
+        try:
+            super()._close()
+        finally:
+            self._end_relay()
+            self._drop_arena()
+
+    def _give_up(self) -> bool:
+        try:
+            return super()._give_up()
+        finally:
+            self._end_relay()
+            self._drop_arena()
+
+    def _end_relay(self) -> None:
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            relay.close()
