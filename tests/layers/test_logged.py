@@ -7,17 +7,25 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from vdpabridge.abi.virtio import VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED
-from vdpabridge.device import Capability, DirtyLog, RunState, SplitBase
+from vdpabridge.abi.virtio import (
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_NOTIFICATION_DATA,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET,
+)
+from vdpabridge.device import Capability, DirtyLog, Operation, RunState, SplitBase
 from vdpabridge.drivers.sim import Sim
+from vdpabridge.guest.block import BlockDriver, KnownDisk
 from vdpabridge.guest.memory import GuestMemory
+from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.layers import Drained, Logged, loggable, suspendable
 from vdpabridge.layers.relay import Relay
 from vdpabridge.linux.mappings import memory_file
+from vdpabridge.state.losses import Loss
 from vdpabridge.state.procedures import migrate
 from vdpabridge.state.replay import resume
 
-from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, Lab, limits
+from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, VERSION_1, Lab, limits
 from ..support.pair import bridged
 
 PAGE = 4096
@@ -114,8 +122,6 @@ def test_who_gets_a_layer():
         assert loggable(disk) is disk
     with loggable(Unlogged.blk(DISK_BYTES)) as device:
         assert Capability.DIRTY_LOG in device.capabilities
-        assert not device.offered_features >> VIRTIO_F_RING_PACKED & 1
-        assert not device.offered_features >> VIRTIO_F_IN_ORDER & 1
 
     class Unsuspendable(Unlogged):
         lacks = Unlogged.lacks | {Capability.SUSPEND}
@@ -128,6 +134,19 @@ def test_who_gets_a_layer():
 
     with Mute.fs() as server:
         assert loggable(server) is server, "it could not be migrated either"
+
+
+def test_rings_that_are_not_relayed_are_not_offered():
+    hidden = sum(1 << bit for bit in (VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFICATION_DATA))
+    hidden |= 1 << VIRTIO_F_RING_RESET
+
+    class Modern(Unlogged):
+        @property
+        def offered_features(self):
+            return super().offered_features | hidden
+
+    with loggable(Modern.blk(DISK_BYTES)) as device:
+        assert device.below.offered_features & ~device.offered_features == hidden
 
 
 @pytest.mark.parametrize("cls", KINDS)
@@ -411,3 +430,93 @@ def test_a_reset_ends_the_log():
         device.reset()
         assert (device._relay, device.dirty_log) == (None, None)
         assert [thread.name for thread in threading.enumerate() if "relay" in thread.name] == []
+
+
+@pytest.mark.parametrize("cls", KINDS)
+def test_what_a_device_has_used_without_a_call_is_there_when_it_is_stopped(cls):
+    class Silent(cls):
+        silent = False
+
+        def _bind_eventfd(self, operation, index, eventfd):
+            if not (self.silent and operation is Operation.SET_CALL):
+                super()._bind_eventfd(operation, index, eventfd)
+
+    with logged(Silent) as (device, lab, bitmap):
+        lab.finish()
+        device.below.silent = True
+        device.below.faults.latency_s = 0.2  # it answers while it is being stopped
+        device.set_dirty_log(bitmap.log)
+        lab.disk.write(3)
+        lab.queue.kick()
+        deadline = time.monotonic() + 5
+        while not device.below._engine._due and time.monotonic() < deadline:
+            time.sleep(0.001)
+        device.suspend()
+        assert lab.queue.device_used_index == lab.queue.avail_index
+        assert device.get_base(0) == SplitBase(lab.queue.device_used_index)
+
+
+def test_a_kick_that_only_the_relay_has_seen_is_not_lost():
+    with logged(Fixed) as (device, lab, bitmap):
+        lab.finish()
+        device.set_dirty_log(bitmap.log)
+        with device._relay.holding():
+            pass
+        lab.disk.write(1)
+        signals = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vdpabridge.layers.logged.signal", signals.append)
+            device.set_dirty_log(None)
+        assert signals == [device.queues[0].eventfds[Operation.SET_KICK]]
+        lab.finish()
+
+
+def test_a_queue_that_is_enabled_while_a_log_is_kept():
+    with loggable(Fixed.blk(DISK_BYTES, timeout_s=5)) as device, ExitStack() as stack:
+        memory = stack.enter_context(GuestMemory(MEMORY_BYTES))
+        queues = [stack.enter_context(SplitQueue(memory, 64)) for _ in range(2)]
+        device.map([memory.region])
+        device.accept_features(VERSION_1)
+        for index, queue in enumerate(queues):
+            device.set_queue(index, queue.setup)
+            device.set_call(index, queue.call_fd)
+            device.set_kick(index, queue.kick_fd)
+        device.enable_queue(0)
+        device.start()
+        log = memory_file("log", (memory.guest_address + MEMORY_BYTES) // PAGE // 8)
+        stack.callback(os.close, log)
+        device.set_dirty_log(DirtyLog(log, os.fstat(log).st_size))
+        assert device.marks_all == ""
+        disk = KnownDisk(BlockDriver(memory, queues[1]))
+        disk.write(1)
+        queues[1].kick()
+        device.enable_queue(1)
+        disk.settle(disk.driver.drain())
+        assert disk.verify() == 1
+
+
+def test_a_device_whose_position_is_not_its_used_index_keeps_the_guests_ring():
+    """It has requests that it took and did not answer; on a ring of ours it would not know them."""
+
+    class Ahead(Fixed):
+        def _get_base(self, index):
+            return SplitBase((super()._get_base(index).avail_index + 1) & 0xFFFF)
+
+    with logged(Ahead) as (device, lab, bitmap):
+        lab.finish()
+        device.set_dirty_log(bitmap.log)
+        assert "queue 0 stands at" in device.marks_all
+        assert device.below.queues[0].setup == lab.queue.setup
+        device.suspend()
+        assert len(bitmap.pages()) == MEMORY_BYTES // PAGE
+
+
+def test_state_that_a_reset_would_lose_is_not_reset_for_a_log(monkeypatch):
+    with logged(Fixed) as (device, lab, bitmap):
+        monkeypatch.setattr("vdpabridge.layers.logged.unsavable", lambda _: [Loss.CONTROL_QUEUE])
+        lab.finish()
+        device.set_dirty_log(bitmap.log)
+        assert device.marks_all == "control-queue would be lost by a reset"
+        lab.finish()
+        device.suspend()
+        assert len(bitmap.pages()) == MEMORY_BYTES // PAGE
