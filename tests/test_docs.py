@@ -154,7 +154,7 @@ def test_the_first_walk(tmp_path):
             words = [word for word in words[1:] if word != "&"]
             if words[0] == "serve":
                 start(words)
-                wait_until(lambda words=words: (tmp_path / words[-1]).exists(), 10)
+                wait_until(lambda words=words: (tmp_path / words[-1]).exists())
             elif words[0] == "guest":
                 guest = start(words)
                 assert b"as fs" in guest.stdout.readline()

@@ -29,7 +29,7 @@ def controlled(tmp_path, name="a", *options, device="sim:fs"):
     """(vhost-user socket, control socket, process)."""
     path, control = str(tmp_path / name), str(tmp_path / f"{name}.control")
     with serving(device, "--socket-path", path, "--control", control, *options) as process:
-        wait_until(lambda: listens(control) or process.poll() is not None, 10)
+        wait_until(lambda: listens(control) or process.poll() is not None)
         yield path, control, process
 
 

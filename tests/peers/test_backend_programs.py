@@ -38,7 +38,7 @@ def test_a_folder_behind_our_proxy(lab, virtiofsd, tmp_path):
     command = [sys.executable, "-c", PROGRAM, *words, "--migration-mode", "find-paths"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         try:
-            wait_until(lambda: is_served(control) or process.poll() is not None, 20)
+            wait_until(lambda: is_served(control) or process.poll() is not None)
             with (
                 VhostUser.open(path, device_id=26, timeout_s=10) as device,
                 ControlClient(control, timeout_s=10) as client,

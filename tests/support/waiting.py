@@ -4,7 +4,7 @@ import os
 import time
 
 
-def wait_until(condition, timeout_s=5):
+def wait_until(condition, timeout_s=30):
     """Return when ``condition()`` is true; an AssertionError after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not condition():

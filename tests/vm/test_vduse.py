@@ -3,7 +3,6 @@
 What it can do comes from the kernel (no SUSPEND before 7.3, no PERSIST) and from libvduse.
 """
 
-import os
 import signal
 import subprocess
 import time
@@ -30,10 +29,14 @@ AUTOPROBE = Path("/sys/bus/vdpa/drivers_autoprobe")
 def daemon(tmp_path_factory):
     disk = tmp_path_factory.mktemp("vduse") / "disk"
     disk.write_bytes(bytes(SIZE_BYTES))
-    words = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={disk},node-name=disk"]
+    # it writes this when its exports are set up. The node in /dev/vduse is there earlier, before the device has queues:
+    # the kernel refuses to add it so early
+    ready = tmp_path_factory.mktemp("vduse") / "pid"
+    words = ["qemu-storage-daemon", "--pidfile", str(ready)]
+    words += ["--blockdev", f"driver=file,filename={disk},node-name=disk"]
     words += ["--export", f"type=vduse-blk,id=export,node-name=disk,name={NAME},num-queues=2,writable=on"]
     with subprocess.Popen(words) as process:
-        wait_until(lambda: os.path.exists(f"/dev/vduse/{NAME}"))
+        wait_until(ready.exists)
         try:
             yield process
         finally:
