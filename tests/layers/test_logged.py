@@ -27,42 +27,7 @@ from vdpabridge.state.replay import resume
 
 from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, VERSION_1, Lab, limits
 from ..support.pair import bridged
-
-PAGE = 4096
-
-
-class Unlogged(Sim):
-    """Keeps no log. Notes itself where it writes."""
-
-    lacks = frozenset({Capability.DIRTY_LOG, Capability.INFLIGHT, Capability.SKIP_DRAIN, Capability.QUEUE_CONTROL})
-
-    def __init__(self, *words, **options):
-        super().__init__(*words, **options)
-        self.pages = set()
-        written = self._guest.written
-
-        def note(address, size):
-            self.pages.update(range(address // PAGE, (address + size - 1) // PAGE + 1))
-            written(address, size)
-
-        self._guest.written = note
-
-    @property
-    def capabilities(self):
-        return super().capabilities - self.lacks
-
-
-class Fixed(Unlogged):
-    """As vhost-vdpa: to give it other rings, it has to be reset."""
-
-    lacks = Unlogged.lacks | {Capability.SETUP_WHILE_SUSPENDED}
-
-
-class Unresumable(Fixed):
-    """As vhost-vdpa before Linux 6.3."""
-
-    lacks = Fixed.lacks | {Capability.RESUME}
-
+from ..support.unlogged import PAGE, Fixed, Unlogged, Unresumable
 
 KINDS = [Unlogged, Fixed, Unresumable]
 

@@ -10,9 +10,10 @@ from vdpabridge.device import Capability, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
 from vdpabridge.layers import Logged, loggable
 
-from ..layers.test_logged import PAGE, Bitmap, changed, used_ring_page
+from ..layers.test_logged import Bitmap, changed, used_ring_page
 from ..support.disk_lab import Lab
 from ..support.pair import bridged
+from ..support.unlogged import PAGE
 
 ROUNDS = 50
 
