@@ -8,13 +8,14 @@ import argparse
 import json
 import sys
 
-from . import channel, machine, migration, round_trip, startup
+from . import channel, log, machine, migration, round_trip, startup
 
 MEASUREMENTS = {
     "startup": startup.measure,
     "channel": channel.measure,
     "round-trip": round_trip.measure,
     "machine": machine.measure,
+    "log": log.measure,
     "migration": migration.measure,
 }
 

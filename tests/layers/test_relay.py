@@ -110,6 +110,11 @@ def test_what_is_not_at_work_gets_nothing(options):
             relay.bind(0, Operation.SET_KICK, it.guest.kick_fd)
         assert readable(relay.wires[0].kick)
         assert it.device_sees()[0] == 1
+        os.eventfd_read(relay.wires[0].kick)
+        looked(relay)
+        request(it)
+        assert readable(relay.wires[0].kick), "it listens to the new one"
+        assert it.device_sees()[0] == 2
 
 
 def test_a_call_that_is_replaced():

@@ -1446,8 +1446,22 @@ MUTATIONS = [
     Mutation(
         "a relay that goes on forwards nothing",
         "vdpabridge/layers/relay.py",
-        '        self._thread.leave(lambda: setattr(self, "_forwards", True))',
+        "        self._thread.leave(lambda: self._forward(on=True))",
         "        pass",
+        ("tests/layers",),
+    ),
+    Mutation(
+        "a relay listens to the eventfd before",
+        "vdpabridge/layers/relay.py",
+        "            self._poll = None\n            self.queues[index].bind",
+        "            self.queues[index].bind",
+        ("tests/layers",),
+    ),
+    Mutation(
+        "a relay listens while it holds",
+        "vdpabridge/layers/relay.py",
+        "                if queue.kick is not None and self._forwards:\n",
+        "                if queue.kick is not None:\n",
         ("tests/layers",),
     ),
     Mutation(

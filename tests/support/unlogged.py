@@ -1,8 +1,11 @@
 """Simulated devices that keep no dirty log, as vhost-vdpa; also as a driver of another package, for `vdpabridge serve`."""
 
+from pathlib import Path
+
 from vdpabridge.device import Capability
 from vdpabridge.drivers.registry import Driver
 from vdpabridge.drivers.sim import Sim
+from vdpabridge.drivers.vhost_user import VhostUser
 
 PAGE = 4096
 
@@ -40,11 +43,23 @@ class Unresumable(Fixed):
     lacks = Fixed.lacks | {Capability.RESUME}
 
 
+class UnloggedBackEnd(VhostUser):
+    """A process that keeps no log, if one believes this."""
+
+    @property
+    def capabilities(self):
+        return super().capabilities - Fixed.lacks
+
+
 def _open(name, timeout_s):
-    return Fixed.fs(timeout_s=timeout_s) if name.target == "fs" else Fixed.blk_file(name.target, timeout_s=timeout_s)
+    if name.target == "fs":
+        return Fixed.fs(timeout_s=timeout_s)
+    if Path(name.target).is_socket():
+        return UnloggedBackEnd.open(name.target, device_id=2, timeout_s=timeout_s)
+    return Fixed.blk_file(name.target, timeout_s=timeout_s)
 
 
-#: ``unlogged:FILE``: a disk whose content is that file's. ``unlogged:fs``: a file server.
+#: ``unlogged:FILE``: a disk whose content is that file's, or that is served at that socket. ``unlogged:fs``: a file server.
 DRIVER = Driver(lambda name: name.allow(()), _open, lambda name: 26 if name.target == "fs" else 2)
 
 

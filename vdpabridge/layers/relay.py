@@ -94,6 +94,7 @@ class Relay:
         self.queues = queues
         self._limit = limit
         self._forwards = True
+        self._poll: select.poll | None = None
         self.failed = ""
         self._thread = StepThread("vdpabridge-relay", self._step, self._crash)
 
@@ -125,7 +126,12 @@ class Relay:
 
     def bind(self, index: int, operation: Operation, eventfd: int | None) -> None:
         """The guest of queue ``index`` uses ``eventfd`` (borrowed) from now on."""
-        self._between_steps(lambda: self.queues[index].bind(operation, eventfd))
+
+        def bind() -> None:
+            self._poll = None
+            self.queues[index].bind(operation, eventfd)
+
+        self._between_steps(bind)
 
     def enable(self, index: int, enabled: bool) -> None:
         """Whether queue ``index`` is processed."""
@@ -134,7 +140,7 @@ class Relay:
     @contextmanager
     def holding(self) -> Iterator[None]:
         """The device gets nothing new in the body, and after it until `go_on`, unless the body raises."""
-        self._between_steps(lambda: setattr(self, "_forwards", False))
+        self._between_steps(lambda: self._forward(on=False))
         try:
             yield
         except BaseException:
@@ -147,7 +153,7 @@ class Relay:
 
     def go_on(self) -> None:
         """The device may get something new again."""
-        self._thread.leave(lambda: setattr(self, "_forwards", True))
+        self._thread.leave(lambda: self._forward(on=True))
 
     def call_guests(self) -> None:
         """Have every guest look: the device may have called nobody when it was stopped."""
@@ -172,6 +178,10 @@ class Relay:
 
     # --- in the thread ---
 
+    def _forward(self, *, on: bool) -> None:
+        self._forwards = on
+        self._poll = None
+
     def _step(self) -> None:
         busy = False
         if not self.failed:
@@ -181,6 +191,12 @@ class Relay:
         self._wait(0 if busy else None)
 
     def _wait(self, timeout_ms: int | None) -> None:
+        if self._poll is None:
+            self._poll = self._make_poll()
+        for fd, _ in self._poll.poll(timeout_ms):
+            clear(fd)
+
+    def _make_poll(self) -> select.poll:
         poll = select.poll()
         poll.register(self._thread.wake_fd, select.POLLIN)
         if not self.failed:
@@ -188,11 +204,11 @@ class Relay:
                 poll.register(queue.from_device, select.POLLIN)
                 if queue.kick is not None and self._forwards:
                     poll.register(queue.kick, select.POLLIN)
-        for fd, _ in poll.poll(timeout_ms):
-            clear(fd)
+        return poll
 
     def _crash(self, error: Exception) -> None:
         self.failed = f"the relay of its rings has failed: {error}"
+        self._poll = None
 
 
 def _eventfd() -> int:
