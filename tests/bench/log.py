@@ -4,7 +4,6 @@ Four processes take part: a guest in miniature, our exporter, QEMU's storage dae
 past the exporter.
 """
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -15,16 +14,15 @@ from pathlib import Path
 from vmimages.peers import peers
 
 from vdpabridge.abi.virtio import VIRTIO_F_VERSION_1
-from vdpabridge.device import DirtyLog
 from vdpabridge.drivers.vhost_user import VhostUser
 from vdpabridge.guest.block import BLOCK_BYTES, BlockDriver
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
 from vdpabridge.linux.deadline import Deadline
-from vdpabridge.linux.mappings import memory_file
 
+from ..support.dirty_log import Bitmap
 from ..support.machine import Lab, wait_for_socket
-from ..support.unlogged import PAGE, register
+from ..support.unlogged import register
 from .table import show
 
 DEPTHS = (1, 8, 64)
@@ -57,9 +55,7 @@ def _measure(runs, lab):
         queue.attach(device, 0)
         device.start()
         driver = BlockDriver(memory, queue)
-        size_bytes = (memory.guest_address + MEMORY_BYTES) // PAGE // 8
-        log = DirtyLog(memory_file("log", size_bytes), size_bytes)
-        stack.callback(os.close, log.fd)
+        log = stack.enter_context(Bitmap(memory)).log
         for _ in range(runs):
             for what, name in ((None, "without"), (log, "with a log")):
                 begin_s = time.perf_counter()

@@ -25,26 +25,12 @@ from vdpabridge.state.losses import Loss
 from vdpabridge.state.procedures import migrate
 from vdpabridge.state.replay import resume
 
+from ..support.dirty_log import PAGE, Bitmap, changed, pages_of, used_ring_page
 from ..support.disk_lab import DISK_BYTES, MEMORY_BYTES, VERSION_1, Lab, limits
 from ..support.pair import bridged
-from ..support.unlogged import PAGE, Fixed, Unlogged, Unresumable
+from ..support.unlogged import Fixed, Unlogged, Unresumable
 
 KINDS = [Unlogged, Fixed, Unresumable]
-
-
-class Bitmap:
-    """A log in memory, for all of the guest's."""
-
-    def __init__(self, lab):
-        self.first = lab.memory.guest_address // PAGE
-        self.size_bytes = (lab.memory.guest_address + MEMORY_BYTES) // PAGE // 8
-        self.fd = memory_file("log", self.size_bytes)
-        self.log = DirtyLog(self.fd, self.size_bytes)
-
-    def pages(self):
-        """The pages that are marked."""
-        content = os.pread(self.fd, self.size_bytes, 0)
-        return {8 * at + bit for at, byte in enumerate(content) if byte for bit in range(8) if byte >> bit & 1}
 
 
 @contextmanager
@@ -53,33 +39,8 @@ def logged(cls, timeout_s=5):
     with loggable(cls.blk(DISK_BYTES, timeout_s=timeout_s)) as device, ExitStack() as stack:
         assert isinstance(device, Logged)
         lab = Lab(stack, device)
-        bitmap = Bitmap(lab)
-        stack.callback(os.close, bitmap.fd)
+        bitmap = stack.enter_context(Bitmap(lab.memory))
         yield device, lab, bitmap
-
-
-def guest_pages(lab, pages):
-    """Those of ``pages`` that are the guest's memory."""
-    first = lab.memory.guest_address // PAGE
-    return {page for page in pages if first <= page < first + MEMORY_BYTES // PAGE}
-
-
-def used_ring_page(lab):
-    return lab.queue.setup.used_address // PAGE
-
-
-def changed(lab, before):
-    """Pages that differ from ``before``, but for what the guest's driver writes itself."""
-    setup, first = lab.queue.setup, lab.memory.guest_address // PAGE
-    own = {page for address, size in setup.parts(packed=False)[:2] for page in covering(address, size)}
-    now = bytes(lab.memory.view)
-    return {
-        first + at for at in range(MEMORY_BYTES // PAGE) if now[at * PAGE :][:PAGE] != before[at * PAGE :][:PAGE]
-    } - own
-
-
-def covering(address, size):
-    return range(address // PAGE, (address + size - 1) // PAGE + 1)
 
 
 def test_who_gets_a_layer():
@@ -136,9 +97,9 @@ def test_every_page_that_the_device_writes_is_in_the_log(cls):
         lab.finish()
         device.suspend()
         marked = bitmap.pages()
-        assert guest_pages(lab, device.below.pages) <= marked
-        assert used_ring_page(lab) in marked
-        assert changed(lab, before) <= marked
+        assert device.below.pages & pages_of(lab.memory) <= marked
+        assert used_ring_page(lab.queue) in marked
+        assert changed(lab.memory, before, lab.queue) <= marked
         assert len(marked) < MEMORY_BYTES // PAGE // 2, "and not simply every page"
         assert device.get_base(0) == SplitBase(lab.queue.device_used_index)
 
@@ -152,8 +113,7 @@ def test_a_log_that_is_set_before_the_start(cls):
                 start = source.start
 
                 def start_logged():
-                    self.bitmap = Bitmap(self)
-                    stack.callback(os.close, self.bitmap.fd)
+                    self.bitmap = stack.enter_context(Bitmap(self.memory))
                     source.set_dirty_log(self.bitmap.log)
                     start()
 
@@ -163,7 +123,7 @@ def test_a_log_that_is_set_before_the_start(cls):
         lab = Early(stack, device)
         lab.finish()
         device.suspend()
-        assert guest_pages(lab, device.below.pages) <= lab.bitmap.pages()
+        assert device.below.pages & pages_of(lab.memory) <= lab.bitmap.pages()
         assert device.marks_all == ""
 
 
@@ -206,14 +166,14 @@ def test_each_round_has_a_log_of_its_own():
     with logged(Fixed) as (device, lab, bitmap):
         device.set_dirty_log(bitmap.log)
         lab.finish()
-        second = Bitmap(lab)
+        second = Bitmap(lab.memory)
         device.below.pages.clear()
         device.set_dirty_log(second.log)
         before = bitmap.pages()
         lab.finish()
         device.suspend()
         assert bitmap.pages() == before
-        assert guest_pages(lab, device.below.pages) <= second.pages()
+        assert device.below.pages & pages_of(lab.memory) <= second.pages()
         os.close(second.fd)
 
 
@@ -248,7 +208,7 @@ def test_a_log_that_changes_while_it_is_suspended(cls, first):
         assert (device.below.queues[0].setup == lab.queue.setup) is first
         device.suspend()
         if not first:
-            assert guest_pages(lab, device.below.pages) - bitmap.pages() == set() or device.marks_all == ""
+            assert device.below.pages & pages_of(lab.memory) - bitmap.pages() == set() or device.marks_all == ""
 
 
 def test_it_is_moved_with_a_log():
@@ -283,15 +243,14 @@ def test_a_front_end_that_wants_a_log(tmp_path):
     with loggable(Fixed.blk(DISK_BYTES, timeout_s=5)) as device, bridged(device) as front, ExitStack() as stack:
         assert Capability.DIRTY_LOG in front.capabilities
         lab = Lab(stack, front)
-        bitmap = Bitmap(lab)
-        stack.callback(os.close, bitmap.fd)
+        bitmap = stack.enter_context(Bitmap(lab.memory))
         lab.finish()
         device.below.pages.clear()
         front.set_dirty_log(bitmap.log)
         assert isinstance(device._relay, Relay)
         lab.finish()
         front.suspend()
-        assert guest_pages(lab, device.below.pages) <= bitmap.pages()
+        assert device.below.pages & pages_of(lab.memory) <= bitmap.pages()
         front.set_dirty_log(None)
         front.resume()
         lab.finish()
@@ -309,8 +268,7 @@ def test_a_disk_without_suspend():
     with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=5))) as device, ExitStack() as stack:
         assert Drained in device
         lab = Lab(stack, device)
-        bitmap = Bitmap(lab)
-        stack.callback(os.close, bitmap.fd)
+        bitmap = stack.enter_context(Bitmap(lab.memory))
         lab.finish()
         device.set_dirty_log(bitmap.log)
         assert device.marks_all == ""
@@ -319,7 +277,7 @@ def test_a_disk_without_suspend():
             lab.disk.write(block)
         lab.queue.kick()
         device.suspend()
-        assert guest_pages(lab, device.below.below.pages) <= bitmap.pages()
+        assert device.below.below.pages & pages_of(lab.memory) <= bitmap.pages()
         resume(device)
         lab.finish()
 
@@ -327,8 +285,7 @@ def test_a_disk_without_suspend():
 def test_a_guest_that_leaves_no_pause_is_not_refused_a_log():
     with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=0.3))) as device, ExitStack() as stack:
         lab = Lab(stack, device)
-        bitmap = Bitmap(lab)
-        stack.callback(os.close, bitmap.fd)
+        bitmap = stack.enter_context(Bitmap(lab.memory))
         lab.finish()
         device.below.below.faults.latency_s = 0.6
         lab.disk.write(1)

@@ -7,7 +7,7 @@ from vdpabridge.drivers.registry import Driver
 from vdpabridge.drivers.sim import Sim
 from vdpabridge.drivers.vhost_user import VhostUser
 
-PAGE = 4096
+from .dirty_log import covering
 
 
 class Unlogged(Sim):
@@ -21,7 +21,7 @@ class Unlogged(Sim):
         written = self._guest.written
 
         def note(address, size):
-            self.pages.update(range(address // PAGE, (address + size - 1) // PAGE + 1))
+            self.pages |= covering(address, size)
             written(address, size)
 
         self._guest.written = note

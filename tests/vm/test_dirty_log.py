@@ -1,21 +1,26 @@
 """A dirty log in front of a real kernel's vhost-vdpa, which keeps none: compared with the guest's memory, byte by byte."""
 
-import os
 import threading
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from vdpabridge.abi.virtio_net import VIRTIO_NET_F_MAC
 from vdpabridge.device import Capability, SplitBase
 from vdpabridge.drivers.vhost_vdpa import VhostVdpa
+from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.layers import Logged, loggable
+from vdpabridge.state.replay import resume
 
-from ..layers.test_logged import Bitmap, changed, used_ring_page
+from ..support.dirty_log import PAGE, Bitmap, changed, covering, pages_of, used_ring_page
 from ..support.disk_lab import Lab
+from ..support.net import RECEIVE, SEND, NetDriver
 from ..support.pair import bridged
-from ..support.unlogged import PAGE
+from .conftest import MEMORY_BYTES, VERSION_1
 
 ROUNDS = 50
+#: The card takes nothing else that is not for its own address.
+BROADCAST = b"\xff" * 6
 
 
 @contextmanager
@@ -27,8 +32,7 @@ def logged_disk(node, *, through):
         device = stack.enter_context(bridged(layer, timeout_s=60)) if through == "vhost-user" else layer
         assert Capability.DIRTY_LOG in device.capabilities
         lab = Lab(stack, device)
-        bitmap = Bitmap(lab)
-        stack.callback(os.close, bitmap.fd)
+        bitmap = stack.enter_context(Bitmap(lab.memory))
         yield device, layer, lab, bitmap
 
 
@@ -45,9 +49,9 @@ def test_every_page_that_changes_is_in_the_log(block_node, through):
         assert layer.marks_all == ""
         lab.disk.verify()
         device.suspend()
-        marked, written = bitmap.pages(), changed(lab, before)
+        marked, written = bitmap.pages(), changed(lab.memory, before, lab.queue)
         assert written <= marked
-        assert used_ring_page(lab) in marked
+        assert used_ring_page(lab.queue) in marked
         assert len(buffers & written) >= 70, "the disk's blocks were read into these"
         assert device.get_base(0) == SplitBase(lab.queue.device_used_index)
 
@@ -89,3 +93,38 @@ def test_what_a_log_leaves_behind(block_node):
             lab.finish()
     with VhostVdpa.open(block_node, timeout_s=60) as device, ExitStack() as stack:
         Lab(stack, device).finish()
+
+
+def test_what_a_network_card_receives(net_node):
+    """Its two queues stand at different places, and buffers to receive into wait in one of them."""
+    with loggable(VhostVdpa.open(net_node, timeout_s=60)) as device, ExitStack() as stack:
+        memory = stack.enter_context(GuestMemory(MEMORY_BYTES))
+        net = NetDriver(memory, memory)
+        stack.callback(net.close)
+        device.map([memory.region])
+        device.accept_features(VERSION_1 | 1 << VIRTIO_NET_F_MAC)
+        for index in (RECEIVE, SEND):
+            net.queues[index].attach(device, index)
+        device.start()
+        bitmap = stack.enter_context(Bitmap(memory))
+        net.post(40)
+        # the guest writes what it sends into the pages from here on
+        sent = pages_of(memory) - covering(memory.guest_address, memory.allocate(1, PAGE) - memory.guest_address)
+        for round_ in range(6):
+            bitmap.clear()
+            device.set_dirty_log(bitmap.log)
+            assert device.marks_all == ""
+            before = bytes(memory.view)
+            frames = [BROADCAST + bytes([round_, number]) * 700 for number in range(5)]
+            for frame in frames:
+                net.transmit(frame)
+            assert net.received(5) == frames
+            if round_ % 2:
+                device.suspend()
+                assert device.get_base(RECEIVE) == device.get_base(SEND) == SplitBase(5 * round_ + 5)
+                resume(device)
+            marked = bitmap.pages()
+            written = changed(memory, before, net.receive, net.send) - sent
+            assert written <= marked
+            assert written
+            device.set_dirty_log(None)
