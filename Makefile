@@ -23,7 +23,7 @@ SKIPPABLE = || { code=$$?; [ $$code = 121 ] && [ "$(VDPABRIDGE_ALLOW_SKIPS)" = 1
 # how long CI lets the fuzzer try
 FUZZ_S := 60
 
-.PHONY: docs release deb test-deb demo bench fuzz mutations test-install test test-unit test-kernels images lint test-state test-proposal test-broken-kernels
+.PHONY: docs release deb test-deb demo bench soak fuzz mutations test-install test test-unit test-kernels images lint test-state test-proposal test-broken-kernels
 .PHONY: $(NAMED:%=image-%) image-6.12-other $(NAMED:%=test-kernel-%) test-kernel-next test-kernel-next-state
 .NOTPARALLEL:
 
@@ -65,6 +65,10 @@ $(NAMED:%=image-%) image-6.12-other: image-%:
 
 $(NAMED:%=test-kernel-%): test-kernel-%: image-%
 	$(SUITE) $(SKIPPABLE)
+
+# a part of the tests for a long time: a log that begins and ends under load
+soak: image-6.12
+	$(RUN) 6.12 --env VDPABRIDGE_ROUNDS=1000 --test to_and_fro
 
 # never part of the tests: machines are shared and noisy
 bench: image-6.12
