@@ -11,6 +11,7 @@ from errno import EROFS
 import pytest
 
 from vdpabridge.abi.virtio_ring import VIRTIO_RING_F_INDIRECT_DESC
+from vdpabridge.control import markers
 from vdpabridge.control.client import ControlClient, ControlError
 from vdpabridge.control.moving import MoveFailed, move
 from vdpabridge.control.possession import Possession
@@ -372,6 +373,39 @@ def test_advice_after_an_answer_that_did_not_come(tmp_path, unheard):
         assert source.device.state is RunState.SUSPENDED
 
 
+class Dying(ControlClient):
+    """Its process answers nothing any more when it has saved; not even that."""
+
+    dead = False
+
+    def ask(self, method, fd=None, **params):
+        if self.dead:
+            raise VdpaBridgeError(method, why="the connection is closed")
+        answer = super().ask(method, fd, **params)
+        if method == "save":
+            self.dead = True
+            raise VdpaBridgeError(method, why="the connection is closed")
+        return answer
+
+
+def test_advice_if_the_source_ends_when_the_destination_has_its_state(tmp_path):
+    """Nobody else has it: to end that process is not the first thing to do."""
+    with two(tmp_path) as (source, _, destination):
+        other = destination.client()
+        with Dying(source.control, timeout_s=10) as one, pytest.raises(MoveFailed) as caught:
+            move(one, other)
+        other.leave()
+        before, _, after = caught.value.hint.partition(f"If the process of {source.control} has ended")
+        assert f"end the process of {destination.control}" in before
+        assert "If its process still runs" in before
+        assert f"end the process of {destination.control}" not in after
+        (name,) = re.findall(f"resume --move ([0-9a-f]+) {destination.control}", after)
+        destination.client().ask("resume", move=name)
+        assert started(destination) is RunState.RUNNING
+        # what the test does not do: the process has not ended
+        source.device.reset()
+
+
 def test_a_source_that_refuses_has_moved_nothing(tmp_path):
     with two(tmp_path) as (source, work, destination):
         one, other = source.client(), destination.client()
@@ -727,9 +761,21 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_marker(tmp_path):
     marker = tmp_path / "c.moved"
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         client = those.client()
-        with files_of_at_most(10), pytest.raises(ControlError, match="File too large"):
+        with files_of_at_most(10), pytest.raises(ControlError, match="moved: write: File too large"):
             client.ask("moved", move="m")
         assert not marker.exists()
+
+
+def test_a_marker_that_cannot_be_replaced_stays_as_it_was(tmp_path):
+    """Its moves are known to the process that comes after."""
+    path = str(tmp_path / "c.moved")
+    markers.write(path, "The device's state was moved.", ["m1"])
+    with files_of_at_most(10), pytest.raises(VdpaBridgeError, match="File too large"):
+        markers.write(path, "The device's state was moved.", ["m1", "m2"])
+    assert markers.moves_in(path) == ["m1"]
+    assert markers.write(path, "The device's state was moved.", ["m1", "m2"]) is False
+    assert markers.moves_in(path) == ["m1", "m2"]
+    assert os.listdir(tmp_path) == ["c.moved"]
 
 
 @pytest.mark.parametrize("what", ["a FIFO", "a folder"])
@@ -799,7 +845,7 @@ def test_a_marker_is_not_written_through_a_link(tmp_path):
     with serving(tmp_path, remembers_at=str(tmp_path / "c")) as those:
         (tmp_path / "c.moved").symlink_to(tmp_path / "victim")
         client = those.client()
-        with pytest.raises(ControlError, match="symbolic links"):
+        with pytest.raises(ControlError, match="moved: write: it is a symbolic link"):
             client.ask("moved", move="m")
     assert (tmp_path / "victim").read_text() == "precious"
 

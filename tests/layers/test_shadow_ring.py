@@ -183,6 +183,34 @@ def test_a_device_that_uses_what_it_was_not_given(index):
         assert it.guest.device_used_index == 0
 
 
+def test_many_at_once_are_shown_in_batches():
+    """Between two of them, others have their turn."""
+    with bench(size=1024, used_so_far=0xFF00) as it:
+        heads = [it.guest.add([], [buffer]) for buffer in buffers(it, 1) * 600]
+        it.ring.forward()
+        for head in heads:
+            it.use(head)
+        shown = []
+        while it.ring.publish():
+            shown.append(it.guest.device_used_index)
+        assert shown == [0, 256, 344]
+        assert it.ring.unpublished == 0
+        assert [head for head, _ in it.guest.used()] == heads
+
+
+def test_a_chain_of_more_bytes_than_there_can_be_makes_the_log_incomplete():
+    with bench() as it:
+        head = it.guest.add([], buffers(it, 2))
+        for descriptor in it.guest._chains[head]:
+            address, _, flags, following = VRING_DESC.struct.unpack_from(it.guest._desc, descriptor * 16)
+            VRING_DESC.struct.pack_into(it.guest._desc, descriptor * 16, address, 0x9000_0000, flags, following)
+        it.view.set_log(None)
+        it.ring.forward()
+        it.use(head)
+        it.ring.publish()
+        assert it.ring.incomplete == "a chain of more than 4294967296 bytes"
+
+
 @pytest.mark.parametrize("breaks", ["points out of the table", "is not mapped", "is beyond the log"])
 def test_a_chain_that_cannot_be_followed_makes_the_log_incomplete(breaks):
     with bench() as it:

@@ -163,7 +163,8 @@ class Lab:
         """Our exporter, as a process."""
         path = self.work / socket_name
         words = [sys.executable, "-m", "vdpabridge", "serve", device, "--socket-path", str(path), *options]
-        paths = f"{ROOT}:{self.work}"  # a test may put a driver there
+        # a test may put a driver into the second one
+        paths = ":".join(map(str, filter(None, (ROOT, self.work, os.environ.get("PYTHONPATH")))))
         process = self.start(words, f"{socket_name}.log", cwd=ROOT, env={**os.environ, "PYTHONPATH": paths})
         wait_for_socket(path, process, self)
         return process

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
+
+from ..errors import VdpaBridgeError
+from ..linux.files import replacing
 
 __all__ = ["forget", "is_there", "moves_in", "write"]
 
@@ -21,21 +22,18 @@ def is_there(path: str) -> bool:
 
 
 def write(path: str, text: str, moves: Sequence[str]) -> bool:
-    """Make the file at ``path``, whole or not at all; returns whether it was not there before. Raises OSError."""
+    """Make the file at ``path``, or replace it, as `replacing` does; returns whether it was not there before.
+
+    Raises `VdpaBridgeError`.
+    """
     new = not is_there(path)
-    try:
-        # O_NONBLOCK: a FIFO that nobody reads is refused
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags, 0o600), "w") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            file.write(f"{text} While this file exists, a new process does not start it.\n")
-            file.writelines(f"Move: {move}\n" for move in moves)
-    except BaseException:
-        if new:
-            with suppress(OSError):
-                os.unlink(path)
-        raise
+    lines = [f"{text} While this file exists, a new process does not start it.", *(f"Move: {move}" for move in moves)]
+    with replacing(path) as fd:
+        try:
+            with open(fd, "w", closefd=False) as file:
+                file.writelines(f"{line}\n" for line in lines)
+        except OSError as error:
+            raise VdpaBridgeError("write", device=path, why=os.strerror(error.errno or 0)) from error
     return new
 
 

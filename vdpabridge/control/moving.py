@@ -93,9 +93,7 @@ def move(
         causes = (there or here) if broken else (here or there)
         steps = {"source": _steps(saved, here), "destination": _steps(loaded, there)}
         side = source if causes is here else destination
-        hint = _give_back(source)
-        if loaded:
-            hint += f"; {_HAS_IT.format(destination.path)}"
+        hint = _give_back(source, destination, name if loaded else "")
         raise MoveFailed(side, causes[0], hint, steps) from causes[0]
     loaded.update(_hand_over(source, destination, name))
     return saved | {"move": name}, loaded
@@ -108,8 +106,7 @@ def _hand_over(source: ControlClient, destination: ControlClient, name: str) -> 
             source.ask("moved", move=name)
         except ControlError as error:
             # refused: what it has given away is only a copy
-            hint = f"{_give_back(source)}; {_HAS_IT.format(destination.path)}"
-            raise MoveFailed(source, error, hint) from error
+            raise MoveFailed(source, error, _give_back(source, destination, name)) from error
     with _hint_if_unanswered(destination, _IF_ARRIVED.format(source.path, destination.path, name)):
         answer: dict[str, Any] = destination.ask("arrived", move=name)
     return answer
@@ -119,9 +116,16 @@ _HAS_IT = "{0} has the state, and does not start: end its process; or move to it
 #: What to do if `moved` had no answer. It is not done for a mover that has left. Whoever follows this and the next
 #: never has two devices that run: each step is tied to this move, and is refused if the move's state is not there.
 _IF_MOVED = (
-    "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says what became of move {2}: if it says "
-    'nothing of it, nothing was moved. If it says "moved", or if that process has ended for good, \'vdpabridge resume '
-    "--move {2} {1}' lets {1} start"
+    "it is not known whether {0} stays suspended. 'vdpabridge status {0}' says what became of move {2}. If it says "
+    "\"moved\", 'vdpabridge resume --move {2} {1}' lets {1} start; if the process that saved says nothing of it, "
+    "nothing was moved. If that process has ended, {1} alone has the state: let it start by the same command, unless a "
+    "guest works with a new process at {0}"
+)
+#: What to do if the destination has the state, and the source does not answer when it is to go back.
+_IF_ENDED = (
+    "{0} does not answer. If its process still runs, it is as before when this process ends, and nothing was moved: "
+    "end the process of {1}, or move to it again. If the process of {0} has ended, {1} alone has the state: "
+    "'vdpabridge resume --move {2} {1}' lets {1} start, unless a guest works with a new process at {0}"
 )
 #: The same for `arrived`. That the destination does not say that it has the state does not prove that it has not.
 _IF_ARRIVED = (
@@ -159,14 +163,20 @@ def _are_the_same(path: str, other: str) -> bool:
         return path == other
 
 
-def _give_back(source: ControlClient) -> str:
-    """Have the source's device do again what it did before; what it does now, in words."""
+def _give_back(source: ControlClient, destination: ControlClient, name: str) -> str:
+    """Have the source's device do again what it did before; what it does now, and what to do, in words.
+
+    ``name`` is the move's, if the destination has the state; else empty.
+    """
     try:
-        return f"{source.path} is {source.ask('release')['state']}; nothing was moved"
+        now = f"{source.path} is {source.ask('release')['state']}; nothing was moved"
     except ControlError as error:
         hint = "'vdpabridge resume' until it is not"
-        return f"nothing was moved; {source.path} may be suspended still ({error.why}): {hint}"
+        now = f"nothing was moved; {source.path} may be suspended still ({error.why}): {hint}"
     except VdpaBridgeError:
+        if name:
+            return _IF_ENDED.format(source.path, destination.path, name)
         # if it has lost us already, it does so without being told to
         why = f"{source.path} does not answer: if it still runs, it is as before when this process ends"
         return f"nothing was moved; {why}"
+    return f"{now}; {_HAS_IT.format(destination.path)}" if name else now

@@ -65,19 +65,18 @@ class Arena:
         )
 
     def close(self) -> None:
-        """Unmap it, also from the device, which must not work on it any more. Idempotent."""
+        """Unmap it, also from the device, which must not work on it any more. Idempotent.
+
+        If the device refuses, it stays as it is, and that error is raised.
+        """
         if self._fd < 0:
             return
+        start = self._regions[0].guest_address
+        if mapped := [region for region in self._device.regions if region.guest_address == start]:
+            self._device.unmap(mapped)
         fd, self._fd = self._fd, -1
-        try:
-            mapped = [
-                region for region in self._device.regions if region.guest_address == self._regions[0].guest_address
-            ]
-            if mapped:
-                self._device.unmap(mapped)
-        finally:
-            self._mapping.close()
-            os.close(fd)
+        self._mapping.close()
+        os.close(fd)
 
 
 def _mapped(device: Device, fd: int, size_bytes: int, spaces: set[int]) -> list[MemoryRegion]:

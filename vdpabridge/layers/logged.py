@@ -11,7 +11,7 @@ survive that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -24,17 +24,20 @@ from ..abi.virtio import (
 from ..abi.virtio_ring import VIRTIO_RING_F_EVENT_IDX
 from ..abi.vring_base import SplitBase
 from ..device import Capability, Device, DirtyLog, MemoryRegion, Operation, QueueSetup, RunState
-from ..errors import DeviceFailed, VdpaBridgeError
+from ..errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
+from ..linux.descriptors import Kind, kind_of
 from ..linux.eventfds import signal
 from ..linux.mappings import check_inside
+from ..linux.signals import uninterrupted
 from ..rings.descriptors import RingBroken
 from ..rings.guest_view import DirtyBitmap, GuestView
 from ..state.losses import unsavable
-from ..state.replay import resume, start_over
-from ..state.snapshot import DeviceSnapshot, QueueEventfds, QueueSnapshot, capture, place, restore
+from ..state.replay import resume
+from ..state.snapshot import DeviceSnapshot, QueueEventfds, QueueSnapshot, capture
 from .arena import Arena
 from .layer import Layer
 from .relay import Relay, RelayedQueue
+from .ring_change import Rings, change_rings, place_rings
 from .shadow_ring import ShadowRing
 
 __all__ = ["Logged", "loggable"]
@@ -47,7 +50,6 @@ _LEFT_OUT = {
     Capability.INFLIGHT,
 }
 _NOT_RELAYED = (VIRTIO_F_RING_PACKED, VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_RESET)
-_IN_PLACE = {Capability.RESUME, Capability.SETUP_WHILE_SUSPENDED}
 
 
 def loggable(device: Device) -> Device:
@@ -92,30 +94,52 @@ class Logged(Layer):
             self._relay.set_log(log)
         relayed = self._relay is not None
         if self.state is RunState.RUNNING and (relayed if log is None else not relayed and not self.marks_all):
-            try:
-                self._stop()
-            except VdpaBridgeError as error:
-                if log is None or not error.nothing_done:
-                    raise
-                # its guest gives it no pause, and will be stopped before the device is
-                self.marks_all = str(error)
-                return
-            self._go_on(log)
+            # whoever interrupts this would leave a device that stands still
+            with uninterrupted():
+                self._pause(lambda: self._go_on(log), log)
         elif log is None:
             self.marks_all = ""
 
+    def _pause(self, change: Callable[[], None], log: DirtyLog | None) -> None:
+        """Stop the running device for ``change``, which has it continue. It runs afterwards, or has failed."""
+        try:
+            self._stop()
+            change()
+        except DeviceFailed:
+            raise
+        except (VdpaBridgeError, OSError, ValueError) as error:
+            if self.below.state is not RunState.RUNNING or not getattr(error, "nothing_done", False):
+                raise self._broken_off(error) from error
+            # its guest gives it no pause, and will be stopped before the device is. On shadow rings it works as well
+            self.marks_all = str(error) if log is not None else ""
+
     def _start(self) -> None:
         log, self.marks_all = self.dirty_log, ""
-        snapshot = self._as_configured()
+        own = Rings(self._as_configured(), self._guest_wires())
         if self._relay is not None:
             # an earlier start has failed
             self._end_relay()
-            self._place(snapshot, self._guest_wires())
-        if log is not None and (relay := self._make_relay(snapshot, log)) is not None:
+            place_rings(self.below, own)
+        if log is not None and (relay := self._make_relay(own.snapshot, log)) is not None:
             self._relay = relay
-            relay.start()
-            self._place(self._shadowed(snapshot), relay.wires)
+            if self._starts(relay, Rings(self._shadowed(own.snapshot), relay.wires)):
+                return
+            self._end_relay()
+            place_rings(self.below, own)
         super()._start()
+
+    def _starts(self, relay: Relay, shadows: Rings) -> bool:
+        """Whether the configured device starts on ``shadows``; if not, `marks_all` says why."""
+        try:
+            relay.start()
+            place_rings(self.below, shadows)
+            super()._start()
+        except (VdpaBridgeError, OSError, ValueError) as error:
+            if self.below.state is not RunState.CONFIGURED:
+                raise
+            self.marks_all = str(error)
+            return False
+        return True
 
     def _as_configured(self) -> DeviceSnapshot:
         queues = {
@@ -131,7 +155,8 @@ class Logged(Layer):
         self._mark_all()
 
     def _resume(self) -> None:
-        self._go_on(self.dirty_log)
+        with uninterrupted():
+            self._go_on(self.dirty_log)
 
     def _stop(self) -> None:
         """Suspend the device; the guest and the log then know everything that it has done."""
@@ -141,17 +166,32 @@ class Logged(Layer):
                 return
             with self._relay.holding():
                 self.below.suspend()
+        try:
             self._relay.finish()
+        except DeadlineExceeded as error:
+            raise self._fail(str(error)) from error
+        if self._relay.failed:
+            self._mark_all()
+            raise self._fail(self._relay.failed)
 
     def _mark_all(self) -> None:
-        if self._relay is not None and self._relay.incomplete:
+        if self.dirty_log is None:
+            return
+        if self._relay is None:
+            # somebody was interrupted when the log was to end
+            self.marks_all = self.marks_all or "its rings were not relayed"
+        elif self._relay.incomplete:
             self.marks_all = self._relay.incomplete
-        if self.dirty_log is not None and self.marks_all:
+        if not self.marks_all:
+            return
+        try:
             bitmap = DirtyBitmap(self.dirty_log)
             try:
                 bitmap.mark_all(self.regions)
             finally:
                 bitmap.close()
+        except OSError as error:
+            raise self._fail(f"its dirty log does not take what is not in it: {error}") from error
 
     def _go_on(self, log: DirtyLog | None) -> None:
         """Have the suspended device continue, on the rings that ``log`` needs."""
@@ -159,78 +199,78 @@ class Logged(Layer):
             if log is None:
                 self.marks_all = ""
             if (log is None) == (self._relay is None) or self.marks_all:
-                resume(self.below)
-                if self._relay is not None:
-                    self._relay.go_on()
+                self._go_on_as_before()
             elif log is None:
                 self._leave_shadows()
             else:
                 self._enter_shadows(log)
 
+    def _go_on_as_before(self) -> None:
+        resume(self.below)
+        if self._relay is not None:
+            self._relay.go_on()
+
     # --- from one kind of rings to the other ---
 
     def _enter_shadows(self, log: DirtyLog) -> None:
-        snapshot = capture(self.below)
-        relay = self._make_relay(snapshot, log)
-        if relay is None:
-            resume(self.below)
-            return
-        self._relay = relay
-        relay.start()
         try:
-            self._restart(self._shadowed(snapshot), relay.wires)
+            own = Rings(capture(self.below), self._guest_wires())
         except (VdpaBridgeError, OSError) as error:
-            if self.below.state is not RunState.SUSPENDED:
-                raise self._broken_off(error) from error
-            self._relay = None
             self.marks_all = str(error)
-            self._put_back(snapshot)
-            relay.close()
+            self._go_on_as_before()
+            return
+        relay = self._make_relay(own.snapshot, log)
+        if relay is None:
+            self._go_on_as_before()
+            return
+        shadows = Rings(self._shadowed(own.snapshot), relay.wires)
+        self._relay = relay
+        try:
+            relay.start()
+            self.marks_all = change_rings(self.below, shadows, own)
+        except OSError as error:
+            if self.below.state is not RunState.SUSPENDED:
+                raise
+            # there cannot be another thread
+            self.marks_all = str(error)
+            self._end_relay()
+            self._go_on_as_before()
             return
         relay.call_guests()
+        if self.marks_all:
+            self._without_relay()
 
     def _leave_shadows(self) -> None:
         relay = self._relay
         assert relay is not None
-        snapshot = capture(self.below)
-        own = {
+        try:
+            snapshot = capture(self.below)
+        except (VdpaBridgeError, OSError):
+            # it works on them as well, without a log
+            self._go_on_as_before()
+            return
+        queues = {
             index: replace(queue, setup=self.queues[index].setup or queue.setup)
             for index, queue in snapshot.queues.items()
         }
+        own = Rings(replace(snapshot, queues=queues), self._guest_wires())
+        if change_rings(self.below, own, Rings(snapshot, relay.wires)):
+            relay.go_on()
+            return
+        relay.call_guests()
+        self._without_relay()
         try:
-            self._restart(replace(snapshot, queues=own), self._guest_wires())
-        except (VdpaBridgeError, OSError) as error:
-            raise self._broken_off(error) from error
-        self._relay = None
+            self._drop_arena()
+        except VdpaBridgeError:
+            # it is still mapped, for the next log
+            return
+
+    def _without_relay(self) -> None:
+        """The device works on the guest's rings."""
+        self._end_relay()
         for wires in self._guest_wires().values():
             # the guest may have kicked the relay
             signal(wires.kick)
-        relay.call_guests()
-        relay.close()
-
-    def _restart(self, snapshot: DeviceSnapshot, wires: Mapping[int, QueueEventfds]) -> None:
-        """Have the suspended device continue from ``snapshot``."""
-        if self.below.capabilities >= _IN_PLACE:
-            self._place(snapshot, wires)
-            self.below.resume()
-        else:
-            start_over(self.below, lambda: restore(self.below, snapshot, wires))
-
-    def _place(self, snapshot: DeviceSnapshot, wires: Mapping[int, QueueEventfds]) -> None:
-        """Give the stopped device the queues of ``snapshot``."""
-        for index, queue in snapshot.queues.items():
-            self.below.set_queue(index, queue.setup)
-            self.below.set_call(index, wires[index].call)
-        place(self.below, replace(snapshot, config=b""), wires)
-
-    def _put_back(self, snapshot: DeviceSnapshot) -> None:
-        """Have the device, which is suspended still, continue on the guest's rings after all."""
-        try:
-            if self.below.capabilities >= _IN_PLACE:
-                self._place(snapshot, self._guest_wires())
-            resume(self.below)
-        except (VdpaBridgeError, OSError) as error:
-            raise self._broken_off(error) from error
 
     def _broken_off(self, error: Exception) -> DeviceFailed:
         """It was suspended for the log, and perhaps does not run now: only a reset tells what it does."""
@@ -263,7 +303,7 @@ class Logged(Layer):
                     return None
                 guest = GuestView()
                 undo.callback(guest.close)
-                guest.map([region for region in self.regions if region.address_space == 0])
+                guest.map(_of_the_rings(self.regions))
                 guest.set_log(log)
                 self._require_arena({index: queue.setup for index, queue in snapshot.queues.items()})
                 queues: dict[int, RelayedQueue] = {}
@@ -293,9 +333,9 @@ class Logged(Layer):
             self._arena = Arena(self.below, setups)
 
     def _drop_arena(self) -> None:
-        arena, self._arena = self._arena, None
-        if arena is not None:
-            arena.close()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
 
     # --- what the relay has to know ---
 
@@ -303,22 +343,24 @@ class Logged(Layer):
         super()._map(regions)
         if self._relay is not None:
             try:
-                self._relay.map(regions)
+                self._relay.map(_of_the_rings(regions))
             except BaseException:
                 super()._unmap(regions)
                 raise
 
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
-        if self._relay is not None:
-            self._relay.unmap(regions)
         super()._unmap(regions)
+        if self._relay is not None:
+            self._relay.unmap(_of_the_rings(regions))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         relayed = self._relay is not None and index in self._relay.queues
-        if relayed and self._relay is not None:
-            self._relay.bind(index, operation, eventfd)
+        if relayed and eventfd is not None and kind_of(eventfd) is not Kind.EVENTFD:
+            raise ValueError(f"{self.name}: {operation.value} ({index}): descriptor {eventfd} is not an eventfd")
         if not relayed or operation is Operation.SET_ERR:
             super()._bind_eventfd(operation, index, eventfd)
+        if relayed and self._relay is not None:
+            self._relay.bind(index, operation, eventfd)
 
     def _enable_queue(self, index: int, enabled: bool) -> None:
         super()._enable_queue(index, enabled)
@@ -336,6 +378,7 @@ class Logged(Layer):
         super()._reset()
         self.marks_all = ""
         self._end_relay()
+        self._drop_arena()
 
     def _close(self) -> None:
         try:
@@ -345,13 +388,21 @@ class Logged(Layer):
             self._drop_arena()
 
     def _give_up(self) -> bool:
+        certain = super()._give_up()
         try:
-            return super()._give_up()
-        finally:
             self._end_relay()
-            self._drop_arena()
+        except DeadlineExceeded:
+            return False
+        self._drop_arena()
+        return certain
 
     def _end_relay(self) -> None:
-        relay, self._relay = self._relay, None
-        if relay is not None:
-            relay.close()
+        """The device has stopped. If the relay does not end in time, it is still there, and so is what it works on."""
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+
+
+def _of_the_rings(regions: Sequence[MemoryRegion]) -> list[MemoryRegion]:
+    """Those in the address space of the rings that are relayed."""
+    return [region for region in regions if region.address_space == 0]

@@ -15,9 +15,12 @@ from ..linux.step_thread import StepThread
 from ..rings.descriptors import RingBroken
 from ..rings.guest_view import GuestView
 from ..state.snapshot import QueueEventfds
-from .shadow_ring import ShadowRing
+from .shadow_ring import RingUnmapped, ShadowRing
 
 __all__ = ["Relay", "RelayedQueue"]
+
+#: For the thread to end in: it ends after what it does now.
+_GRACE_S = 1.0
 
 
 class RelayedQueue:
@@ -53,19 +56,35 @@ class RelayedQueue:
 
     def turn(self, *, forwards: bool) -> bool:
         """Copy what there is; whether there was anything. With ``forwards`` off, the device gets nothing new."""
+        forwarded = published = False
+        # without a kick eventfd, nobody asks the device to look
+        if forwards and self.enabled and self.kick is not None and not self.broken:
+            with self._patient():
+                forwarded = self.ring.forward()
+        if forwarded:
+            wake(self.to_device)
+        with self._patient():
+            published = self.ring.publish()
+        if published:
+            signal(self._guest.get(Operation.SET_CALL))
+        return forwarded or published
+
+    @contextmanager
+    def _patient(self) -> Iterator[None]:
         try:
-            # without a kick eventfd, nobody asks the device to look
-            did = forwards and self.enabled and self.kick is not None and not self.broken and self.ring.forward()
-            if did:
-                wake(self.to_device)
-            if self.ring.publish():
-                signal(self._guest.get(Operation.SET_CALL))
-                did = True
+            yield
+        except RingUnmapped:
+            pass  # as soon as it is there again
         except RingBroken as error:
             self.broken = str(error)
             signal(self._guest.get(Operation.SET_ERR))
-            return False
-        return did
+
+    def finish(self) -> None:
+        """Relay what the device has used before it was stopped."""
+        while self.turn(forwards=False):
+            pass
+        if self.ring.unpublished:
+            self.ring.incomplete = "the ring is not mapped, and the device has used more of it"
 
     def call_guest(self) -> None:
         """Have the guest look."""
@@ -109,7 +128,7 @@ class Relay:
         return {index: queue.wires for index, queue in self.queues.items()}
 
     def start(self) -> None:
-        """Begin."""
+        """Begin. Raises OSError if there cannot be another thread."""
         self._thread.start()
 
     def set_log(self, log: DirtyLog | None) -> None:
@@ -148,8 +167,16 @@ class Relay:
             raise
 
     def finish(self) -> None:
-        """Relay what the device has used before it was stopped."""
-        self._between_steps(lambda: [queue.turn(forwards=False) for queue in self.queues.values()])
+        """Relay what the device has used before it was stopped. `failed` says if that was not possible."""
+
+        def last() -> None:
+            try:
+                for queue in self.queues.values():
+                    queue.finish()
+            except (ValueError, OSError) as error:
+                self._crash(error)
+
+        self._between_steps(last)
 
     def go_on(self) -> None:
         """The device may get something new again."""
@@ -161,8 +188,13 @@ class Relay:
             queue.call_guest()
 
     def close(self) -> None:
-        """End it, after the device has stopped. Idempotent."""
-        self._thread.stop(self._limit.left_s())
+        """End it, after the device has stopped. Idempotent. If it does not end, it can be closed once more."""
+        try:
+            # what had little time left is not kept waiting for longer than that
+            left_s = self._limit.left_s()
+            self._thread.stop(None if left_s is None else max(left_s, _GRACE_S))
+        except StillRunning:
+            raise self._late() from None
         self._thread.close()
         for queue in self.queues.values():
             queue.close()
@@ -172,9 +204,12 @@ class Relay:
         try:
             self._thread.call(function, self._limit.left_s())
         except StillRunning:
-            timeout_s = self._limit.deadline().timeout_s or 0
-            why = "the relay of its rings does not come to an end of what it does"
-            raise DeadlineExceeded("relay", timeout_s, device=self._name, why=why) from None
+            raise self._late() from None
+
+    def _late(self) -> DeadlineExceeded:
+        timeout_s = self._limit.deadline().timeout_s or 0
+        why = "the relay of its rings does not come to an end of what it does"
+        return DeadlineExceeded("relay", timeout_s, device=self._name, why=why, hint="reset it")
 
     # --- in the thread ---
 

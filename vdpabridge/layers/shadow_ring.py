@@ -21,7 +21,7 @@ from ..rings.byte_order import le16
 from ..rings.descriptors import RingBroken, descriptors
 from ..rings.guest_view import BadAddress, GuestView
 
-__all__ = ["ShadowRing"]
+__all__ = ["RingUnmapped", "ShadowRing"]
 
 _FLAGS = 0
 _INDEX = 1  # of the 16-bit words of the available and the used ring
@@ -29,13 +29,22 @@ _RING = 2
 _MOD = 1 << 16
 _ENTRY_BYTES = VRING_USED_ELEM.size_bytes
 _ENTRY_WORDS = _ENTRY_BYTES // 2
+#: What is published at a time: between two batches others have their turn.
+_BATCH = 256
+#: The most that one chain may have (VIRTIO 1.4, 2.7.5).
+_CHAIN_BYTES_MAX = 1 << 32
+
+
+class RingUnmapped(RingBroken):
+    """The guest's memory does not have the ring now. It continues when it is there again."""
 
 
 class ShadowRing:
     """Between the guest's ring at ``setup`` and ``avail`` and ``used``, the rings of the device; all are borrowed.
 
     The device has used everything that it has taken, and stops at `used_index`. ``event_index``: whether
-    VIRTIO_RING_F_EVENT_IDX was accepted. Everything here raises `RingBroken` for a driver's mistake.
+    VIRTIO_RING_F_EVENT_IDX was accepted. Everything here raises `RingBroken` for a driver's mistake, and
+    `RingUnmapped` as long as the ring is not in memory.
     """
 
     def __init__(
@@ -84,12 +93,14 @@ class ShadowRing:
         Raises ValueError if the device says that it has used more than it was given.
         """
         self._resolve()
-        index = le16(self._used_words[_INDEX])
-        count = (index - self.used_index) % _MOD
+        count = self.unpublished
         if not count:
             return False
         if count > (self.avail_index - self.used_index) % _MOD:
+            index = le16(self._used_words[_INDEX])
             raise ValueError(f"the used index went from {self.used_index} to {index}, of {self.avail_index} available")
+        count = min(count, _BATCH)
+        index = (self.used_index + count) % _MOD
         store_barrier()  # the index before the entries that it publishes, and before what the device wrote
         spans = list(self._spans(self.used_index, count))
         for start, end in spans:
@@ -106,6 +117,11 @@ class ShadowRing:
         self._written(self._setup.used_address, VRING_USED.size_bytes)
         self._ask_to_be_called()
         return True
+
+    @property
+    def unpublished(self) -> int:
+        """How many chains the device has used that the guest does not know of."""
+        return (le16(self._used_words[_INDEX]) - self.used_index) % _MOD
 
     def _begin(self) -> None:
         """Show the device the guest's rings as they are, but nothing that is available beyond `avail_index`."""
@@ -132,9 +148,13 @@ class ShadowRing:
             self._avail[_RING + self._setup.size] = le16(self.used_index)
 
     def _mark(self, head: int) -> None:
+        size_bytes = 0
         try:
             for address, size, flags in descriptors(self._guest, self._desc, head):
                 if flags & VRING_DESC_F_WRITE:
+                    size_bytes += size
+                    if size_bytes > _CHAIN_BYTES_MAX:
+                        raise RingBroken(f"a chain of more than {_CHAIN_BYTES_MAX} bytes")
                     self._written(address, size)
         except RingBroken as error:
             # the device may have understood it otherwise
@@ -166,5 +186,5 @@ class ShadowRing:
             self._guest_used = self._guest.slice(setup.used_address, used_bytes, write=True)
             self._guest_used_words = self._guest_used.cast("H")
         except (BadAddress, TypeError) as error:
-            raise RingBroken(f"the ring: {error}") from None
+            raise RingUnmapped(f"the ring: {error}") from None
         self._generation = self._guest.generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -35,10 +36,14 @@ class StepThread:
         return self._ending or bool(self._commands)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin. Raises OSError if there cannot be another thread."""
         self._ending = False
-        self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from None
+        self._thread = thread
 
     def stop(self, timeout_s: float | None) -> None:
         """End after the present step. Idempotent. Raises `StillRunning` if that lasts longer than ``timeout_s``."""

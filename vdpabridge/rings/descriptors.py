@@ -12,6 +12,10 @@ from .guest_view import BadAddress, GuestView
 
 __all__ = ["RingBroken", "descriptors"]
 
+#: The most that one chain may have. A guest's driver that asks for more is hostile: indirect tables can name the same
+#: memory again and again. Linux stays within the ring's size; QEMU allows 1024 descriptors as well.
+CHAIN_DESCRIPTORS_MAX = 1024
+
 
 class RingBroken(Exception):
     """The guest's driver broke the rules of the ring; no more is processed."""
@@ -22,7 +26,10 @@ def descriptors(guest: GuestView, table: memoryview, head: int) -> Iterator[tupl
 
     Raises `RingBroken`.
     """
-    return _chain(guest, table, head, inner=False)
+    for count, descriptor in enumerate(_chain(guest, table, head, inner=False), 1):
+        if count > CHAIN_DESCRIPTORS_MAX:
+            raise RingBroken(f"a chain of more than {CHAIN_DESCRIPTORS_MAX} descriptors")
+        yield descriptor
 
 
 def _chain(guest: GuestView, table: memoryview, index: int, *, inner: bool) -> Iterator[tuple[int, int, int]]:

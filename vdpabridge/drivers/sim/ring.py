@@ -17,9 +17,7 @@ from .inflight import InflightTable
 
 __all__ = ["Chain", "DeviceRing"]
 
-#: The most that one chain may have. A guest's driver that asks for more is hostile: indirect tables can name the same
-#: memory again and again. Linux stays within the ring's size; QEMU allows 1024 descriptors as well.
-CHAIN_DESCRIPTORS_MAX = 1024
+#: The most that one chain may have. A guest's driver that asks for more is hostile.
 CHAIN_BYTES_MAX = 32 << 20
 _FLAGS = 0
 _INDEX = 1  # of the 16-bit words of the available and the used ring
@@ -165,11 +163,11 @@ class DeviceRing:
     def _chain(self, head: int) -> Chain:
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
-        count = total_bytes = 0
+        total_bytes = 0
         for address, size, flags in descriptors(self._guest, self._desc, head):
-            count, total_bytes = count + 1, total_bytes + size
-            if count > CHAIN_DESCRIPTORS_MAX or total_bytes > CHAIN_BYTES_MAX:
-                raise RingBroken(f"chain {head} has {count} descriptors of {total_bytes} bytes, and more")
+            total_bytes += size
+            if total_bytes > CHAIN_BYTES_MAX:
+                raise RingBroken(f"chain {head} has {total_bytes} bytes, and more")
             if flags & VRING_DESC_F_WRITE:
                 writable.append((address, size))
             elif writable:
