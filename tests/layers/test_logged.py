@@ -435,7 +435,7 @@ def test_a_device_whose_position_is_not_its_used_index_keeps_the_guests_ring():
 
 def test_state_that_a_reset_would_lose_is_not_reset_for_a_log(monkeypatch):
     with logged(Fixed) as (device, lab, bitmap):
-        monkeypatch.setattr("vdpabridge.layers.logged.unsavable", lambda _: [Loss.CONTROL_QUEUE])
+        monkeypatch.setattr("vdpabridge.layers.shadows.unsavable", lambda _: [Loss.CONTROL_QUEUE])
         lab.finish()
         device.set_dirty_log(bitmap.log)
         assert device.marks_all == "control-queue would be lost by a reset"

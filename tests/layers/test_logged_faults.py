@@ -379,7 +379,7 @@ def test_a_device_is_not_given_up_for_certain_as_long_as_its_relay_works():
         os.close(stuck)
         relay._limit.timeout_s = 5
         device._end_relay()
-        device._drop_arena()
+        device._shadows.drop()
 
 
 # --- what the user does ---

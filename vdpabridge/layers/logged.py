@@ -11,8 +11,7 @@ survive that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 from ..abi.virtio import (
@@ -21,24 +20,21 @@ from ..abi.virtio import (
     VIRTIO_F_RING_PACKED,
     VIRTIO_F_RING_RESET,
 )
-from ..abi.virtio_ring import VIRTIO_RING_F_EVENT_IDX
 from ..abi.vring_base import SplitBase
-from ..device import Capability, Device, DirtyLog, MemoryRegion, Operation, QueueSetup, RunState
+from ..device import Capability, Device, DirtyLog, MemoryRegion, Operation, RunState
 from ..errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
 from ..linux.descriptors import Kind, kind_of
 from ..linux.eventfds import signal
 from ..linux.mappings import check_inside
 from ..linux.signals import uninterrupted
-from ..rings.descriptors import RingBroken
-from ..rings.guest_view import DirtyBitmap, GuestView
+from ..rings.guest_view import DirtyBitmap
 from ..state.losses import unsavable
 from ..state.replay import resume
 from ..state.snapshot import DeviceSnapshot, QueueEventfds, QueueSnapshot, capture
-from .arena import Arena
 from .layer import Layer
-from .relay import Relay, RelayedQueue
+from .relay import Relay
 from .ring_change import Rings, change_rings, place_rings
-from .shadow_ring import ShadowRing
+from .shadows import NOT_SHADOWED, Shadows, of_the_rings
 
 __all__ = ["Logged", "loggable"]
 
@@ -70,7 +66,7 @@ class Logged(Layer):
     def __init__(self, below: Device) -> None:
         """Take ownership of ``below``."""
         super().__init__(below)
-        self._arena: Arena | None = None
+        self._shadows = Shadows(self, below)
         self._relay: Relay | None = None
         """While the device has shadow rings: also while it is suspended."""
         self.marks_all = ""
@@ -120,18 +116,18 @@ class Logged(Layer):
             # an earlier start has failed
             self._end_relay()
             place_rings(self.below, own)
-        if log is not None and (relay := self._make_relay(own.snapshot, log)) is not None:
-            self._relay = relay
-            if self._starts(relay, Rings(self._shadowed(own.snapshot), relay.wires)):
+        if log is not None and (shadows := self._make_relay(own, log)) is not None:
+            if self._starts(shadows):
                 return
             self._end_relay()
             place_rings(self.below, own)
         super()._start()
 
-    def _starts(self, relay: Relay, shadows: Rings) -> bool:
+    def _starts(self, shadows: Rings) -> bool:
         """Whether the configured device starts on ``shadows``; if not, `marks_all` says why."""
+        assert self._relay is not None
         try:
-            relay.start()
+            self._relay.start()
             place_rings(self.below, shadows)
             super()._start()
         except (VdpaBridgeError, OSError, ValueError) as error:
@@ -219,12 +215,11 @@ class Logged(Layer):
             self.marks_all = str(error)
             self._go_on_as_before()
             return
-        relay = self._make_relay(own.snapshot, log)
-        if relay is None:
+        shadows = self._make_relay(own, log)
+        relay = self._relay
+        if shadows is None or relay is None:
             self._go_on_as_before()
             return
-        shadows = Rings(self._shadowed(own.snapshot), relay.wires)
-        self._relay = relay
         try:
             relay.start()
             self.marks_all = change_rings(self.below, shadows, own)
@@ -260,7 +255,7 @@ class Logged(Layer):
         relay.call_guests()
         self._without_relay()
         try:
-            self._drop_arena()
+            self._shadows.drop()
         except VdpaBridgeError:
             # it is still mapped, for the next log
             return
@@ -282,60 +277,14 @@ class Logged(Layer):
             for index, record in self.queues.items()
         }
 
-    def _shadowed(self, snapshot: DeviceSnapshot) -> DeviceSnapshot:
-        """``snapshot``, of the guest's rings, with rings in the arena."""
-        arena = self._arena
-        assert arena is not None
-        queues = {
-            index: replace(queue, setup=arena.setup(index, queue.setup)) for index, queue in snapshot.queues.items()
-        }
-        return replace(snapshot, queues=queues)
-
-    def _make_relay(self, snapshot: DeviceSnapshot, log: DirtyLog) -> Relay | None:
-        """A relay for the stopped device with ``snapshot``; None, and `marks_all`, if there cannot be one."""
-        with ExitStack() as undo:
-            try:
-                if losses := unsavable(self.below):
-                    self.marks_all = f"{', '.join(loss.value for loss in losses)} would be lost by a reset"
-                    return None
-                if any(queue.setup.address_space for queue in snapshot.queues.values()):
-                    self.marks_all = "its queues are in more than one address space"
-                    return None
-                guest = GuestView()
-                undo.callback(guest.close)
-                guest.map(_of_the_rings(self.regions))
-                guest.set_log(log)
-                self._require_arena({index: queue.setup for index, queue in snapshot.queues.items()})
-                queues: dict[int, RelayedQueue] = {}
-                for index, queue in snapshot.queues.items():
-                    queues[index] = self._relayed(guest, index, queue.base)
-                    undo.callback(queues[index].close)
-            except (VdpaBridgeError, OSError, ValueError, RingBroken) as error:
-                self.marks_all = str(error)
-                return None
-            undo.pop_all()
-        return Relay(self.name, guest, queues, self.limit)
-
-    def _relayed(self, guest: GuestView, index: int, base: object) -> RelayedQueue:
-        record, arena = self.queues[index], self._arena
-        assert record.setup is not None
-        assert arena is not None
-        event_index = bool(self.accepted_features >> VIRTIO_RING_F_EVENT_IDX & 1)
-        ring = ShadowRing(guest, record.setup, *arena.rings(index), event_index=event_index)
-        if base != SplitBase(ring.used_index):
-            raise ValueError(f"queue {index} stands at {base}, and {ring.used_index} chains are used")
-        return RelayedQueue(ring, record.eventfds, enabled=record.enabled)
-
-    def _require_arena(self, setups: Mapping[int, QueueSetup]) -> None:
-        if self._arena is not None and not self._arena.fits(setups):
-            self._drop_arena()
-        if self._arena is None:
-            self._arena = Arena(self.below, setups)
-
-    def _drop_arena(self) -> None:
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+    def _make_relay(self, own: Rings, log: DirtyLog) -> Rings | None:
+        """The shadow rings for the stopped device, and `_relay`; None, and `marks_all`, if there cannot be any."""
+        try:
+            self._relay, shadows = self._shadows.make(own.snapshot, log)
+        except NOT_SHADOWED as error:
+            self.marks_all = str(error)
+            return None
+        return shadows
 
     # --- what the relay has to know ---
 
@@ -343,7 +292,7 @@ class Logged(Layer):
         super()._map(regions)
         if self._relay is not None:
             try:
-                self._relay.map(_of_the_rings(regions))
+                self._relay.map(of_the_rings(regions))
             except BaseException:
                 super()._unmap(regions)
                 raise
@@ -351,7 +300,7 @@ class Logged(Layer):
     def _unmap(self, regions: Sequence[MemoryRegion]) -> None:
         super()._unmap(regions)
         if self._relay is not None:
-            self._relay.unmap(_of_the_rings(regions))
+            self._relay.unmap(of_the_rings(regions))
 
     def _bind_eventfd(self, operation: Operation, index: int, eventfd: int | None) -> None:
         relayed = self._relay is not None and index in self._relay.queues
@@ -378,14 +327,14 @@ class Logged(Layer):
         super()._reset()
         self.marks_all = ""
         self._end_relay()
-        self._drop_arena()
+        self._shadows.drop()
 
     def _close(self) -> None:
         try:
             super()._close()
         finally:
             self._end_relay()
-            self._drop_arena()
+            self._shadows.drop()
 
     def _give_up(self) -> bool:
         certain = super()._give_up()
@@ -393,7 +342,7 @@ class Logged(Layer):
             self._end_relay()
         except DeadlineExceeded:
             return False
-        self._drop_arena()
+        self._shadows.drop()
         return certain
 
     def _end_relay(self) -> None:
@@ -401,8 +350,3 @@ class Logged(Layer):
         if self._relay is not None:
             self._relay.close()
             self._relay = None
-
-
-def _of_the_rings(regions: Sequence[MemoryRegion]) -> list[MemoryRegion]:
-    """Those in the address space of the rings that are relayed."""
-    return [region for region in regions if region.address_space == 0]
