@@ -25,7 +25,7 @@ from vdpabridge.errors import DeadlineExceeded, DeviceFailed, FeatureError, Vdpa
 from vdpabridge.guest.block import BlockDriver, BlockError, KnownDisk
 from vdpabridge.guest.memory import GuestMemory
 from vdpabridge.guest.virtqueue import SplitQueue
-from vdpabridge.linux.mappings import SharedMapping, atomic_set_bit
+from vdpabridge.linux.mappings import SharedMapping, atomic_set_bits
 
 from ..support.state import load, pump, state_of
 from ..support.transitions import PAIRS, Bench, check_pair, eventfd, shared_file
@@ -373,7 +373,7 @@ def test_bits_of_several_writers_are_all_kept():
     with shared_file(4096) as file, SharedMapping(file, 4096) as mapping:
         threads = [
             threading.Thread(
-                target=lambda start=start: [atomic_set_bit(mapping, bit) for bit in 2 * list(range(start, 32768, 4))]
+                target=lambda start=start: [atomic_set_bits(mapping, bit) for bit in 2 * list(range(start, 32768, 4))]
             )
             for start in range(4)
         ]

@@ -1535,11 +1535,11 @@ MUTATIONS = [
         ("tests/layers",),
     ),
     Mutation(
-        "whole bytes of a log are not whole",
-        "vdpabridge/rings/guest_view.py",
-        '= b"\\xff" * count',
-        '= b"\\x7f" * count',
-        ("tests/layers",),
+        "whole words of a log are not whole",
+        "vdpabridge/linux/mappings.py",
+        "2 << 28 | 0xFFF << 12",
+        "2 << 28 | 0x7FF << 12",
+        ("tests/linux/test_mappings.py",),
     ),
     Mutation(
         "a ring without memory is broken for good",

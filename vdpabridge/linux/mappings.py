@@ -14,7 +14,7 @@ import sys
 from functools import cache
 from typing import Any, Self
 
-__all__ = ["SharedMapping", "atomic_set_bit", "check_inside", "memory_file", "store_barrier"]
+__all__ = ["SharedMapping", "atomic_set_bits", "check_inside", "memory_file", "store_barrier"]
 
 
 @cache
@@ -115,22 +115,33 @@ def store_barrier() -> None:
 _FUTEX_WAKE_OP = 5
 #: FUTEX_OP_OR of ``1 << argument``, compared with 0 for equality: the result of that wakes nobody.
 _FUTEX_OR_SHIFTED = (8 | 2) << 28
+#: The same of an argument of 12 bits with a sign: -1, all bits of the word.
+_FUTEX_OR_ALL = 2 << 28 | 0xFFF << 12
 #: System call number of futex(2).
 _FUTEX_NUMBER = {"x86_64": 202, "s390x": 238, "ppc64le": 221}.get(os.uname().machine, 98)
 
 
-def atomic_set_bit(mapping: SharedMapping, bit: int) -> None:
-    """Set ``bit`` of ``mapping``, little-endian within bytes, as one atomic step also for other processes.
+def atomic_set_bits(mapping: SharedMapping, first: int, count: int = 1) -> None:
+    """Set ``count`` bits of ``mapping``, little-endian within bytes, atomically also for other processes.
 
-    The kernel does it (futex(2), FUTEX_WAKE_OP): Python can only read and then write, and would lose a bit that another
-    process sets in between. The mapping's start is aligned to 4 bytes and its size a multiple of them.
+    The kernel does it (futex(2), FUTEX_WAKE_OP), a word of 32 at a time: Python can only read and then write, and would
+    lose a bit that another process sets in between. If a page is gone because the file was cut, this raises OSError;
+    Python's own write would end the process. The mapping's start is aligned to 4 bytes and its size a multiple of them.
     """
+    end = first + count
+    while first < end:
+        word, bit = divmod(first, 32)
+        if not bit and end - first >= 32:
+            _or_word(mapping, word, _FUTEX_OR_ALL)
+            first += 32
+        else:
+            _or_word(mapping, word, _FUTEX_OR_SHIFTED | (bit ^ 24 if sys.byteorder == "big" else bit) << 12)
+            first += 1
+
+
+def _or_word(mapping: SharedMapping, word: int, operation: int) -> None:
     ffi, libc = _libc()
-    word, bit = divmod(bit, 32)
-    if sys.byteorder == "big":
-        bit ^= 24
     address = ffi.cast("void *", mapping.address + 4 * word)
-    operation = ffi.cast("int", _FUTEX_OR_SHIFTED | bit << 12)
-    zero = ffi.cast("int", 0)
-    if libc.syscall(_FUTEX_NUMBER, address, ffi.cast("int", _FUTEX_WAKE_OP), zero, ffi.NULL, address, operation) < 0:
-        raise OSError(ffi.errno, f"setting bit {bit} at {4 * word}: {os.strerror(ffi.errno)}")
+    zero, encoded = ffi.cast("int", 0), ffi.cast("int", operation)
+    if libc.syscall(_FUTEX_NUMBER, address, ffi.cast("int", _FUTEX_WAKE_OP), zero, ffi.NULL, address, encoded) < 0:
+        raise OSError(ffi.errno, f"setting bits at {4 * word}: {os.strerror(ffi.errno)}")

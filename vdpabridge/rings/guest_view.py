@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..device.values import DirtyLog, MemoryRegion
-from ..linux.mappings import SharedMapping, atomic_set_bit, check_inside
+from ..linux.mappings import SharedMapping, atomic_set_bits, check_inside
 
 __all__ = ["BadAddress", "DirtyBitmap", "GuestView"]
 
@@ -35,16 +35,7 @@ class DirtyBitmap:
         first, last = guest_address // _LOG_PAGE_BYTES, (guest_address + size_bytes - 1) // _LOG_PAGE_BYTES
         if last >= self._bits:
             raise BadAddress(f"page {last:#x} is beyond the dirty log's {self._bits:#x}")
-        page, end = self._first_bit + first, self._first_bit + last + 1
-        while page < end:
-            if page % 8 or end - page < 8:
-                atomic_set_bit(self._mapping, page)
-                page += 1
-            else:
-                # a byte as a whole: nothing that another process does at the same time is lost by that
-                count = (end - page) // 8
-                self._mapping.view[page // 8 : page // 8 + count] = b"\xff" * count
-                page += 8 * count
+        atomic_set_bits(self._mapping, self._first_bit + first, last + 1 - first)
 
     def mark_all(self, regions: Iterable[MemoryRegion]) -> None:
         """Note every page of ``regions`` that a device can have written, as far as the log reaches."""

@@ -60,12 +60,9 @@ class FrontendRings:
         """SET_VRING_NUM."""
         if size == 0 or size > self._device.identity.queue_size_max:
             most = self._device.identity.queue_size_max
-            # vhost-user has no message that says so before. QEMU 10.0.13 of Debian gives guests 1024 all the same (seen)
-            why, hint = (
-                f"{size} descriptors; at most {most}",
-                f"have the VMM offer its guest no more (queue-size={most})",
-            )
-            raise VdpaBridgeError(f"queue {index}", why=why, hint=hint)
+            # no message says so before. The QEMU 10.0.13 of Debian has 1024, whatever its queue-size= says (seen)
+            hint = f"have the VMM offer its guest no more (queue-size={most})"
+            raise VdpaBridgeError(f"queue {index}", why=f"{size} descriptors; at most {most}", hint=hint)
         self._stopped(index).size = size
 
     def set_address(self, index: int, address: VringAddr) -> None:
