@@ -261,7 +261,17 @@ def test_one_read_that_fails_does_not_stop_it(cls, hook):
         lab.finish()
 
 
-STEPS = ("_set_queue", "_set_base", "_bind_eventfd", "_enable_queue", "_start", "_resume", "_accept_features", "_reset")
+STEPS = (
+    "_suspend",
+    "_set_queue",
+    "_set_base",
+    "_bind_eventfd",
+    "_enable_queue",
+    "_start",
+    "_resume",
+    "_accept_features",
+    "_reset",
+)
 
 
 @pytest.mark.parametrize("cls", [Unlogged, Fixed, Unresumable])
@@ -430,3 +440,44 @@ def test_an_interruption_waits_until_the_device_runs_again(cls, hook, when):
         else:
             device.set_dirty_log(None)
             lab.finish()
+
+
+@pytest.mark.parametrize("cls", KINDS)
+@pytest.mark.parametrize("hook", ["_get_base", "_set_queue", "_enable_queue", "_start"])
+@pytest.mark.parametrize("when", ["it begins", "it ends"])
+def test_what_nobody_expects(cls, hook, when):
+    """Whatever is raised: the device works, or has failed."""
+    with logged(once(cls, hook, MemoryError())) as (device, lab, bitmap):
+        lab.finish()
+        if when == "it ends":
+            device.set_dirty_log(bitmap.log)
+        device.below.failing = True
+        try:
+            device.set_dirty_log(bitmap.log if when == "it begins" else None)
+        except MemoryError:
+            assert device.state is RunState.FAILED
+            device.reset()
+        else:
+            assert hook == "_start"
+            assert device.below.state is RunState.RUNNING
+            lab.finish()
+
+
+def test_a_change_of_the_log_that_is_interrupted():
+    """The log that counts is the one before, and it has not been kept since."""
+    with logged(Fixed) as (device, lab, bitmap), Bitmap(lab.memory) as other:
+        device.set_dirty_log(bitmap.log)
+        lab.finish()
+        set_log = device._relay.set_log
+
+        def interrupted(log):
+            os.kill(os.getpid(), signal.SIGINT)
+            set_log(log)
+
+        device._relay.set_log = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            device.set_dirty_log(other.log)
+        device.below.pages.clear()
+        lab.finish()
+        device.suspend()
+        assert is_complete(device, lab, bitmap)

@@ -1628,8 +1628,8 @@ MUTATIONS = [
     Mutation(
         "an interruption stops a device whose log changes",
         "vdpabridge/layers/logged.py",
-        "            with uninterrupted():\n                self._pause",
-        "            if True:\n                self._pause",
+        "        with uninterrupted():\n            if self._relay is not None:\n                self._relay.set_log",
+        "        if True:\n            if self._relay is not None:\n                self._relay.set_log",
         ("tests/layers",),
     ),
     Mutation(
@@ -1649,7 +1649,7 @@ MUTATIONS = [
     Mutation(
         "a log that nobody kept is complete",
         "vdpabridge/layers/logged.py",
-        '            self.marks_all = self.marks_all or "its rings were not relayed"\n',
+        '            self.marks_all = self.marks_all or "another log was kept"\n',
         "            pass\n",
         ("tests/layers",),
     ),
@@ -1672,6 +1672,20 @@ MUTATIONS = [
         "vdpabridge/layers/logged.py",
         "        except DeadlineExceeded:\n            return False\n",
         "        except DeadlineExceeded:\n            return certain\n",
+        ("tests/layers",),
+    ),
+    Mutation(
+        "a suspend that fails once fails a device whose log changes",
+        "vdpabridge/layers/logged.py",
+        "            if not again or error.nothing_done",
+        "            if True or error.nothing_done",
+        ("tests/layers",),
+    ),
+    Mutation(
+        "a device that stands still runs",
+        "vdpabridge/layers/logged.py",
+        "            if self.below.state is not RunState.RUNNING:\n                self._broken_off(error)\n            raise",
+        "            raise",
         ("tests/layers",),
     ),
     Mutation(

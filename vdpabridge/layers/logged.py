@@ -11,7 +11,8 @@ survive that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+import os
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from ..abi.virtio import (
@@ -22,7 +23,7 @@ from ..abi.virtio import (
 )
 from ..abi.vring_base import SplitBase
 from ..device import Capability, Device, DirtyLog, MemoryRegion, Operation, RunState
-from ..errors import DeadlineExceeded, DeviceFailed, VdpaBridgeError
+from ..errors import DeadlineExceeded, DeviceFailed, KernelError, VdpaBridgeError
 from ..linux.descriptors import Kind, kind_of
 from ..linux.eventfds import signal
 from ..linux.mappings import check_inside
@@ -69,6 +70,8 @@ class Logged(Layer):
         self._shadows = Shadows(self, below)
         self._relay: Relay | None = None
         """While the device has shadow rings: also while it is suspended."""
+        self._kept: tuple[int, ...] | None = None
+        """Which log the relay marks in."""
         self.marks_all = ""
         """Why all memory is marked when the device is suspended, if so."""
 
@@ -86,21 +89,23 @@ class Logged(Layer):
     def _set_dirty_log(self, log: DirtyLog | None) -> None:
         if log is not None:
             check_inside(log.fd, log.size_bytes, log.offset)
-        if self._relay is not None:
-            self._relay.set_log(log)
-        relayed = self._relay is not None
-        if self.state is RunState.RUNNING and (relayed if log is None else not relayed and not self.marks_all):
-            # whoever interrupts this would leave a device that stands still
-            with uninterrupted():
-                self._pause(lambda: self._go_on(log), log)
-        elif log is None:
-            self.marks_all = ""
+        # whoever interrupts this would leave a device that stands still
+        with uninterrupted():
+            if self._relay is not None:
+                self._relay.set_log(log)
+                self._kept = _file_of(log)
+            relayed = self._relay is not None
+            if self.state is RunState.RUNNING and (relayed if log is None else not relayed and not self.marks_all):
+                self._pause_for(log)
+            elif log is None:
+                self.marks_all = ""
 
-    def _pause(self, change: Callable[[], None], log: DirtyLog | None) -> None:
-        """Stop the running device for ``change``, which has it continue. It runs afterwards, or has failed."""
+    def _pause_for(self, log: DirtyLog | None) -> None:
+        """Stop the running device, and have it continue on the rings that ``log`` needs. It runs afterwards, or has
+        failed."""
         try:
-            self._stop()
-            change()
+            self._stop(again=True)
+            self._go_on(log)
         except DeviceFailed:
             raise
         except (VdpaBridgeError, OSError, ValueError) as error:
@@ -108,6 +113,10 @@ class Logged(Layer):
                 raise self._broken_off(error) from error
             # its guest gives it no pause, and will be stopped before the device is. On shadow rings it works as well
             self.marks_all = str(error) if log is not None else ""
+        except BaseException as error:
+            if self.below.state is not RunState.RUNNING:
+                self._broken_off(error)
+            raise
 
     def _start(self) -> None:
         log, self.marks_all = self.dirty_log, ""
@@ -154,14 +163,15 @@ class Logged(Layer):
         with uninterrupted():
             self._go_on(self.dirty_log)
 
-    def _stop(self) -> None:
-        """Suspend the device; the guest and the log then know everything that it has done."""
+    def _stop(self, *, again: bool = False) -> None:
+        """Suspend the device; the guest and the log then know everything that it has done. ``again``: if it fails, try
+        once more, to know whether the device is suspended."""
         with self._failing_together():
             if self._relay is None:
-                self.below.suspend()
+                self._suspend_below(again=again)
                 return
             with self._relay.holding():
-                self.below.suspend()
+                self._suspend_below(again=again)
         try:
             self._relay.finish()
         except DeadlineExceeded as error:
@@ -170,12 +180,20 @@ class Logged(Layer):
             self._mark_all()
             raise self._fail(self._relay.failed)
 
+    def _suspend_below(self, *, again: bool) -> None:
+        try:
+            self.below.suspend()
+        except KernelError as error:
+            if not again or error.nothing_done or self.below.state is not RunState.RUNNING:
+                raise
+            self.below.suspend()
+
     def _mark_all(self) -> None:
         if self.dirty_log is None:
             return
-        if self._relay is None:
-            # somebody was interrupted when the log was to end
-            self.marks_all = self.marks_all or "its rings were not relayed"
+        if self._relay is None or self._kept != _file_of(self.dirty_log):
+            # somebody was interrupted who was about to change it
+            self.marks_all = self.marks_all or "another log was kept"
         elif self._relay.incomplete:
             self.marks_all = self._relay.incomplete
         if not self.marks_all:
@@ -267,9 +285,9 @@ class Logged(Layer):
             # the guest may have kicked the relay
             signal(wires.kick)
 
-    def _broken_off(self, error: Exception) -> DeviceFailed:
+    def _broken_off(self, error: BaseException) -> DeviceFailed:
         """It was suspended for the log, and perhaps does not run now: only a reset tells what it does."""
-        return self._fail(f"it did not continue after a change of its dirty log: {error}")
+        return self._fail(f"it did not continue after a change of its dirty log: {str(error) or type(error).__name__}")
 
     def _guest_wires(self) -> dict[int, QueueEventfds]:
         return {
@@ -284,6 +302,7 @@ class Logged(Layer):
         except NOT_SHADOWED as error:
             self.marks_all = str(error)
             return None
+        self._kept = _file_of(log)
         return shadows
 
     # --- what the relay has to know ---
@@ -350,3 +369,11 @@ class Logged(Layer):
         if self._relay is not None:
             self._relay.close()
             self._relay = None
+
+
+def _file_of(log: DirtyLog | None) -> tuple[int, ...] | None:
+    """What ``log`` is a part of: its descriptor has duplicates."""
+    if log is None:
+        return None
+    facts = os.fstat(log.fd)
+    return facts.st_dev, facts.st_ino, log.offset, log.size_bytes
