@@ -241,10 +241,10 @@ class Logged(Layer):
         try:
             relay.start()
             self.marks_all = change_rings(self.below, shadows, own)
-        except OSError as error:
+        except (VdpaBridgeError, OSError) as error:
             if self.below.state is not RunState.SUSPENDED:
                 raise
-            # there cannot be another thread
+            # no thread for the relay, no descriptors for what a reset needs
             self.marks_all = str(error)
             self._end_relay()
             self._go_on_as_before()
@@ -267,7 +267,14 @@ class Logged(Layer):
             for index, queue in snapshot.queues.items()
         }
         own = Rings(replace(snapshot, queues=queues), self._guest_wires())
-        if change_rings(self.below, own, Rings(snapshot, relay.wires)):
+        try:
+            refused = change_rings(self.below, own, Rings(snapshot, relay.wires))
+        except (VdpaBridgeError, OSError):
+            if self.below.state is not RunState.SUSPENDED:
+                raise
+            self._go_on_as_before()
+            return
+        if refused:
             relay.go_on()
             return
         relay.call_guests()
