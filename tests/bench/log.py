@@ -1,6 +1,6 @@
 """What a dirty log costs a device that keeps none: reads of a disk, with the log and without.
 
-Four processes take part: a guest in miniature, our exporter, QEMU's storage daemon. Without a log, kicks and calls go
+Three processes take part: a guest in miniature, our exporter, QEMU's storage daemon. Without a log, kicks and calls go
 past the exporter.
 """
 
