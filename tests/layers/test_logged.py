@@ -283,16 +283,17 @@ def test_a_disk_without_suspend():
 
 
 def test_a_guest_that_leaves_no_pause_is_not_refused_a_log():
-    with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=0.3))) as device, ExitStack() as stack:
+    with loggable(suspendable(Busy.blk(DISK_BYTES, timeout_s=5))) as device, ExitStack() as stack:
         lab = Lab(stack, device)
         bitmap = stack.enter_context(Bitmap(lab.memory))
         lab.finish()
-        device.below.below.faults.latency_s = 0.6
+        device.below.below.faults.latency_s = 3
         lab.disk.write(1)
+        device.timeout_s = 1
         device.set_dirty_log(bitmap.log)
         assert "1 requests on queue 0 are not answered" in device.marks_all
         device.below.below.faults.latency_s = 0
-        device.timeout_s = 5
+        device.timeout_s = 10
         lab.finish()
         device.suspend()
         assert len(bitmap.pages()) == MEMORY_BYTES // PAGE

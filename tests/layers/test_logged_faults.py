@@ -7,7 +7,7 @@ import dataclasses
 import os
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -224,7 +224,9 @@ def test_a_device_that_uses_what_it_was_not_given_has_failed(how):
 def test_a_log_whose_file_is_cut_fails_the_device():
     with logged(Fixed) as (device, lab, bitmap):
         device.set_dirty_log(bitmap.log)
+        lab.finish()
         os.ftruncate(bitmap.fd, 0)
+        lab.disk.write(1)
         lab.queue.kick()
         wait_until(lambda: device._relay.failed)
         with pytest.raises(DeviceFailed, match="its dirty log does not take what is not in it"):
@@ -360,34 +362,38 @@ def test_no_thread_for_a_relay(cls, when, monkeypatch):
 # --- a relay that does not end ---
 
 
+@contextmanager
+def stuck(device):
+    """The relay's thread does not come to an end, and nobody has patience."""
+    gate = threading.Event()
+    device._relay._thread.leave(gate.wait)
+    device.timeout_s = 0.1
+    try:
+        yield
+    finally:
+        device.timeout_s = 5
+        gate.set()
+
+
 def test_a_reset_that_the_relay_does_not_follow_can_be_repeated():
-    with logged(Fixed, timeout_s=0.2) as (device, lab, bitmap):
+    with logged(Fixed) as (device, lab, bitmap):
         lab.finish()
         device.set_dirty_log(bitmap.log)
-        stuck = os.eventfd(0)
-        device._relay._thread.leave(lambda: os.eventfd_read(stuck))
-        with pytest.raises(DeadlineExceeded, match="the relay of its rings does not come to an end"):
-            device.reset()
-        assert device.state is RunState.FAILED
-        assert device._relay is not None
-        os.eventfd_write(stuck, 1)
+        with stuck(device):
+            with pytest.raises(DeadlineExceeded, match="the relay of its rings does not come to an end"):
+                device.reset()
+            assert device.state is RunState.FAILED
+            assert device._relay is not None
         device.reset()
         assert (device.state, device._relay) == (RunState.RESET, None)
-        os.close(stuck)
 
 
 def test_a_device_is_not_given_up_for_certain_as_long_as_its_relay_works():
-    with loggable(Fixed.blk(DISK_BYTES, timeout_s=0.2)) as device, ExitStack() as stack:
-        lab = Lab(stack, device)
-        bitmap = stack.enter_context(Bitmap(lab.memory))
+    with logged(Fixed) as (device, lab, bitmap):
         lab.finish()
         device.set_dirty_log(bitmap.log)
-        relay, stuck = device._relay, os.eventfd(0)
-        relay._thread.leave(lambda: os.eventfd_read(stuck))
-        assert device.give_up() is False
-        os.eventfd_write(stuck, 1)
-        os.close(stuck)
-        relay._limit.timeout_s = 5
+        with stuck(device):
+            assert device.give_up() is False
         device._end_relay()
         device._shadows.drop()
 
