@@ -52,8 +52,8 @@ def changed(memory, before, *queues):
         for page in covering(address, size)
     }
     now, first = bytes(memory.view), memory.region.guest_address // PAGE
-    count = len(now) // PAGE
-    return {first + at for at in range(count) if now[at * PAGE :][:PAGE] != before[at * PAGE :][:PAGE]} - own
+    starts = range(0, len(now), PAGE)
+    return {first + at // PAGE for at in starts if now[at : at + PAGE] != before[at : at + PAGE]} - own
 
 
 def used_ring_page(queue):
